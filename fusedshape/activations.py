@@ -1,0 +1,314 @@
+"""The one table of activations: value, derivatives, kinks, and what backward needs.
+
+Everything else (reference, theory, Triton, csrc) is keyed by the rows of `ACTIVATIONS`. Each row is
+written once in torch operations, so that it serves any dtype and device and differentiates again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Phi = Callable[[Tensor, float], Tensor]
+
+SELU_SCALE = 1.0507009873554804934193349852946
+SELU_ALPHA = 1.6732632423543772848170429916717
+GELU_CUBIC = 0.044715
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One scalar function φ and what the kernels and the theory must know of it.
+
+    Attributes:
+        name: the field's name for φ, as in the `dks` package.
+        id: the number by which Triton and csrc know φ.
+        value: φ(u, negative_slope).
+        d1: φ′(u, negative_slope); at a kink, the left derivative, as in torch.
+        d2: φ″(u, negative_slope) where it exists (point masses at kinks are left out).
+        saves: which tensor backward needs: "output" when φ′ is a cheap function of φ, else "input".
+        d1_from_output: φ′ as a function of v = φ(u); None when `saves` is "input".
+        kinks: points where φ, φ′ or φ″ is not continuous; quadrature splits there.
+        has_slope: whether `negative_slope` means anything to φ.
+        homogeneous: φ(cu) = c·φ(u) for c > 0.
+        smooth: φ′ is continuous, so that C″(1) is finite.
+    """
+
+    name: str
+    id: int
+    value: Phi
+    d1: Phi
+    d2: Phi
+    saves: Literal["output", "input"]
+    d1_from_output: Phi | None = None
+    kinks: tuple[float, ...] = ()
+    has_slope: bool = False
+    homogeneous: bool = False
+    smooth: bool = True
+
+
+def _exp_neg(u: Tensor) -> Tensor:
+    # Clamped, so that the branch `where` discards can never turn into 0·inf in autograd.
+    return u.clamp(max=0).exp()
+
+
+def _expm1_neg(u: Tensor) -> Tensor:
+    return u.clamp(max=0).expm1()
+
+
+def _leaky_d1(u: Tensor, a: float) -> Tensor:
+    return torch.full_like(u, a).masked_fill(u > 0, 1.0)
+
+
+def _softplus(u: Tensor, a: float) -> Tensor:
+    # F.softplus is linear beyond its threshold, an error of 2e-9 that the solver would see.
+    return torch.logaddexp(u, torch.zeros_like(u))
+
+
+def _sech2(u: Tensor) -> Tensor:
+    return 1 - u.tanh().square()
+
+
+def _logistic_d1(u: Tensor) -> Tensor:
+    s = u.sigmoid()
+    return s * (1 - s)
+
+
+def _swish_d1(u: Tensor, a: float) -> Tensor:
+    s = u.sigmoid()
+    return s * (1 + u * (1 - s))
+
+
+def _swish_d2(u: Tensor, a: float) -> Tensor:
+    s = u.sigmoid()
+    return s * (1 - s) * (2 + u * (1 - 2 * s))
+
+
+def _gelu_inner(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k = math.sqrt(2 / math.pi)
+    u2 = u.square()
+    return (
+        k * u * (1 + GELU_CUBIC * u2),
+        k * (1 + 3 * GELU_CUBIC * u2),
+        6 * k * GELU_CUBIC * u,
+    )
+
+
+def _gelu(u: Tensor, a: float) -> Tensor:
+    w, _, _ = _gelu_inner(u)
+    return 0.5 * u * (1 + w.tanh())
+
+
+def _gelu_d1(u: Tensor, a: float) -> Tensor:
+    w, w1, _ = _gelu_inner(u)
+    t = w.tanh()
+    return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * w1
+
+
+def _gelu_d2(u: Tensor, a: float) -> Tensor:
+    w, w1, w2 = _gelu_inner(u)
+    t = w.tanh()
+    s = 1 - t * t
+    return s * w1 + 0.5 * u * s * (w2 - 2 * t * w1 * w1)
+
+
+def _normal_cdf(u: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(-u * math.sqrt(0.5))
+
+
+def _normal_pdf(u: Tensor) -> Tensor:
+    return torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+
+
+_ROWS = (
+    Activation(
+        "relu",
+        0,
+        value=lambda u, a: u.clamp(min=0),
+        d1=lambda u, a: (u > 0).to(u.dtype),
+        d2=lambda u, a: torch.zeros_like(u),
+        saves="output",
+        d1_from_output=lambda v, a: (v > 0).to(v.dtype),
+        kinks=(0.0,),
+        homogeneous=True,
+        smooth=False,
+    ),
+    Activation(
+        "leaky_relu",
+        1,
+        value=lambda u, a: torch.where(u > 0, u, a * u),
+        d1=_leaky_d1,
+        d2=lambda u, a: torch.zeros_like(u),
+        saves="output",
+        d1_from_output=_leaky_d1,
+        kinks=(0.0,),
+        has_slope=True,
+        homogeneous=True,
+        smooth=False,
+    ),
+    Activation(
+        "tanh",
+        2,
+        value=lambda u, a: u.tanh(),
+        d1=lambda u, a: _sech2(u),
+        d2=lambda u, a: -2 * u.tanh() * _sech2(u),
+        saves="output",
+        d1_from_output=lambda v, a: (1 - v * v).clamp(min=0),
+    ),
+    Activation(
+        "sigmoid",
+        3,
+        value=lambda u, a: u.sigmoid(),
+        d1=lambda u, a: _logistic_d1(u),
+        d2=lambda u, a: _logistic_d1(u) * (1 - 2 * u.sigmoid()),
+        saves="output",
+        d1_from_output=lambda v, a: (v * (1 - v)).clamp(min=0),
+    ),
+    Activation(
+        "softplus",
+        4,
+        value=_softplus,
+        d1=lambda u, a: u.sigmoid(),
+        d2=lambda u, a: _logistic_d1(u),
+        saves="output",
+        d1_from_output=lambda v, a: -torch.expm1(-v.clamp(min=0)),
+    ),
+    Activation(
+        "elu",
+        5,
+        value=lambda u, a: torch.where(u > 0, u, _expm1_neg(u)),
+        d1=lambda u, a: torch.where(u > 0, 1.0, _exp_neg(u)),
+        d2=lambda u, a: torch.where(u > 0, 0.0, _exp_neg(u)),
+        saves="output",
+        d1_from_output=lambda v, a: torch.where(v > 0, 1.0, (v + 1).clamp(min=0)),
+        kinks=(0.0,),
+    ),
+    Activation(
+        "selu",
+        6,
+        value=lambda u, a: SELU_SCALE * torch.where(u > 0, u, SELU_ALPHA * _expm1_neg(u)),
+        d1=lambda u, a: SELU_SCALE * torch.where(u > 0, 1.0, SELU_ALPHA * _exp_neg(u)),
+        d2=lambda u, a: SELU_SCALE * torch.where(u > 0, 0.0, SELU_ALPHA * _exp_neg(u)),
+        saves="output",
+        d1_from_output=lambda v, a: torch.where(
+            v > 0, SELU_SCALE, (v + SELU_SCALE * SELU_ALPHA).clamp(min=0)
+        ),
+        kinks=(0.0,),
+        smooth=False,
+    ),
+    Activation(
+        "softsign",
+        7,
+        value=lambda u, a: u / (1 + u.abs()),
+        d1=lambda u, a: (1 + u.abs()).square().reciprocal(),
+        d2=lambda u, a: -2 * u.sign() * (1 + u.abs()).pow(-3),
+        saves="output",
+        d1_from_output=lambda v, a: (1 - v.abs()).square(),
+        kinks=(0.0,),
+    ),
+    Activation(
+        "atan",
+        8,
+        value=lambda u, a: u.atan(),
+        d1=lambda u, a: (1 + u * u).reciprocal(),
+        d2=lambda u, a: -2 * u / (1 + u * u).square(),
+        saves="output",
+        d1_from_output=lambda v, a: v.cos().square(),
+    ),
+    Activation(
+        "asinh",
+        9,
+        value=lambda u, a: u.asinh(),
+        d1=lambda u, a: (1 + u * u).rsqrt(),
+        d2=lambda u, a: -u * (1 + u * u).pow(-1.5),
+        saves="output",
+        d1_from_output=lambda v, a: v.cosh().reciprocal(),
+    ),
+    Activation(
+        "swish",
+        10,
+        value=lambda u, a: u * u.sigmoid(),
+        d1=_swish_d1,
+        d2=_swish_d2,
+        saves="input",
+    ),
+    Activation("gelu", 11, value=_gelu, d1=_gelu_d1, d2=_gelu_d2, saves="input"),
+    Activation(
+        "gelu_exact",
+        12,
+        value=lambda u, a: u * _normal_cdf(u),
+        d1=lambda u, a: _normal_cdf(u) + u * _normal_pdf(u),
+        d2=lambda u, a: _normal_pdf(u) * (2 - u * u),
+        saves="input",
+    ),
+    Activation(
+        "erf",
+        13,
+        value=lambda u, a: u.erf(),
+        d1=lambda u, a: 2 / math.sqrt(math.pi) * torch.exp(-u * u),
+        d2=lambda u, a: -4 / math.sqrt(math.pi) * u * torch.exp(-u * u),
+        saves="input",
+    ),
+    Activation(
+        "bentid",
+        14,
+        value=lambda u, a: 0.5 * ((u * u + 1).sqrt() - 1) + u,
+        d1=lambda u, a: 0.5 * u * (u * u + 1).rsqrt() + 1,
+        d2=lambda u, a: 0.5 * (u * u + 1).pow(-1.5),
+        saves="input",
+    ),
+    Activation(
+        "square",
+        15,
+        value=lambda u, a: u * u,
+        d1=lambda u, a: 2 * u,
+        d2=lambda u, a: torch.full_like(u, 2.0),
+        saves="input",
+    ),
+    Activation(
+        "sin",
+        16,
+        value=lambda u, a: u.sin(),
+        d1=lambda u, a: u.cos(),
+        d2=lambda u, a: -u.sin(),
+        saves="input",
+    ),
+    Activation(
+        "cos",
+        17,
+        value=lambda u, a: u.cos(),
+        d1=lambda u, a: -u.sin(),
+        d2=lambda u, a: -u.cos(),
+        saves="input",
+    ),
+)
+
+ACTIVATIONS: dict[str, Activation] = {row.name: row for row in _ROWS}
+
+
+def get_activation(name: str) -> Activation:
+    """Look a row of the table up by name.
+
+    Args:
+        name: one of the keys of `ACTIVATIONS`.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: no such activation; the message lists those there are.
+
+    Example:
+        >>> get_activation("tanh").saves
+        'output'
+    """
+    try:
+        return ACTIVATIONS[name]
+    except (KeyError, TypeError):
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"unknown activation {name!r}; known: {known}") from None

@@ -1,0 +1,95 @@
+"""The eager oracle: every op as plain PyTorch, for any dtype, device and transform.
+
+It is the truth that tests compare against (in float64), the path taken where no kernel is to be had
+or a torch.func transform is active, and a provider in the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedshape.spec import ActSpec
+
+
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a result of `dtype` is computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _channel_view(bias: Tensor, ndim: int, dim: int) -> Tensor:
+    shape = [1] * ndim
+    shape[dim] = -1
+    return bias.reshape(shape)
+
+
+def _with_bias(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    x = x.to(opmath_dtype(x.dtype))
+    return x if bias is None else x + _channel_view(bias.to(x.dtype), x.ndim, dim)
+
+
+def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Tensor:
+    """γ(φ(α(x + b) + β) + δ), with b along `dim`, in float32 or better, rounded once to x's dtype."""
+    u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
+    v = spec.row.value(u, spec.negative_slope)
+    return (spec.output_scale * (v + spec.output_shift)).to(x.dtype)
+
+
+def shaped_act(x: Tensor, spec: ActSpec) -> Tensor:
+    """γ(φ(αx + β) + δ), elementwise."""
+    return bias_act(x, None, spec)
+
+
+def act_grad(grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec, dim: int) -> Tensor:
+    """Gradient with respect to x + b, from the tensor that `spec` saves; differentiable again.
+
+    Args:
+        grad: gradient with respect to the output.
+        saved: the output where ``spec.saves_output``, else x (without the bias).
+        bias: used only where the input is saved.
+        spec: the constants.
+        dim: the channel dimension.
+
+    Returns:
+        Tensor of grad's shape and dtype.
+    """
+    if spec.saves_output:
+        from_output = spec.row.d1_from_output
+        assert from_output is not None
+        v = saved.to(opmath_dtype(saved.dtype)) * (1 / spec.output_scale) - spec.output_shift
+        slope = from_output(v, spec.negative_slope)
+    else:
+        u = spec.input_scale * _with_bias(saved, bias, dim) + spec.input_shift
+        slope = spec.row.d1(u, spec.negative_slope)
+    return (grad.to(slope.dtype) * (slope * (spec.input_scale * spec.output_scale))).to(grad.dtype)
+
+
+def channel_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum over all dimensions but `dim`, accumulated in float32 or better."""
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    x = x.to(opmath_dtype(x.dtype))
+    return x.sum(others) if others else x
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: ActSpec,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """φ̂(conv(x, weight) + bias), channels in dimension 1."""
+    no = [0] * len(stride)
+    z = torch.convolution(x, weight, None, stride, padding, dilation, False, no, groups)
+    return bias_act(z, bias, spec, 1)
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ActSpec) -> Tensor:
+    """φ̂(x weightᵀ + bias), features in the last dimension."""
+    return bias_act(F.linear(x, weight), bias, spec, -1)

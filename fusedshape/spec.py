@@ -1,0 +1,133 @@
+"""ActSpec: the frozen constants of one affine-transformed activation y = γ(φ(αx + β) + δ)."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fusedshape.activations import Activation, get_activation
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    r"""Constants of φ̂(x) = output_scale · (φ(input_scale · x + input_shift) + output_shift).
+
+    The names are those of google-deepmind/dks. A spec is hashable, compares by value, and survives
+    JSON, pickle and deepcopy; `origin` says where the numbers came from and takes no part in
+    comparison.
+
+    Args:
+        activation: a name of the table in `fusedshape.activations`.
+        input_scale: α, not zero.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ, not zero.
+        negative_slope: slope of leaky_relu for negative arguments; 0 for every other activation.
+        origin: free text, e.g. ``"TAT eta=0.9"``.
+
+    Raises:
+        ValueError: unknown activation, a constant that is not finite, a zero scale, or a
+            negative_slope given to an activation that has none.
+        TypeError: a constant that is not a number.
+
+    Example:
+        >>> spec = ActSpec("leaky_relu", negative_slope=0.3, output_scale=1.35)
+        >>> ActSpec.from_json(spec.to_json()) == spec
+        True
+    """
+
+    activation: str
+    input_scale: float = 1.0
+    input_shift: float = 0.0
+    output_shift: float = 0.0
+    output_scale: float = 1.0
+    negative_slope: float = 0.0
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        row = get_activation(self.activation)
+        for name in CONSTANTS:
+            value = getattr(self, name)
+            if isinstance(value, (bool, str, bytes)):
+                raise TypeError(f"ActSpec: {name} must be a number, got {value!r}")
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                raise TypeError(f"ActSpec: {name} must be a number, got {value!r}") from None
+            if not math.isfinite(number):
+                raise ValueError(f"ActSpec: {name} must be finite, got {number}")
+            object.__setattr__(self, name, number)
+        for name in ("input_scale", "output_scale"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"ActSpec: {name} must not be 0, the output would be constant")
+        if self.negative_slope != 0 and not row.has_slope:
+            raise ValueError(
+                f"ActSpec: {self.activation} takes no negative_slope, got {self.negative_slope}; "
+                "leave it at 0 or use leaky_relu"
+            )
+        # Kept beside the fields, because ops read it on every call.
+        object.__setattr__(self, "kernel_args", (row.id, *(getattr(self, n) for n in CONSTANTS)))
+        # A falling leaky_relu has no inverse, so its branch cannot be read off the output.
+        invertible = row.saves == "output" and self.negative_slope >= 0
+        object.__setattr__(self, "saves_output", invertible)
+
+    #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale), as kernels take it.
+    kernel_args: tuple[int, float, float, float, float, float] = field(
+        init=False, repr=False, compare=False
+    )
+    #: Whether backward works from the output; if not, it needs the input.
+    saves_output: bool = field(init=False, repr=False, compare=False)
+
+    @property
+    def row(self) -> Activation:
+        """The row of the activation table."""
+        return get_activation(self.activation)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether γ moves into the layer before exactly: γφ(z) = φ(γz), no shifts, α = 1."""
+        return (
+            self.row.homogeneous
+            and self.output_scale > 0
+            and self.input_scale == 1
+            and self.input_shift == 0
+            and self.output_shift == 0
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of the constructor's arguments."""
+        return {k: v for k, v in asdict(self).items() if k not in ("kernel_args", "saves_output")}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ActSpec:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key that is no field of ActSpec.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"ActSpec: unknown field(s) {unknown}; known: {sorted(known)}")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """JSON text; floats keep every bit."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> ActSpec:
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: text that is not a JSON object of ActSpec's fields.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"ActSpec: expected a JSON object, got {text!r:.80}")
+        return cls.from_dict(data)
+
+
+CONSTANTS = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")
