@@ -62,7 +62,8 @@ def _expm1_neg(u: Tensor) -> Tensor:
 
 
 def _leaky_d1(u: Tensor, a: float) -> Tensor:
-    return torch.full_like(u, a).masked_fill(u > 0, 1.0)
+    # A tensor in one branch, because two Python numbers would make float32 of float64.
+    return torch.where(u > 0, 1.0, torch.full_like(u, a))
 
 
 def _softplus(u: Tensor, a: float) -> Tensor:

@@ -32,7 +32,7 @@ def _with_bias(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
 
 
 def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Tensor:
-    """γ(φ(α(x + b) + β) + δ), with b along `dim`, in float32 or better, rounded once to x's dtype."""
+    """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once."""
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
     v = spec.row.value(u, spec.negative_slope)
     return (spec.output_scale * (v + spec.output_shift)).to(x.dtype)
@@ -54,7 +54,7 @@ def act_grad(grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec, di
         dim: the channel dimension.
 
     Returns:
-        Tensor of grad's shape and dtype.
+        Tensor of grad's dtype, with saved's shape and strides.
     """
     if spec.saves_output:
         from_output = spec.row.d1_from_output
@@ -64,7 +64,8 @@ def act_grad(grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec, di
     else:
         u = spec.input_scale * _with_bias(saved, bias, dim) + spec.input_shift
         slope = spec.row.d1(u, spec.negative_slope)
-    return (grad.to(slope.dtype) * (slope * (spec.input_scale * spec.output_scale))).to(grad.dtype)
+    # slope first, so that the result takes the strides of what was saved, not the gradient's
+    return (slope * (spec.input_scale * spec.output_scale) * grad.to(slope.dtype)).to(grad.dtype)
 
 
 def channel_sum(x: Tensor, dim: int) -> Tensor:

@@ -69,11 +69,13 @@ class ActSpec:
             )
         # Kept beside the fields, because ops read it on every call.
         object.__setattr__(self, "kernel_args", (row.id, *(getattr(self, n) for n in CONSTANTS)))
-        # A falling leaky_relu has no inverse, so its branch cannot be read off the output.
-        invertible = row.saves == "output" and self.negative_slope >= 0
-        object.__setattr__(self, "saves_output", invertible)
+        # The branch of a falling leaky_relu cannot be read off the output; nor, but for rounding,
+        # can that of a flat one whose constant branch is γδ instead of an exact zero.
+        flat = row.name == "relu" or (row.has_slope and self.negative_slope == 0)
+        readable = self.negative_slope >= 0 and not (flat and self.output_shift != 0)
+        object.__setattr__(self, "saves_output", row.saves == "output" and readable)
 
-    #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale), as kernels take it.
+    #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale) for kernels.
     kernel_args: tuple[int, float, float, float, float, float] = field(
         init=False, repr=False, compare=False
     )

@@ -1,0 +1,200 @@
+"""The command ``fusedshape``: constants, convert, train, build, info.
+
+Exit codes: 0 done, 1 the request cannot be met (one line on stderr says why), 2 wrong usage,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fusedshape.activations import ACTIVATIONS
+from fusedshape.machine import machine
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+
+    Example:
+        >>> main(["constants", "TAT", "leaky_relu", "--depth", "16"])  # doctest: +ELLIPSIS
+        method         TAT
+        activation     leaky_relu
+        ...
+        0
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("fusedshape: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        print(f"fusedshape: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusedshape", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> Any:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=run)
+        return command
+
+    constants = add("constants", _constants, "compute the constants of a shaped activation")
+    constants.add_argument("method", help="DKS, TAT or EOC")
+    constants.add_argument("activation", help=", ".join(ACTIVATIONS))
+    _add_targets(constants)
+
+    convert = add("convert", _convert, "say what convert() would do to a model; changes nothing")
+    convert.add_argument("model", help="pkg.module:factory, called without arguments")
+    convert.add_argument("--method", default="TAT", help="DKS, TAT or EOC (default TAT)")
+    convert.add_argument("--activation", default="leaky_relu", help="default leaky_relu")
+    convert.add_argument("--strip-batchnorm", action="store_true", help="remove BatchNorm layers")
+    _add_targets(convert)
+
+    train = add("train", _train, "train the demo, the evidence sweep, or a configuration of yours")
+    train.add_argument("what", nargs="?", default="demo", help="demo, sweep, or a JSON file")
+    train.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
+    train.add_argument("--depth", type=int, help="depth of the demo's network")
+    train.add_argument("--epochs", type=int, help="epochs of the demo")
+    train.add_argument("--seed", type=int, default=0, help="seed of the demo")
+    train.add_argument("--threads", type=int, help="CPU threads of the demo")
+    train.add_argument("--jobs", type=int, default=2, help="processes of the sweep")
+
+    build = add("build", _build, "compile the CPU kernels for this machine")
+    build.add_argument("--force", action="store_true", help="compile even what is up to date")
+    build.add_argument("--optional", action="store_true", help="without a compiler, say so and go on")
+    build.add_argument("--verbose", action="store_true", help="show the compiler's command")
+
+    info = add("info", _info, "say what is installed, built and chosen on this machine")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _add_targets(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--depth", type=int, help="nonlinear layers of a plain chain")
+    command.add_argument("--subnet-max", help="pkg.module:function, called with (x, r)")
+    command.add_argument("--zeta", type=float, help="DKS: largest slope of the network's C map")
+    command.add_argument("--eta", type=float, help="TAT of leaky_relu: C_f(0) of the network")
+    command.add_argument("--tau", type=float, help="TAT: curvature of the network's C map at 1")
+    command.add_argument("--sigma-b", type=float, help="EOC: standard deviation of biases")
+    command.add_argument("--clamp", action="store_true", help="take the nearest reachable target")
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _targets(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("depth", "zeta", "eta", "tau", "sigma_b")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.subnet_max is not None:
+        given["subnet_max"] = _load(args.subnet_max)
+    if args.clamp:
+        given["clamp"] = True
+    return given
+
+
+def _load(path: str) -> Any:
+    """Import ``pkg.module:name``, from the current folder too."""
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{path!r} must have the form pkg.module:name")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"module {module!r} has no {name!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _constants(args: argparse.Namespace) -> None:
+    from fusedshape import theory
+
+    targets = _targets(args)
+    if args.method.upper() == "EOC":
+        sigma_b = targets.pop("sigma_b", None)
+        if targets:
+            raise ValueError(f"EOC takes --sigma-b only, got {sorted(targets)}")
+        edge = theory.eoc(args.activation, sigma_b=sigma_b)
+        row = {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b, "q": edge.q}
+        row = {"method": "EOC", "activation": args.activation, **row}
+    else:
+        if "sigma_b" in targets:
+            raise ValueError(f"{args.method} takes no --sigma-b; it belongs to EOC")
+        spec = theory.solve(args.method, args.activation, **targets)
+        row = {"method": args.method.upper(), **spec.to_dict()}
+    if args.json:
+        print(json.dumps(row))
+    else:
+        for key, value in row.items():
+            print(f"{key:<14} {value!r}" if isinstance(value, float) else f"{key:<14} {value}")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from fusedshape import convert
+
+    model = _load(args.model)()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
+    report = convert(
+        model,
+        method=args.method,
+        activation=args.activation,
+        strip_batchnorm=args.strip_batchnorm,
+        dry_run=True,
+        **_targets(args),
+    )
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from fusedshape.train import demo, run
+    from fusedshape.train.config import TrainConfig
+
+    if args.what == "demo":
+        names = ("depth", "epochs", "seed", "threads")
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        demo.run_demo(args.out, **given)
+    elif args.what == "sweep":
+        demo.run_sweep(args.out / "sweep.json", jobs=args.jobs)
+    else:
+        run(TrainConfig.load(args.what), args.out)
+
+
+def _build(args: argparse.Namespace) -> None:
+    from fusedshape import native
+
+    try:
+        path = native.build(verbose=args.verbose, force=args.force)
+    except RuntimeError as error:
+        if not args.optional:
+            raise
+        print(f"fusedshape build: {error}\nGoing on without; CPU tensors take the reference.")
+    else:
+        print(f"built {path}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    row = machine()
+    if args.json:
+        print(json.dumps(row))
+    else:
+        for key, value in row.items():
+            print(f"{key:<14} {', '.join(value) or 'none' if isinstance(value, list) else value}")

@@ -1,0 +1,381 @@
+"""Initialisers that keep q (mean square over channels), right for PyTorch's [out, in, …] layout."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
+Taps = tuple[slice, ...]
+
+
+def suo_(
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    stride: int | Sequence[int] = 1,
+    gain: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    r"""Fill a weight, in place, from the scaled uniform orthogonal distribution (SUO).
+
+    W = gain · max(√(out/in), 1) · Q, with Q Haar-uniform among matrices of orthonormal rows or
+    columns, so that q = mean square over channels passes with ratio gain²: exactly where out ≥ in,
+    in expectation otherwise. Convolutions take the Delta form, all taps zero but the centre, and so
+    act on every location as that one matrix. Each group has a matrix of its own.
+
+    A transposed convolution of stride s writes to a fraction 1/sᵈ of its outputs with one tap, and
+    q would be 0 at all others. There the s taps around the centre (along each dimension) share the
+    one matrix, which is nearest-neighbour upsampling followed by that matrix: q arrives everywhere.
+
+    Args:
+        weight: floating tensor: linear (out, in), convolution (out, in/groups, *kernel), transposed
+            convolution (in, out/groups, *kernel). Any memory format.
+        groups: groups of the convolution.
+        transposed: whether `weight` is a transposed convolution's.
+        stride: of a transposed convolution; no other layer's matters.
+        gain: factor on W; 1 for shaped activations.
+        generator: source of randomness; None takes torch's default. A generator on another device
+            than `weight` is drawn from where it is.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: an even kernel (no centre), a transposed kernel smaller than its stride, groups
+            that do not divide the channels, fewer than two dimensions, a meta tensor, a gain that
+            is not finite.
+        TypeError: not a real floating tensor.
+
+    Source: Martens et al. 2021, arXiv 2110.01765, section "Parameter distributions".
+
+    Example:
+        >>> w = suo_(torch.empty(8, 2), generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(w.T @ w, 4 * torch.eye(2), atol=1e-5)
+        True
+        >>> suo_(torch.empty(8, 2, 3, 3)).count_nonzero((0, 1)).tolist()
+        [[0, 0, 0], [0, 16, 0], [0, 0, 0]]
+    """
+    _check("suo_", weight, gain)
+    centre = _centre("suo_", weight, _strides("suo_", weight, stride, transposed))
+    with torch.no_grad():
+        weight.zero_()
+        for matrices in _groups("suo_", weight, groups, transposed):
+            out, fan_in = matrices.shape[:2]
+            w = _haar(out, fan_in, weight, generator) * (gain * max(math.sqrt(out / fan_in), 1.0))
+            matrices[(..., *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+    return weight
+
+
+def suo_full_(
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    stride: int | Sequence[int] = 1,
+    gain: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    r"""Fill a weight, in place, from SUO over channels and taps together: any kernel, even ones.
+
+    As `suo_`, with in·∏kernel in place of in: q at an output location is gain² times the mean q of
+    the locations its taps read, in expectation, so zero padding loses some at the border. The taps
+    of a transposed convolution of stride s split into sᵈ phases, each feeding outputs of its own,
+    and every phase is drawn by itself.
+
+    Args:
+        weight: as in `suo_`.
+        groups: as in `suo_`.
+        transposed: as in `suo_`.
+        stride: as in `suo_`.
+        gain: as in `suo_`.
+        generator: as in `suo_`.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: as `suo_`, but for even kernels.
+        TypeError: as `suo_`.
+
+    Source: Martens et al. 2021, arXiv 2110.01765, section "Parameter distributions".
+
+    Example:
+        >>> w = suo_full_(torch.empty(4, 4, 2, 2)).flatten(1)
+        >>> torch.allclose(w @ w.T, torch.eye(4), atol=1e-5)
+        True
+    """
+    _check("suo_full_", weight, gain)
+    strides = _strides("suo_full_", weight, stride, transposed)
+    with torch.no_grad():
+        for matrices in _groups("suo_full_", weight, groups, transposed):
+            for taps in _phases(strides):
+                part = matrices[(..., *taps)]
+                out, fan_in = part.shape[0], part[0].numel()
+                scale = gain * max(math.sqrt(out / fan_in), 1.0)
+                part.copy_((_haar(out, fan_in, weight, generator) * scale).reshape(part.shape))
+    return weight
+
+
+def delta_orthogonal_(
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    gain: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    r"""Fill a weight, in place: Haar-uniform orthonormal rows or columns at the centre, else zero.
+
+    W = gain · Q keeps the norm |x|² where out ≥ in, and not q = |x|²/channels: between layers of
+    unequal width use `suo_`. Between equal widths the two are one. gain = √2 is the edge of chaos
+    of ReLU.
+
+    Args:
+        weight: as in `suo_`.
+        groups: as in `suo_`.
+        transposed: as in `suo_`; the centre tap alone is filled, whatever the stride.
+        gain: σ_w.
+        generator: as in `suo_`.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: as `suo_`.
+        TypeError: as `suo_`.
+
+    Source: Xiao et al. 2018, arXiv 1806.05393.
+
+    Example:
+        >>> w = delta_orthogonal_(torch.empty(8, 2, 3))[..., 1]
+        >>> torch.allclose(w.T @ w, torch.eye(2), atol=1e-5)
+        True
+    """
+    _check("delta_orthogonal_", weight, gain)
+    centre = _centre("delta_orthogonal_", weight, [1] * (weight.ndim - 2))
+    with torch.no_grad():
+        weight.zero_()
+        for matrices in _groups("delta_orthogonal_", weight, groups, transposed):
+            out, fan_in = matrices.shape[:2]
+            w = _haar(out, fan_in, weight, generator) * gain
+            matrices[(..., *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+    return weight
+
+
+def gaussian_(
+    weight: Tensor,
+    *,
+    groups: int = 1,
+    transposed: bool = False,
+    stride: int | Sequence[int] = 1,
+    gain: float = 1.0,
+    generator: Generator | None = None,
+) -> Tensor:
+    r"""Fill a weight, in place, from N(0, gain²/fan_in), fan_in the terms of each output's sum.
+
+    gain is σ_w; √2 is He's initialisation for ReLU. For a transposed convolution of stride s the
+    terms are those of each of its sᵈ phases, as in `suo_full_`.
+
+    Args:
+        weight: as in `suo_`.
+        groups: as in `suo_`.
+        transposed: as in `suo_`.
+        stride: as in `suo_`.
+        gain: σ_w.
+        generator: as in `suo_`.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: as `suo_`, but for even kernels.
+        TypeError: as `suo_`.
+
+    Example:
+        >>> w = gaussian_(torch.empty(64, 64, 3, 3), generator=torch.Generator().manual_seed(0))
+        >>> round(float(w.var() * 64 * 9), 2)
+        1.0
+    """
+    _check("gaussian_", weight, gain)
+    strides = _strides("gaussian_", weight, stride, transposed)
+    with torch.no_grad():
+        for matrices in _groups("gaussian_", weight, groups, transposed):
+            for taps in _phases(strides):
+                part = matrices[(..., *taps)]
+                noise = _normal(part.shape, weight, generator)
+                part.copy_(noise * (gain / math.sqrt(part[0].numel())))
+    return weight
+
+
+def init_module_(
+    module: nn.Module,
+    method: Method = "suo",
+    gain: float = 1.0,
+    bias_std: float = 0.0,
+    generator: Generator | None = None,
+) -> None:
+    r"""Initialise the weight and bias of one linear or convolution layer, in place.
+
+    Args:
+        module: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, or of a subclass.
+        method: "suo" (`suo_`), "suo_full", "delta_orthogonal" or "gaussian".
+        gain: σ_w.
+        bias_std: standard deviation σ_b of the bias, N(0, σ_b²); 0 makes it zero.
+        generator: as in `suo_`.
+
+    Raises:
+        TypeError: a module of another class.
+        ValueError: an unknown method, a negative bias_std, a weight that is computed from others
+            (weight_norm, parametrisations) or not there yet (lazy modules), a transposed
+            convolution of stride and dilation above 1 both, and whatever `suo_` raises.
+
+    Example:
+        >>> layer = nn.Linear(3, 5)
+        >>> init_module_(layer, generator=torch.Generator().manual_seed(0))
+        >>> layer.bias.abs().sum().item()
+        0.0
+    """
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        raise TypeError(
+            f"init_module_: needs a linear or convolution layer, got {type(module).__name__}"
+        )
+    if method not in get_args(Method):
+        known = ", ".join(get_args(Method))
+        raise ValueError(f"init_module_: unknown method {method!r}; known: {known}")
+    if not (bias_std >= 0 and math.isfinite(bias_std)):
+        raise ValueError(f"init_module_: bias_std={bias_std} must be finite and not negative")
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"init_module_: the weight of this {type(module).__name__} is computed from other "
+            "tensors (weight_norm or another parametrisation); initialise it before adding those"
+        )
+    if nn.parameter.is_lazy(module.weight):
+        raise ValueError(
+            f"init_module_: the weight of this {type(module).__name__} has no shape yet; run the "
+            "model once before initialising it"
+        )
+    groups, transposed, stride = 1, False, (1,)
+    if isinstance(module, _ConvNd):
+        groups = module.groups
+    if isinstance(module, _ConvTransposeNd):
+        transposed, stride = True, module.stride
+        pairs = zip(module.stride, module.dilation, strict=True)
+        if method != "delta_orthogonal" and any(s > 1 and d > 1 for s, d in pairs):
+            raise ValueError(
+                f"init_module_: a transposed convolution of stride {module.stride} and dilation "
+                f"{module.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
+            )
+    if method == "delta_orthogonal":
+        delta_orthogonal_(
+            module.weight, groups=groups, transposed=transposed, gain=gain, generator=generator
+        )
+    else:
+        fill = {"suo": suo_, "suo_full": suo_full_, "gaussian": gaussian_}[method]
+        fill(
+            module.weight,
+            groups=groups,
+            transposed=transposed,
+            stride=stride,
+            gain=gain,
+            generator=generator,
+        )
+    bias = module.bias
+    if bias is not None:
+        with torch.no_grad():
+            if bias_std:
+                bias.copy_(_normal(bias.shape, bias, generator) * bias_std)
+            else:
+                bias.zero_()
+
+
+def _haar(rows: int, cols: int, like: Tensor, generator: Generator | None) -> Tensor:
+    """Haar-uniform matrix of orthonormal rows or columns, whichever are fewer."""
+    tall = _normal((max(rows, cols), min(rows, cols)), like, generator)
+    q, r = torch.linalg.qr(tall)
+    # QR alone is not uniform; with R's diagonal made positive it is unique, and then Q is Haar.
+    q = q * torch.where(r.diagonal() < 0, -1.0, torch.ones_like(r.diagonal()))
+    return q if rows >= cols else q.T
+
+
+def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
+    """N(0, 1) on `like`'s device, in float64 for float64 and float32 for all else."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    device = like.device if generator is None else generator.device
+    return torch.randn(tuple(shape), dtype=dtype, device=device, generator=generator).to(
+        like.device
+    )
+
+
+def _groups(name: str, weight: Tensor, groups: int, transposed: bool) -> Iterator[Tensor]:
+    """Views of the groups, each (out, in, *kernel); none of a weight without elements."""
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"{name}: groups={groups} does not divide the {weight.shape[0]} "
+            f"{'input' if transposed else 'output'} channels of weight {tuple(weight.shape)}"
+        )
+    if weight.numel():
+        for part in weight.chunk(groups):
+            yield part.transpose(0, 1) if transposed else part
+
+
+def _centre(name: str, weight: Tensor, strides: Sequence[int]) -> Taps:
+    """The taps of the Delta form: the centre one, or as many around it as the stride."""
+    kernel = weight.shape[2:]
+    for k, s in zip(kernel, strides, strict=True):
+        if s == 1 and k % 2 == 0:
+            raise ValueError(
+                f"{name}: kernel {tuple(kernel)} has no centre tap; use an odd kernel, or "
+                "suo_full_ (method 'suo_full'), which fills every tap"
+            )
+    starts = [(k - s + 1) // 2 for k, s in zip(kernel, strides, strict=True)]
+    return tuple(slice(a, a + s) for a, s in zip(starts, strides, strict=True))
+
+
+def _strides(
+    name: str, weight: Tensor, stride: int | Sequence[int], transposed: bool
+) -> Sequence[int]:
+    """One stride per spatial dimension; 1 for all that are not transposed."""
+    kernel = weight.shape[2:]
+    strides = [stride] * len(kernel) if isinstance(stride, int) else list(stride)
+    if not transposed:
+        return [1] * len(kernel)
+    if len(strides) != len(kernel) or any(s < 1 for s in strides):
+        raise ValueError(f"{name}: stride={stride!r} does not fit kernel {tuple(kernel)}")
+    if any(k < s for k, s in zip(kernel, strides, strict=True)):
+        raise ValueError(
+            f"{name}: a transposed convolution of kernel {tuple(kernel)} and stride "
+            f"{tuple(strides)} leaves outputs that no input reaches; make the kernel at least as "
+            "large as the stride"
+        )
+    return strides
+
+
+def _phases(strides: Sequence[int]) -> Iterator[Taps]:
+    """Taps that feed the same outputs."""
+    return itertools.product(*([slice(p, None, s) for p in range(s)] for s in strides))
+
+
+def _check(name: str, weight: Tensor, gain: float) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a tensor, got {type(weight).__name__}")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"{name}: weight has dtype {weight.dtype}; needs a real floating dtype")
+    if weight.is_meta:
+        raise ValueError(
+            f"{name}: weight of shape {tuple(weight.shape)} is on the meta device and has no "
+            "memory; call module.to_empty(device=...) first"
+        )
+    if weight.ndim < 2:
+        raise ValueError(
+            f"{name}: weight has shape {tuple(weight.shape)}; needs (out, in) or (out, in, *kernel)"
+        )
+    if not math.isfinite(gain):
+        raise ValueError(f"{name}: gain={gain} must be finite")

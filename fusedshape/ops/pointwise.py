@@ -1,0 +1,169 @@
+"""shaped_act and bias_act: checks, autograd, and the backward that all fused ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fusedshape import reference
+from fusedshape.ops.dispatch import Backend, Kernels, choose
+from fusedshape.spec import ActSpec
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor:
+    r"""Affine-transformed activation, y = γ(φ(αx + β) + δ), in one pass over memory.
+
+    Computed in float32 (float64 for float64) and rounded once. Backward needs one saved tensor: y
+    itself where φ′ is a function of φ, else x.
+
+    Args:
+        x: floating tensor of any shape; its strides are kept where it is dense.
+        spec: the constants.
+        backend: "auto", or one of "reference", "native", "triton" to insist on it.
+
+    Returns:
+        Tensor of x's shape and dtype.
+
+    Raises:
+        TypeError: x is not a float32, float64, bfloat16 or float16 tensor, or spec no ActSpec.
+        ValueError, RuntimeError: the backend named cannot run here.
+
+    Example:
+        >>> spec = ActSpec("leaky_relu", negative_slope=0.5, output_scale=2.0)
+        >>> shaped_act(torch.tensor([-1.0, 3.0]), spec)
+        tensor([-1.,  6.])
+    """
+    check_tensor("shaped_act", "x", x)
+    check_spec("shaped_act", spec)
+    kernels = choose(backend, x)
+    if transformed():
+        return reference.bias_act(x, None, spec, 0)
+    return BiasAct.apply(x, None, spec, 0, kernels)
+
+
+def bias_act(
+    x: Tensor, bias: Tensor | None, spec: ActSpec, *, dim: int = 1, backend: Backend = "auto"
+) -> Tensor:
+    r"""Bias and affine-transformed activation, y = γ(φ(α(x + b) + β) + δ), in one pass.
+
+    Backward writes the gradient of x and sums that of the bias in one pass too, deterministically.
+
+    Args:
+        x: floating tensor with the channels in dimension `dim`; its strides are kept where it is
+            dense, so channels_last stays channels_last.
+        bias: (channels,) on x's device; x's dtype or float32. None for no bias.
+        spec: the constants.
+        dim: the channel dimension, negative counts from the end.
+        backend: as in `shaped_act`.
+
+    Returns:
+        Tensor of x's shape and dtype.
+
+    Raises:
+        TypeError: dtypes that are not supported.
+        IndexError: `dim` is no dimension of x.
+        ValueError: bias of the wrong shape or on another device, or a backend that cannot run.
+        RuntimeError: the backend named is not built or not installed.
+
+    Example:
+        >>> spec = ActSpec("relu", output_scale=2.0)
+        >>> bias_act(torch.zeros(1, 2), torch.tensor([-1.0, 3.0]), spec)
+        tensor([[0., 6.]])
+    """
+    check_tensor("bias_act", "x", x)
+    check_spec("bias_act", spec)
+    if bias is None:
+        return shaped_act(x, spec, backend=backend)
+    if not -x.ndim <= dim < x.ndim:
+        raise IndexError(f"bias_act: dim={dim} is out of range for x of shape {tuple(x.shape)}")
+    dim %= x.ndim
+    check_bias("bias_act", bias, x, x.shape[dim], f"x has {x.shape[dim]} channels in dim {dim}")
+    kernels = choose(backend, x)
+    if transformed():
+        return reference.bias_act(x, bias, spec, dim)
+    return BiasAct.apply(x, bias, spec, dim, kernels)
+
+
+class BiasAct(torch.autograd.Function):
+    """bias_act with one saved tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int, kernels: Kernels
+    ) -> Tensor:
+        y = kernels.bias_act(x, bias, spec, dim)
+        remember(ctx, spec, dim, kernels)
+        ctx.save_for_backward(*((y, None) if spec.saves_output else (x, bias)))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, bias = ctx.saved_tensors
+        dx, dbias = act_grad(ctx, grads[0], saved, bias)
+        return dx if ctx.needs_input_grad[0] else None, dbias, None, None, None
+
+
+def remember(ctx: Any, spec: ActSpec, dim: int, kernels: Kernels) -> None:
+    """Keep on `ctx` what `act_grad` will ask for."""
+    ctx.spec = spec
+    ctx.dim = dim
+    ctx.kernels = kernels
+
+
+def act_grad(
+    ctx: Any, grad: Tensor, saved: Tensor, bias: Tensor | None, bias_index: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x + b and of the bias, for a Function that called `remember`.
+
+    Under create_graph they are plain differentiable torch operations; otherwise one fused pass.
+    """
+    need_bias = ctx.needs_input_grad[bias_index]
+    if torch.is_grad_enabled():
+        dx = reference.act_grad(grad, saved, bias, ctx.spec, ctx.dim)
+        dbias = reference.channel_sum(dx, ctx.dim) if need_bias else None
+    else:
+        dx, dbias = ctx.kernels.act_grad(grad, saved, bias, ctx.spec, ctx.dim, need_bias)
+    return dx, None if dbias is None else dbias.to(ctx.bias_dtype)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active, which Functions do not serve."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_tensor(op: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless x is a tensor of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} has dtype {x.dtype}; supported are float32, float64, bfloat16 and "
+            "float16: convert it with .to() first"
+        )
+
+
+def check_spec(op: str, spec: ActSpec) -> None:
+    """Raise TypeError unless spec is an ActSpec."""
+    if not isinstance(spec, ActSpec):
+        raise TypeError(f"{op}: spec must be an ActSpec, got {type(spec).__name__}")
+
+
+def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> None:
+    """Raise unless bias is a vector of `channels` numbers beside x."""
+    check_tensor(op, "bias", bias)
+    if bias.ndim != 1 or bias.shape[0] != channels:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, {why}; pass ({channels},)")
+    if bias.device != x.device:
+        raise ValueError(f"{op}: bias is on {bias.device}, x on {x.device}; move one of them")
+    if bias.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: bias has dtype {bias.dtype}, x {x.dtype}; make it {x.dtype} or float32"
+        )

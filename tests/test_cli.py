@@ -1,0 +1,107 @@
+"""The command line: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedshape import ActSpec, theory
+from fusedshape.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_constants(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "constants", "tat", "leaky_relu", "--depth", "49", "--json")
+    assert (code, err) == (0, "")
+    row = json.loads(out)
+    assert row.pop("method") == "TAT"
+    assert ActSpec.from_dict(row) == theory.solve("TAT", "leaky_relu", depth=49)
+    code, out, _ = run(capsys, "constants", "EOC", "relu")
+    assert code == 0
+    assert float(out.split("sigma_w")[1].split()[0]) == pytest.approx(2**0.5)
+
+
+def test_constants_from_a_users_wiring(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wiring.py").write_text("def chain(x, r):\n    return r(r(r(x)))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    argv = ("constants", "DKS", "tanh", "--json")
+    code, out, _ = run(capsys, *argv, "--subnet-max", "wiring:chain")
+    assert code == 0
+    _, chain, _ = run(capsys, *argv, "--depth", "3")
+    for name in ("input_scale", "input_shift", "output_scale", "output_shift"):
+        assert json.loads(out)[name] == pytest.approx(json.loads(chain)[name], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("constants", "TAT", "leaky_relu", "--depth", "5"), "reach"),
+        (("constants", "TAT", "reul", "--depth", "5"), "unknown activation 'reul'"),
+        (("constants", "EOC", "sigmoid"), "sigmoid"),
+        (("constants", "EOC", "relu", "--depth", "3"), "takes --sigma-b only"),
+        (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "belongs to EOC"),
+        (("convert", "nowhere"), "pkg.module:name"),
+        (("convert", "no_such_module:net"), "no_such_module"),
+        (("convert", "json:nothing"), "has no 'nothing'"),
+        (("convert", "builtins:dict"), "not an nn.Module"),
+        (("train", "missing.json"), "missing.json"),
+    ],
+)
+def test_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run(capsys, *argv)
+    assert code == 1
+    assert out == ""
+    assert err.startswith("fusedshape: error: ")
+    assert message in err
+
+
+def test_convert_says_what_it_would_do(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    layers = [m for _ in range(20) for m in (nn.Linear(8, 8), nn.ReLU())]\n"
+        "    return nn.Sequential(*layers, nn.Linear(8, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    code, out, err = run(capsys, "convert", "mine:net")
+    assert (code, err) == (0, "")
+    assert "20" in out
+    code, out, _ = run(capsys, "convert", "mine:net", "--json")
+    assert json.loads(out)
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "--json")
+    assert code == 0
+    row = json.loads(out)
+    assert row["torch"] == torch.__version__
+    assert row["cpu_tensors"] in ("native", "reference")
+    assert run(capsys, "info")[0] == 0
+
+
+def test_as_a_program() -> None:
+    program = [sys.executable, "-m", "fusedshape"]
+    done = subprocess.run([*program, "constants"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+    done = subprocess.run([*program, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "constants" in done.stdout

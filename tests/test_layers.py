@@ -1,0 +1,84 @@
+"""Imports go downward only, and importing the package is quiet and light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fusedshape
+
+PACKAGE = Path(fusedshape.__file__).parent
+# From the bottom up: a module may import from its own layer's package and from lower layers.
+LAYERS = [
+    {"activations"},
+    {"spec"},
+    {"reference", "native"},
+    {"kernels", "theory"},
+    {"ops"},
+    {"init", "machine"},
+    {"nn"},
+    {"convert"},
+    {"models"},
+    {"train"},
+    {"__init__"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported(path: Path) -> set[str]:
+    """First components, below fusedshape, of what a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "fusedshape":
+                names = [f"fusedshape.{alias.name}" for alias in node.names]
+            else:
+                names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "fusedshape":
+                first = rest.partition(".")[0]
+                found.add(first if first in RANK else "__init__")
+    return found
+
+
+def test_imports_go_downward() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 15
+    for path in files:
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        assert own in RANK, f"{path} has no layer: give it one in LAYERS and in ARCHITECTURE.md"
+        for name in imported(path) - {own}:
+            assert RANK[name] < RANK[own], f"{path} imports {name}, which stands above it"
+
+
+def test_architecture_names_every_module() -> None:
+    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text()
+    for path in PACKAGE.iterdir():
+        if path.suffix == ".py" and not path.name.startswith("__"):
+            assert path.name in text, f"ARCHITECTURE.md does not mention {path.name}"
+
+
+def test_import_is_quiet_and_light() -> None:
+    code = (
+        "import sys, torch; import fusedshape; "
+        "heavy = [m for m in ('triton', 'scipy', 'matplotlib', 'sklearn') if m in sys.modules]; "
+        "print(heavy, torch.cuda.is_initialized())"
+    )
+    # torch itself may have brought Triton in; what counts is what fusedshape adds.
+    base = "import sys, torch; print([m for m in ('triton',) if m in sys.modules])"
+    before, after = (
+        subprocess.run([sys.executable, "-W", "error", "-c", c], capture_output=True, text=True)
+        for c in (base, code)
+    )
+    assert after.returncode == 0, after.stderr
+    assert after.stderr == ""
+    assert after.stdout.split(" False")[0].strip() == before.stdout.strip()

@@ -1,0 +1,140 @@
+"""Modules: drop-ins for the plain ones in every way a training script can tell."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import shaped
+from torch import Tensor, nn
+
+from fusedshape import (
+    PerLocationNorm,
+    ShapedActivation,
+    ShapedConv1d,
+    ShapedConv2d,
+    ShapedConv3d,
+    ShapedLinear,
+    reference,
+)
+
+SPEC = shaped("softplus")
+PAIRS = [
+    (lambda: nn.Linear(4, 6), ShapedLinear, (5, 4)),
+    (lambda: nn.Conv1d(4, 6, 3, padding="same"), ShapedConv1d, (2, 4, 9)),
+    (lambda: nn.Conv2d(4, 6, 3, stride=2, bias=False), ShapedConv2d, (2, 4, 9, 9)),
+    (
+        lambda: nn.Conv2d(4, 4, 3, groups=4, padding_mode="circular", padding=1),
+        ShapedConv2d,
+        (4, 5, 5),
+    ),
+    (lambda: nn.Conv3d(4, 6, (1, 2, 3), dilation=2), ShapedConv3d, (1, 4, 5, 5, 5)),
+]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: c[1].__name__)
+def test_from_plain_shares_parameters_and_computes_the_same(case) -> None:  # type: ignore[no-untyped-def]
+    make, cls, shape = case
+    plain = make().double()
+    seen: list[Tensor] = []
+    plain.register_forward_hook(lambda module, args, out: seen.append(out))
+    twin = cls.from_plain(plain, SPEC)
+    assert isinstance(twin, type(plain))
+    assert dict(twin.named_parameters()) == dict(plain.named_parameters())
+    assert list(twin.state_dict()) == list(plain.state_dict())
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = reference.shaped_act(plain(x), SPEC)
+    torch.testing.assert_close(twin(x), want, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 2, "hooks come along"
+    plain.load_state_dict(twin.state_dict())
+    twin.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: c[1].__name__)
+def test_copies_and_pickles(case) -> None:  # type: ignore[no-untyped-def]
+    make, cls, shape = case
+    twin = cls.from_plain(make(), SPEC)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    buffer = io.BytesIO()
+    torch.save(twin, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(twin),
+        pickle.loads(pickle.dumps(twin)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert other.spec == SPEC
+        assert other.weight is not twin.weight
+        assert torch.equal(other(x), twin(x))
+
+
+def test_from_plain_takes_its_own_parent_only() -> None:
+    with pytest.raises(TypeError, match="needs a Conv2d, got Linear"):
+        ShapedConv2d.from_plain(nn.Linear(1, 1), SPEC)
+    twice = ShapedConv2d.from_plain(nn.Conv2d(1, 1, 1), SPEC)
+    with pytest.raises(TypeError, match="needs a Conv2d, got ShapedConv2d"):
+        ShapedConv2d.from_plain(twice, SPEC)
+
+
+def test_weights_start_as_the_constants_assume() -> None:
+    conv = ShapedConv2d(16, 32, 3, spec=SPEC)
+    assert conv.bias is not None
+    assert not conv.bias.any()
+    centre = conv.weight.detach()[:, :, 1, 1].double()
+    torch.testing.assert_close(centre.T @ centre, 2 * torch.eye(16).double(), rtol=1e-5, atol=1e-5)
+    assert conv.weight.count_nonzero() == centre.count_nonzero()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_net_trains(compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(
+        PerLocationNorm(),
+        ShapedConv2d(3, 8, 3, padding=1, spec=SPEC),
+        nn.Flatten(),
+        ShapedLinear(8 * 16, 8, spec=SPEC),
+        ShapedActivation(SPEC),
+        nn.Linear(8, 1),
+    )
+    run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
+    x, y = torch.randn(16, 2, 4, 4, generator=generator), torch.randn(16, 1, generator=generator)
+    losses = []
+    for _ in range(20):
+        loss = (run(x) - y).square().mean()
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("mode", ["one", "avg_q", "off"])
+def test_per_location_norm(mode: str) -> None:
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    y = PerLocationNorm(mode)(x)  # type: ignore[arg-type]
+    assert y.shape == (4, 3 + (mode != "off"), 5, 5)
+    torch.testing.assert_close(y.square().mean(1), torch.ones(4, 5, 5))
+    zero = PerLocationNorm(mode)(torch.zeros(1, 3, 2, 2, requires_grad=True))  # type: ignore[arg-type]
+    zero.sum().backward()
+    assert zero.isfinite().all()
+
+
+def test_per_location_norm_matches_dks() -> None:
+    pln = pytest.importorskip("dks.pytorch.data_preprocessing")
+    x = torch.randn(4, 5, 5, 3, generator=torch.Generator().manual_seed(0))
+    for mode in ("one", "avg_q"):
+        want = pln.per_location_normalization(x, homog_mode=mode, homog_scale=0.7)
+        got = PerLocationNorm(mode, 0.7)(x.movedim(-1, 1)).movedim(1, -1)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"homog_mode": "rms"}, "known:"), ({"homog_scale": 0}, "positive")]
+)
+def test_per_location_norm_refuses(kwargs, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        PerLocationNorm(**kwargs)

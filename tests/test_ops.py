@@ -1,0 +1,529 @@
+"""The public ops against float64 eager, on every backend to be had here."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKENDS, INTERPRET, SPECS, assert_as_good_as, shaped
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from fusedshape import ActSpec, native, reference
+from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LEAKY = shaped("leaky_relu")
+SWISH = shaped("swish")
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def leaf(*shape: int, seed: int = 0) -> Tensor:
+    return draw(*shape, seed=seed).requires_grad_()
+
+
+def eager_grads(f: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = f(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)
+def test_bias_act_against_float64(spec: ActSpec, dtype: torch.dtype, backend: str) -> None:
+    x = draw(2, 5, 3, 7, dtype=dtype).to(memory_format=torch.channels_last)
+    bias, grad = draw(5, dtype=dtype, seed=1), draw(2, 5, 3, 7, dtype=dtype, seed=2)
+    got = eager_grads(lambda x, b: bias_act(x, b, spec, backend=backend), grad, x, bias)
+    truth = reference.bias_act(x.double(), bias.double(), spec)
+    assert_as_good_as(got[0], reference.bias_act(x, bias, spec), truth)
+    saved = got[0] if spec.saves_output else x  # the truth of dx is that of what was saved
+    dx = reference.act_grad(grad.double(), saved.double(), bias.double(), spec, 1)
+    assert_as_good_as(got[1], reference.act_grad(grad, saved, bias, spec, 1), dx)
+    total = reference.channel_sum(got[1].double(), 1)
+    spread = dx.abs().sum((0, 2, 3)) * torch.finfo(dtype).eps
+    assert ((got[2].double() - total).abs() <= 2 * spread + 1e-6 * total.abs()).all()
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    assert got[1].stride() == x.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)
+def test_gradcheck_and_gradgradcheck(spec: ActSpec, backend: str) -> None:
+    if backend == "triton" and spec.activation not in ("leaky_relu", "softplus", "swish"):
+        pytest.skip("the interpreter is slow; these three take every path")
+    x, bias = leaf(2, 3, 2), leaf(3, seed=1)
+
+    def f(x: Tensor, b: Tensor) -> Tensor:
+        return bias_act(x, b, spec, backend=backend)
+
+    assert gradcheck(f, (x, bias))
+    assert gradgradcheck(f, (x, bias))
+
+
+CONVS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((2, 4, 9), (6, 4, 3), {"padding": "same"}),
+    ((2, 4, 9), (6, 4, 4), {"padding": "same", "dilation": 1}),
+    ((2, 4, 7, 6), (6, 4, 3, 3), {"padding": 1, "stride": 2}),
+    ((2, 4, 7, 6), (6, 2, 3, 2), {"padding": (2, 0), "groups": 2, "dilation": (1, 2)}),
+    ((2, 4, 5, 5), (8, 1, 3, 3), {"padding": 1, "groups": 4, "padding_mode": "circular"}),
+    ((2, 4, 5, 5), (3, 4, 3, 3), {"padding": "same", "padding_mode": "reflect"}),
+    ((2, 4, 5, 5), (3, 4, 4, 2), {"padding": "same", "padding_mode": "replicate"}),
+    ((1, 2, 4, 4, 3), (3, 2, 3, 1, 3), {"padding": (1, 0, 1), "stride": (1, 2, 1)}),
+    ((4, 7, 6), (6, 4, 1, 1), {}),
+]
+
+
+def module_conv(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
+    """torch's own nn.ConvNd as the oracle for padding in all its forms."""
+    n = weight.ndim - 2
+    cls = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[n - 1]
+    groups = geometry.get("groups", 1)
+    out, per_group, *kernel = weight.shape
+    module = cls(per_group * groups, out, tuple(kernel), bias=bias is not None, **geometry)
+    named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return torch.func.functional_call(module.to(weight.dtype), named, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+@pytest.mark.parametrize("case", CONVS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
+def test_conv_act_against_torch(case: tuple[Any, ...], spec: ActSpec, backend: str) -> None:
+    x_shape, w_shape, geometry = case
+    x, weight, bias = draw(*x_shape), draw(*w_shape, seed=1), draw(w_shape[0], seed=2)
+    dim = 1 if len(x_shape) == len(w_shape) else 0
+
+    def plain(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return reference.bias_act(module_conv(x, w, b, **geometry), None, spec, dim)
+
+    def fused(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return conv_act(x, w, b, spec, backend=backend, **geometry)
+
+    grad = draw(*plain(x, weight, bias).shape, seed=3)
+    got = eager_grads(fused, grad, x, weight, bias)
+    want = eager_grads(plain, grad, x, weight, bias)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-11)
+    leaves = [t.requires_grad_() for t in (x[..., :4], weight, bias)]
+    if backend != "triton" and x[..., :4].shape[-1] >= w_shape[-1]:
+        assert gradgradcheck(fused, [t.detach().requires_grad_() for t in leaves])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)], ids=str)
+def test_linear_act_against_torch(shape: tuple[int, ...], spec: ActSpec, backend: str) -> None:
+    x, weight, bias = draw(*shape), draw(4, 5, seed=1), draw(4, seed=2)
+    grad = draw(*shape[:-1], 4, seed=3)
+    got = eager_grads(
+        lambda x, w, b: linear_act(x, w, b, spec, backend=backend), grad, x, weight, bias
+    )
+    want = eager_grads(
+        lambda x, w, b: reference.bias_act(F.linear(x, w, b), None, spec), grad, x, weight, bias
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_act_gradgradcheck() -> None:
+    for spec in (LEAKY, SWISH):
+        inputs = (leaf(2, 3), leaf(4, 3, seed=1), leaf(4, seed=2))
+        assert gradgradcheck(lambda *a, s=spec: linear_act(*a, s), inputs)
+
+
+@pytest.mark.parametrize("needs", [n for n in itertools.product([0, 1], repeat=3) if any(n)])
+def test_gradients_only_where_asked(needs: tuple[int, ...]) -> None:
+    inputs = [draw(2, 3, 5, 5), draw(4, 3, 3, 3, seed=1), draw(4, seed=2)]
+    for x, need in zip(inputs, needs, strict=True):
+        x.requires_grad_(bool(need))
+    for spec in (LEAKY, SWISH):
+        conv_act(*inputs, spec).sum().backward()
+        for x, need in zip(inputs, needs, strict=True):
+            assert (x.grad is not None) == bool(need)
+            x.grad = None
+
+
+def saved_tensors(f: Callable[[], Tensor], *known: Tensor) -> int:
+    """How many tensors autograd keeps for f's backward, not counting `known` ones."""
+    kept: dict[int, Tensor] = {}
+    pointers = {t.data_ptr() for t in known}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.data_ptr() not in pointers:
+            kept[t.data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
+    assert out.requires_grad
+    return len(kept)
+
+
+def test_one_activation_is_saved_a_layer() -> None:
+    weights = [leaf(4, 4, 3, 3, seed=i) for i in range(3)]
+    bias, x = leaf(4), leaf(2, 4, 6, 6)
+
+    def fused(spec: ActSpec) -> Tensor:
+        y = x
+        for w in weights:
+            y = conv_act(y, w, bias, spec, padding=1)
+        return y
+
+    def eager() -> Tensor:
+        y = x
+        for w in weights:
+            y = 1.9 * F.softplus(F.conv2d(y, w, bias, padding=1))
+        return y
+
+    assert saved_tensors(lambda: fused(shaped("softplus")), x, bias, *weights) == 3
+    assert saved_tensors(lambda: fused(SWISH), x, bias, *weights) == 5
+    assert saved_tensors(eager, x, bias, *weights) >= 5
+
+
+def test_saved_tensors_are_freed() -> None:
+    y = shaped_act(leaf(4), LEAKY)
+    gone = weakref.ref(y)
+    del y
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_follow_the_input(backend: str) -> None:
+    base = draw(4, 6, 8)
+    dense = [base, base.permute(2, 0, 1), base.transpose(0, 1)]
+    for x in dense:
+        y = bias_act(x, draw(x.shape[1]), LEAKY, backend=backend)
+        assert y.stride() == x.stride()
+    for x in (base[:, ::2], base[..., 1:], base[:1].expand(3, 6, 8), base[:, :0], base[:, :, 0]):
+        x = x.detach().requires_grad_()
+        y = bias_act(x, draw(x.shape[1]), LEAKY, backend=backend)
+        want = reference.bias_act(x, draw(x.shape[1]), LEAKY)
+        torch.testing.assert_close(y, want, rtol=1e-13, atol=1e-13)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        (want_dx,) = torch.autograd.grad(want.sum(), x)
+        torch.testing.assert_close(dx, want_dx, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_input_is_never_written(backend: str) -> None:
+    x, weight = draw(2, 3, 4, 4), draw(3, 3, 1, 1, seed=1)
+    before = x.clone()
+    grad = torch.ones(())
+    for y in (
+        shaped_act(x.requires_grad_(), LEAKY, backend=backend),
+        conv_act(x, weight, None, LEAKY, backend=backend),
+    ):
+        total = y.sum()
+        total.backward(grad)
+    assert torch.equal(x.detach(), before)
+    assert grad.item() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name", ["relu", "leaky_relu", "tanh", "softplus", "selu", "gelu", "square"]
+)
+def test_non_finite_numbers_pass_as_in_torch(name: str, backend: str) -> None:
+    spec = shaped(name)
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e30, -1e30])
+    got = shaped_act(x, spec, backend=backend)
+    want = reference.shaped_act(x.double(), spec).float()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_zero_dimensional_and_empty() -> None:
+    assert shaped_act(torch.tensor(2.0), ActSpec("relu")).item() == 2
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    weight = torch.zeros(5, 3, 3, 3, requires_grad=True)
+    y = conv_act(x, weight, None, LEAKY)
+    assert y.shape == (0, 5, 2, 2)
+    y.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+OP_CASES = [
+    (draw(2, 3, 4, dtype=torch.float32), draw(3, dtype=torch.float32), 1),
+    (draw(2, 3, 4, dtype=torch.bfloat16).transpose(1, 2), draw(4, dtype=torch.float32), 1),
+    (draw(2, 3, 8, dtype=torch.float32)[..., ::2], None, 2),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+@pytest.mark.parametrize("case", OP_CASES, ids=lambda c: f"{tuple(c[0].shape)}-{c[0].dtype}")
+def test_opcheck(case: tuple[Tensor, Tensor | None, int], spec: ActSpec, backend: str) -> None:
+    x, bias, dim = case
+    ops = torch.ops.fusedshape
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    args = (x, bias, dim, *spec.kernel_args)
+    torch.library.opcheck(getattr(ops, f"{backend}_bias_act").default, args, test_utils=checks)
+    dense = (x.contiguous(), *args[1:])
+    torch.library.opcheck(getattr(ops, f"{backend}_bias_act_").default, dense, test_utils=checks)
+    for bias_grad in (True, False):
+        grad = torch.ones(()).to(x.dtype).expand(x.shape)
+        grad_args = (grad, *dense, spec.saves_output, bias_grad)
+        op = getattr(ops, f"{backend}_act_grad").default
+        torch.library.opcheck(op, grad_args, test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+def test_fullgraph_compile(spec: ActSpec, backend: str) -> None:
+    def f(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        y = conv_act(x, w, b, spec, padding="same", backend=backend)
+        return shaped_act(linear_act(y.mean((2, 3)), v, None, spec, backend=backend), spec)
+
+    inputs = draw(2, 3, 5, 5), draw(4, 3, 3, 3, seed=1), draw(4, seed=2), draw(6, 4, seed=3)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    grad = draw(2, 6, seed=4)
+    got, want = eager_grads(compiled, grad, *inputs), eager_grads(f, grad, *inputs)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="needs the compiler that inductor needs")
+def test_inductor() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return conv_act(x, w, None, LEAKY, padding=1).relu()
+
+    x, w = draw(2, 3, 5, 5, dtype=torch.float32), draw(4, 3, 3, 3, dtype=torch.float32, seed=1)
+    grad = draw(2, 4, 5, 5, dtype=torch.float32, seed=2)
+    got, want = (eager_grads(g, grad, x, w) for g in (torch.compile(f, fullgraph=True), f))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_func_transforms() -> None:
+    x, w, b = draw(5, 2, 3, 4, 4), draw(4, 3, 3, 3, seed=1), draw(4, seed=2)
+
+    def f(x: Tensor) -> Tensor:
+        return conv_act(x, w, b, LEAKY, padding=1)
+
+    torch.testing.assert_close(torch.func.vmap(f)(x), torch.stack([f(each) for each in x]))
+    _, tangent = torch.func.jvp(f, (x[0],), (draw(2, 3, 4, 4, seed=3),))
+    assert tangent.shape == (2, 4, 4, 4)
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        return linear_act(x, w, None, SWISH).square().sum()
+
+    v, rows = draw(4, 6), draw(5, 6, seed=1)
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(v, rows)
+    leaf_v = v.clone().requires_grad_()
+    (total,) = torch.autograd.grad(loss(leaf_v, rows), leaf_v)
+    torch.testing.assert_close(per_sample.sum(0), total)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(rows, torch.ones_like(rows))
+        out = forward_ad.unpack_dual(shaped_act(dual, SWISH))
+    torch.testing.assert_close(
+        out.tangent, reference.act_grad(torch.ones_like(rows), rows, None, SWISH, 1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    x = draw(2, 3, 5, 5, dtype=torch.float32).requires_grad_()
+    w = draw(4, 3, 3, 3, dtype=torch.float32, seed=1).requires_grad_()
+    b = draw(4, dtype=torch.float32, seed=2).requires_grad_()
+    v = draw(6, 4, dtype=torch.float32, seed=3).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = conv_act(x, w, b, LEAKY, padding=1)
+        z = linear_act(y.mean((2, 3)), v, None, LEAKY)
+        a = shaped_act(z, LEAKY)
+    assert (y.dtype, z.dtype, a.dtype) == (dtype,) * 3
+    truth = reference.conv_act(*(t.double() for t in (x, w, b)), LEAKY, [1, 1], [1, 1], [1, 1], 1)
+    scale = truth.abs().amax()
+    assert (y - truth).abs().amax() <= 4 * torch.finfo(dtype).eps * scale
+    a.sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in (x, w, b, v))
+
+
+def test_hooks_checkpoint_and_copies() -> None:
+    x = leaf(2, 3)
+    seen: list[Tensor] = []
+    y = shaped_act(x, LEAKY)
+    y.register_hook(lambda g: seen.append(g) or 2 * g)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, 2 * torch.autograd.grad(shaped_act(x, LEAKY).sum(), x)[0])
+    assert len(seen) == 1
+    run = lambda x: shaped_act(shaped_act(x, SWISH), LEAKY)  # noqa: E731
+    y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), x), torch.autograd.grad(run(x).sum(), x)
+    )
+    assert copy.deepcopy(LEAKY) == LEAKY
+
+
+def test_writing_on_the_output_is_noticed() -> None:
+    y = shaped_act(leaf(3), LEAKY)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_inference_and_no_grad() -> None:
+    x, w = draw(2, 3, 4, 4), draw(3, 3, 1, 1)
+    want = conv_act(x, w, None, LEAKY)
+    with torch.inference_mode():
+        inside = x.clone()
+        assert torch.equal(conv_act(inside, w, None, LEAKY), want)
+    assert torch.equal(conv_act(inside, w, None, LEAKY), want)
+    with pytest.raises(RuntimeError, match=r"(?i)inference tensor"):
+        conv_act(inside, w.requires_grad_(), None, LEAKY)
+
+
+def test_meta_and_fake_tensors() -> None:
+    x = torch.empty(2, 3, 8, 8, device="meta").to(memory_format=torch.channels_last)
+    w = torch.empty(4, 3, 3, 3, device="meta", requires_grad=True)
+    y = conv_act(x, w, None, LEAKY, stride=2)
+    y.sum().backward()
+    assert y.shape == (2, 4, 3, 3)
+    assert w.grad is not None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2**17, 3, 80, 80)
+        y = shaped_act(x, LEAKY)
+        assert y.shape == x.shape
+        assert y.stride() == x.stride()
+
+
+BAD: list[tuple[type[Exception], str, Callable[[], object]]] = [
+    (TypeError, "int64", lambda: shaped_act(torch.ones(2, dtype=torch.int64), LEAKY)),
+    (TypeError, "complex64", lambda: shaped_act(torch.ones(2, dtype=torch.complex64), LEAKY)),
+    (TypeError, "list", lambda: shaped_act([1.0], LEAKY)),
+    (TypeError, "must be an ActSpec", lambda: shaped_act(torch.ones(2), "tanh")),
+    (
+        ValueError,
+        "unknown backend 'cuda'",
+        lambda: shaped_act(torch.ones(2), LEAKY, backend="cuda"),
+    ),
+    (IndexError, "dim=3", lambda: bias_act(torch.ones(2, 3), torch.ones(3), LEAKY, dim=3)),
+    (ValueError, "pass \\(3,\\)", lambda: bias_act(torch.ones(2, 3), torch.ones(2), LEAKY)),
+    (
+        ValueError,
+        "on meta",
+        lambda: bias_act(torch.ones(2, 3), torch.ones(3, device="meta"), LEAKY),
+    ),
+    (TypeError, "float64", lambda: bias_act(torch.ones(2, 3), torch.ones(3).double(), LEAKY)),
+    (
+        ValueError,
+        "weight has 64 input channels per group, input has 48 and groups=1",
+        lambda: conv_act(torch.ones(1, 48, 4, 4), torch.ones(8, 64, 1, 1), None, LEAKY),
+    ),
+    (
+        ValueError,
+        "groups=3",
+        lambda: conv_act(torch.ones(1, 6, 4, 4), torch.ones(8, 2, 1, 1), None, LEAKY, groups=3),
+    ),
+    (
+        ValueError,
+        "reaches over 5",
+        lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 5, 1), None, LEAKY),
+    ),
+    (
+        ValueError,
+        "stride=0",
+        lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, stride=0),
+    ),
+    (
+        ValueError,
+        "padding=-1",
+        lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, padding=-1),
+    ),
+    (
+        ValueError,
+        "needs stride 1",
+        lambda: conv_act(
+            torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, stride=2, padding="same"
+        ),
+    ),
+    (
+        ValueError,
+        "padding_mode='wrap'",
+        lambda: conv_act(
+            torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, padding_mode="wrap"
+        ),
+    ),
+    (
+        TypeError,
+        "weight has dtype torch.float64",
+        lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1).double(), None, LEAKY),
+    ),
+    (ValueError, "must be 5", lambda: linear_act(torch.ones(2, 4), torch.ones(3, 5), None, LEAKY)),
+    (ValueError, "2 dimensions", lambda: linear_act(torch.ones(4), torch.ones(4), None, LEAKY)),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda c: c[1])
+def test_bad_input_is_refused(case: tuple[type[Exception], str, Callable[[], object]]) -> None:
+    error, message, call = case
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter serves CPU tensors")
+def test_an_explicit_backend_never_falls_back() -> None:
+    with pytest.raises(ValueError, match="serves CUDA tensors, got one on cpu"):
+        shaped_act(torch.ones(2), LEAKY, backend="triton")
+    with pytest.raises(ValueError, match="serves CPU tensors, got one on meta"):
+        shaped_act(torch.ones(2, device="meta"), LEAKY, backend="native")
+
+
+@st.composite
+def conv_calls(draw_: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+    """Calls of any kind, most of them with something wrong."""
+    n = draw_(st.integers(1, 3))
+    small = st.integers(0, 4)
+    x_shape = draw_(st.lists(small, min_size=n + 1, max_size=n + 3))
+    w_shape = draw_(st.lists(small, min_size=n + 2, max_size=n + 2))
+    if draw_(st.booleans()) and len(x_shape) > n + 1:
+        x_shape[1] = w_shape[1]
+    dtype = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.int32])
+    bias = draw_(st.sampled_from([None, w_shape[0], 3]))
+    step = st.integers(-1, 3) | st.lists(st.integers(1, 2), min_size=1, max_size=3)
+    geometry = {
+        "stride": draw_(step),
+        "padding": draw_(step | st.sampled_from(["same", "valid", "full"])),
+        "dilation": draw_(step),
+        "groups": draw_(st.integers(0, 2)),
+    }
+    x = torch.ones(x_shape, dtype=draw_(dtype))
+    if draw_(st.booleans()) and x.ndim >= 2:
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    weight = torch.ones(w_shape, dtype=draw_(dtype))
+    return x, weight, None if bias is None else torch.ones(bias), geometry
+
+
+@settings(max_examples=300, deadline=None)
+@given(conv_calls())
+def test_conv_act_is_right_or_refuses(call: tuple[Tensor, Tensor, Tensor | None, Any]) -> None:
+    x, weight, bias, geometry = call
+    try:
+        got = conv_act(x, weight, bias, LEAKY, **geometry)
+    except (ValueError, TypeError) as error:
+        if not str(error).startswith("conv_act: "):
+            raise
+        return
+    f = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    z = f(x.double(), weight.double(), None if bias is None else bias.double(), **geometry)
+    want = reference.bias_act(z, None, LEAKY, 0)
+    assert got.shape == want.shape
+    eps = torch.finfo(x.dtype).eps
+    assert torch.allclose(got.double(), want, rtol=4 * eps, atol=4 * eps * 32)
