@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
     build = add("build", _build, "compile the CPU kernels for this machine")
     build.add_argument("--force", action="store_true", help="compile even what is up to date")
-    build.add_argument("--optional", action="store_true", help="without a compiler, say so and go on")
+    build.add_argument(
+        "--optional", action="store_true", help="without a compiler, say so and go on"
+    )
     build.add_argument("--verbose", action="store_true", help="show the compiler's command")
 
     info = add("info", _info, "say what is installed, built and chosen on this machine")

@@ -12,7 +12,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
-Taps = tuple[slice, ...]
+Taps = tuple[slice, ...]  # one slice per spatial dimension
+_ALL = slice(None)
 
 
 def suo_(
@@ -70,7 +71,7 @@ def suo_(
         for matrices in _groups("suo_", weight, groups, transposed):
             out, fan_in = matrices.shape[:2]
             w = _haar(out, fan_in, weight, generator) * (gain * max(math.sqrt(out / fan_in), 1.0))
-            matrices[(..., *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+            matrices[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
     return weight
 
 
@@ -117,7 +118,7 @@ def suo_full_(
     with torch.no_grad():
         for matrices in _groups("suo_full_", weight, groups, transposed):
             for taps in _phases(strides):
-                part = matrices[(..., *taps)]
+                part = matrices[(_ALL, _ALL, *taps)]
                 out, fan_in = part.shape[0], part[0].numel()
                 scale = gain * max(math.sqrt(out / fan_in), 1.0)
                 part.copy_((_haar(out, fan_in, weight, generator) * scale).reshape(part.shape))
@@ -166,7 +167,7 @@ def delta_orthogonal_(
         for matrices in _groups("delta_orthogonal_", weight, groups, transposed):
             out, fan_in = matrices.shape[:2]
             w = _haar(out, fan_in, weight, generator) * gain
-            matrices[(..., *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+            matrices[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
     return weight
 
 
@@ -209,7 +210,7 @@ def gaussian_(
     with torch.no_grad():
         for matrices in _groups("gaussian_", weight, groups, transposed):
             for taps in _phases(strides):
-                part = matrices[(..., *taps)]
+                part = matrices[(_ALL, _ALL, *taps)]
                 noise = _normal(part.shape, weight, generator)
                 part.copy_(noise * (gain / math.sqrt(part[0].numel())))
     return weight
@@ -262,7 +263,8 @@ def init_module_(
             f"init_module_: the weight of this {type(module).__name__} has no shape yet; run the "
             "model once before initialising it"
         )
-    groups, transposed, stride = 1, False, (1,)
+    groups, transposed = 1, False
+    stride: tuple[int, ...] = (1,)
     if isinstance(module, _ConvNd):
         groups = module.groups
     if isinstance(module, _ConvTransposeNd):

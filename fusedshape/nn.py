@@ -76,9 +76,13 @@ class _Shaped:
         return twin
 
     def reset_parameters(self) -> None:
-        """Draw weights as the constants assume them: scaled uniform orthogonal, biases zero."""
+        """Draw weights as the constants assume them: scaled uniform orthogonal, biases zero.
+
+        Convolutions take the Delta form, but for even kernels, which have no centre.
+        """
         assert isinstance(self, nn.Module)
-        init_module_(self)
+        even = any(k % 2 == 0 for k in getattr(self, "kernel_size", ()))
+        init_module_(self, "suo_full" if even else "suo")
 
     def extra_repr(self) -> str:
         """The plain layer's, and the constants."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedshape.activations import get_activation
 from fusedshape.spec import ActSpec
 
 
@@ -34,7 +35,7 @@ def _with_bias(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
 def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Tensor:
     """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once."""
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
-    v = spec.row.value(u, spec.negative_slope)
+    v = get_activation(spec.activation).value(u, spec.negative_slope)
     return (spec.output_scale * (v + spec.output_shift)).to(x.dtype)
 
 
@@ -57,13 +58,13 @@ def act_grad(grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec, di
         Tensor of grad's dtype, with saved's shape and strides.
     """
     if spec.saves_output:
-        from_output = spec.row.d1_from_output
+        from_output = get_activation(spec.activation).d1_from_output
         assert from_output is not None
         v = saved.to(opmath_dtype(saved.dtype)) * (1 / spec.output_scale) - spec.output_shift
         slope = from_output(v, spec.negative_slope)
     else:
         u = spec.input_scale * _with_bias(saved, bias, dim) + spec.input_shift
-        slope = spec.row.d1(u, spec.negative_slope)
+        slope = get_activation(spec.activation).d1(u, spec.negative_slope)
     # slope first, so that the result takes the strides of what was saved, not the gradient's
     return (slope * (spec.input_scale * spec.output_scale) * grad.to(slope.dtype)).to(grad.dtype)
 

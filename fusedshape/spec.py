@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
 
 from fusedshape.activations import Activation, get_activation
 
@@ -74,6 +76,7 @@ class ActSpec:
         flat = row.name == "relu" or (row.has_slope and self.negative_slope == 0)
         readable = self.negative_slope >= 0 and not (flat and self.output_shift != 0)
         object.__setattr__(self, "saves_output", row.saves == "output" and readable)
+        object.__setattr__(self, "text", json.dumps([self.activation, *self.kernel_args[1:]]))
 
     #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale) for kernels.
     kernel_args: tuple[int, float, float, float, float, float] = field(
@@ -81,6 +84,8 @@ class ActSpec:
     )
     #: Whether backward works from the output; if not, it needs the input.
     saves_output: bool = field(init=False, repr=False, compare=False)
+    #: The constants as a string, exact; see `static`.
+    text: str = field(init=False, repr=False, compare=False)
 
     @property
     def row(self) -> Activation:
@@ -100,7 +105,7 @@ class ActSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of the constructor's arguments."""
-        return {k: v for k, v in asdict(self).items() if k not in ("kernel_args", "saves_output")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ActSpec:
@@ -130,6 +135,21 @@ class ActSpec:
         if not isinstance(data, dict):
             raise ValueError(f"ActSpec: expected a JSON object, got {text!r:.80}")
         return cls.from_dict(data)
+
+
+def static(spec: ActSpec) -> ActSpec:
+    """The same spec, in a form that torch.compile holds constant.
+
+    Dynamo makes an input of every float that it has seen with two values, and its autograd.Function
+    support fails on those. A string it compares and keeps, so the spec is rebuilt from one.
+    """
+    return _from_text(spec.text) if torch.compiler.is_compiling() else spec
+
+
+@torch.compiler.assume_constant_result
+def _from_text(text: str) -> ActSpec:
+    activation, *numbers = json.loads(text)
+    return ActSpec(activation, **dict(zip(CONSTANTS, numbers, strict=True)))
 
 
 CONSTANTS = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")

@@ -65,7 +65,7 @@ def conv_act(
         >>> conv_act(x, weight, torch.tensor([1.0]), spec, padding="same")[0, 0, 0]
         tensor([10., 14., 14., 10.])
     """
-    check_spec("conv_act", spec)
+    spec = check_spec("conv_act", spec)
     x, weight = match("conv_act", x, weight, bias)
     n = weight.ndim - 2
     if not 1 <= n <= 3:

@@ -55,7 +55,7 @@ def linear_act(
         >>> linear_act(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([1.0]), spec)
         tensor([[8.]])
     """
-    check_spec("linear_act", spec)
+    spec = check_spec("linear_act", spec)
     x, weight = match("linear_act", x, weight, bias)
     if weight.ndim != 2:
         raise ValueError(f"linear_act: weight must have 2 dimensions, got {tuple(weight.shape)}")

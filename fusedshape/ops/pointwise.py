@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fusedshape import reference
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, static
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,7 +39,7 @@ def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor
         tensor([-1.,  6.])
     """
     check_tensor("shaped_act", "x", x)
-    check_spec("shaped_act", spec)
+    spec = check_spec("shaped_act", spec)
     kernels = choose(backend, x)
     if transformed():
         return reference.bias_act(x, None, spec, 0)
@@ -76,7 +76,7 @@ def bias_act(
         tensor([[0., 6.]])
     """
     check_tensor("bias_act", "x", x)
-    check_spec("bias_act", spec)
+    spec = check_spec("bias_act", spec)
     if bias is None:
         return shaped_act(x, spec, backend=backend)
     if not -x.ndim <= dim < x.ndim:
@@ -150,10 +150,11 @@ def check_tensor(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def check_spec(op: str, spec: ActSpec) -> None:
-    """Raise TypeError unless spec is an ActSpec."""
+def check_spec(op: str, spec: ActSpec) -> ActSpec:
+    """Raise TypeError unless spec is an ActSpec; return it, constant under torch.compile."""
     if not isinstance(spec, ActSpec):
         raise TypeError(f"{op}: spec must be an ActSpec, got {type(spec).__name__}")
+    return static(spec)
 
 
 def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> None:

@@ -1,0 +1,293 @@
+// What torch sees: the native_* ops of fusedshape/ops/schema.py for CPU tensors, on the stable ABI.
+//
+// Checks arguments, finds out how tensors lie in memory, allocates results.
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "phi.h"
+
+namespace fusedshape {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+std::string shape_of(const Tensor& x) {
+  std::string text = "(";
+  for (const int64_t size : x.sizes()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + ")";
+}
+
+// Whether the elements fill one stretch of memory, each number once.
+bool is_dense(const Tensor& x) {
+  if (x.is_contiguous()) {
+    return true;
+  }
+  const auto sizes = x.sizes(), strides = x.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1) {
+      dims.emplace_back(strides[d], sizes[d]);
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) {
+      return false;
+    }
+    expected *= size;
+  }
+  return true;
+}
+
+bool same_order(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && x[d] != y[d]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Calls of ops by name look them up each time; this one costs half as much.
+Tensor empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      ndim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
+}
+
+// torch.empty_like, whose strides the fakes promise.
+Tensor empty_like(const Tensor& x, bool dense) {
+  if (!dense || x.numel() == 0) {
+    return torch::stable::empty_like(x);
+  }
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype);
+}
+
+// A copy of x that lies in memory as empty_like(shape) does. Outside autograd: a caller's x may
+// require a gradient, which copy_ would hand on as if this op were the identity.
+Tensor copy_like(const Tensor& x, const Tensor& shape, bool dense) {
+  const Tensor y = empty_like(shape, dense);
+  const bool grad_mode = aoti_torch_grad_mode_is_enabled();
+  aoti_torch_grad_mode_set_enabled(false);
+  const AOTITorchError error = aoti_torch_copy_(y.get(), x.get(), 0);
+  aoti_torch_grad_mode_set_enabled(grad_mode);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return y;
+}
+
+void check_x(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, " must be a CPU tensor");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
+                      type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  op, ": ", name, " has dtype ", toString(type),
+                  "; supported are Float, Double, BFloat16 and Half");
+}
+
+void check_activation(const char* op, int64_t activation) {
+  STD_TORCH_CHECK(0 <= activation && activation < kActivations, op, ": activation=", activation,
+                  " is not known; ids run from 0 to ", kActivations - 1);
+}
+
+// Where the channels of x lie. Without bias and sum there is one channel, and `dim` means nothing.
+Layout layout_of(const char* op, const Tensor& x, const MaybeTensor& bias, int64_t dim,
+                 bool channels) {
+  if (!bias && !channels) {
+    return {x.numel(), 1, x.numel()};
+  }
+  const int64_t ndim = x.dim();
+  STD_TORCH_CHECK(-ndim <= dim && dim < ndim, op, ": dim=", dim,
+                  " is out of range for a tensor of shape ", shape_of(x));
+  dim += dim < 0 ? ndim : 0;
+  const int64_t size = x.size(dim);
+  if (bias) {
+    STD_TORCH_CHECK(bias->is_cpu(), op, ": bias must be a CPU tensor");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == size, op, ": bias has shape ",
+                    shape_of(*bias), "; must be (", size, ",) for x of shape ", shape_of(x),
+                    " and dim=", dim);
+    const ScalarType type = bias->scalar_type();
+    STD_TORCH_CHECK(type == x.scalar_type() || type == ScalarType::Float, op, ": bias has dtype ",
+                    toString(type), ", x ", toString(x.scalar_type()),
+                    "; must be the same or Float");
+  }
+  return {x.numel(), size, size == 1 ? x.numel() : x.stride(dim)};
+}
+
+// The numbers of a vector as A: where they lie, or converted into `memory`.
+template <class T, class A>
+const A* numbers_of(const Tensor& x, std::vector<A>& memory) {
+  const T* data = static_cast<const T*>(x.const_data_ptr());
+  const int64_t n = x.numel(), stride = x.stride(0);
+  if constexpr (std::is_same_v<T, A>) {
+    if (stride == 1) {
+      return data;
+    }
+  }
+  memory.resize(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (std::is_same_v<T, A>) {
+      memory[i] = data[i * stride];
+    } else {
+      load(data + i * stride, &memory[i], 1);
+    }
+  }
+  return memory.data();
+}
+
+// A bias has x's dtype or float32.
+template <class T>
+class Bias {
+ public:
+  using A = typename Opmath<T>::type;
+
+  explicit Bias(const MaybeTensor& x) {
+    if (x) {
+      data_ = x->scalar_type() == ScalarType::Float ? numbers_of<float>(*x, memory_)
+                                                    : numbers_of<T>(*x, memory_);
+    }
+  }
+
+  const A* data() const { return data_; }
+
+ private:
+  std::vector<A> memory_;
+  const A* data_ = nullptr;
+};
+
+// f(T{}) for the C++ type of a dtype that passed check_x.
+template <class F>
+void with_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: return f(Float16{});
+  }
+}
+
+template <class A>
+Constants<A> constants_of(double slope, double input_scale, double input_shift,
+                          double output_shift, double output_scale) {
+  return {A(slope), A(input_scale), A(input_shift), A(output_shift), A(output_scale)};
+}
+
+// x and y lie in memory alike.
+void run_bias_act(const char* op, const Tensor& x, const Tensor& y, const MaybeTensor& bias,
+                  int64_t dim, int64_t activation, double slope, double input_scale,
+                  double input_shift, double output_shift, double output_scale) {
+  const Layout layout = layout_of(op, y, bias, dim, false);
+  if (layout.numel == 0) {
+    return;
+  }
+  with_type(y.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = typename Opmath<T>::type;
+    const Bias<T> b(bias);
+    bias_act<T>(static_cast<const T*>(x.const_data_ptr()), b.data(),
+                static_cast<T*>(y.mutable_data_ptr()), layout, activation,
+                constants_of<A>(slope, input_scale, input_shift, output_shift, output_scale));
+  });
+}
+
+Tensor native_bias_act(Tensor x, MaybeTensor bias, int64_t dim, int64_t activation, double slope,
+                       double input_scale, double input_shift, double output_shift,
+                       double output_scale) {
+  const char* op = "native_bias_act";
+  check_x(op, "x", x);
+  check_activation(op, activation);
+  const bool dense = is_dense(x);
+  const Tensor y = dense ? empty_like(x, true) : copy_like(x, x, false);
+  run_bias_act(op, dense ? x : y, y, bias, dim, activation, slope, input_scale, input_shift,
+               output_shift, output_scale);
+  return y;
+}
+
+void native_bias_act_(Tensor x, MaybeTensor bias, int64_t dim, int64_t activation, double slope,
+                      double input_scale, double input_shift, double output_shift,
+                      double output_scale) {
+  const char* op = "native_bias_act_";
+  check_x(op, "x", x);
+  check_activation(op, activation);
+  STD_TORCH_CHECK(is_dense(x), op, ": x of shape ", shape_of(x),
+                  " has gaps or overlaps in memory; use native_bias_act");
+  run_bias_act(op, x, x, bias, dim, activation, slope, input_scale, input_shift, output_shift,
+               output_scale);
+}
+
+std::tuple<Tensor, Tensor> native_act_grad(Tensor grad, Tensor saved, MaybeTensor bias,
+                                           int64_t dim, int64_t activation, double slope,
+                                           double input_scale, double input_shift,
+                                           double output_shift, double output_scale,
+                                           bool save_output, bool bias_grad) {
+  const char* op = "native_act_grad";
+  check_x(op, "saved", saved);
+  check_x(op, "grad", grad);
+  check_activation(op, activation);
+  const ScalarType type = saved.scalar_type();
+  STD_TORCH_CHECK(grad.scalar_type() == type, op, ": grad has dtype ",
+                  toString(grad.scalar_type()), ", saved ", toString(type), "; must be the same");
+  const auto a = grad.sizes(), b = saved.sizes();
+  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), op,
+                  ": grad has shape ", shape_of(grad), ", saved ", shape_of(saved),
+                  "; must be the same");
+  STD_TORCH_CHECK(!save_output || grad_row<float>(activation, true, Along::run) != nullptr, op,
+                  ": activation=", activation,
+                  " has no derivative from its output; save the input");
+  const bool dense = is_dense(saved);
+  if (!dense) {
+    saved = copy_like(saved, saved, false);
+  }
+  const bool alike = same_order(grad, saved);
+  const Tensor dx = alike ? empty_like(saved, true) : copy_like(grad, saved, true);
+  const Layout layout = layout_of(op, saved, save_output ? MaybeTensor() : bias, dim, bias_grad);
+  const int64_t channels = bias_grad ? layout.channels : 0;
+  const int64_t one = 1;
+  const Tensor sums = empty_strided(
+      1, &channels, &one,
+      type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  if (layout.numel == 0) {
+    torch::stable::fill_(sums, 0);
+    return {dx, sums};
+  }
+  with_type(type, [&](auto number) {
+    using T = decltype(number);
+    using A = typename Opmath<T>::type;
+    const Bias<T> vector(save_output ? MaybeTensor() : bias);
+    act_grad<T>(static_cast<const T*>((alike ? grad : dx).const_data_ptr()),
+                static_cast<const T*>(saved.const_data_ptr()), vector.data(),
+                static_cast<T*>(dx.mutable_data_ptr()),
+                bias_grad ? static_cast<A*>(sums.mutable_data_ptr()) : nullptr, layout,
+                activation, save_output,
+                constants_of<A>(slope, input_scale, input_shift, output_shift, output_scale));
+  });
+  return {dx, sums};
+}
+
+}  // namespace
+}  // namespace fusedshape
+
+STABLE_TORCH_LIBRARY_IMPL(fusedshape, CPU, m) {
+  m.impl("native_bias_act", TORCH_BOX(&fusedshape::native_bias_act));
+  m.impl("native_bias_act_", TORCH_BOX(&fusedshape::native_bias_act_));
+  m.impl("native_act_grad", TORCH_BOX(&fusedshape::native_act_grad));
+}

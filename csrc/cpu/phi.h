@@ -1,0 +1,241 @@
+// The twins of the rows of fusedshape/activations.py: φ, φ′ and φ′ from the output, by id.
+//
+// Scalar and free of branches: the loops over them are vectorised by the compiler. A is float or
+// double; `a` is negative_slope.
+#pragma once
+
+#include "math.h"
+
+namespace fusedshape {
+
+constexpr int kActivations = 18;
+
+template <int id>
+struct Phi;
+
+struct Defaults {
+  static constexpr bool from_output = false;      // has d1_from_output
+  static constexpr bool periodic = false;         // value and d1 need |u| ≤ kPeriodicLimit
+  static constexpr bool periodic_output = false;  // so does d1_from_output
+};
+
+struct FromOutput : Defaults {
+  static constexpr bool from_output = true;
+};
+
+#define FS_PHI(id, base) \
+  template <>            \
+  struct Phi<id> : base
+#define FS_VALUE template <class A> static FS_INLINE A value(A u, [[maybe_unused]] A a)
+#define FS_D1 template <class A> static FS_INLINE A d1(A u, [[maybe_unused]] A a)
+#define FS_D1_FROM_OUTPUT \
+  template <class A> static FS_INLINE A d1_from_output(A v, [[maybe_unused]] A a)
+
+// Puts u where nothing has become inf·0 or inf/inf yet, and φ or φ′ has reached its limit.
+template <class A>
+FS_INLINE A clamp(A u, A limit) {
+  return math::at_most(math::at_least(u, -limit), limit);
+}
+
+// relu
+FS_PHI(0, FromOutput) {
+  FS_VALUE { return math::at_least(u, A(0)); }
+  FS_D1 { return u > 0 ? A(1) : A(0); }
+  FS_D1_FROM_OUTPUT { return v > 0 ? A(1) : A(0); }
+};
+
+// leaky_relu
+FS_PHI(1, FromOutput) {
+  FS_VALUE { return u > 0 ? u : a * u; }
+  FS_D1 { return u > 0 ? A(1) : a; }
+  FS_D1_FROM_OUTPUT { return v > 0 ? A(1) : a; }
+};
+
+// tanh
+FS_PHI(2, FromOutput) {
+  FS_VALUE { return math::tanh(u); }
+  FS_D1 {
+    // sech² from exp, since 1 - tanh² cancels in the tails
+    const A e = math::exp_neg(-2 * math::abs(u));
+    const A r = 1 / (1 + e);
+    return 4 * e * r * r;
+  }
+  FS_D1_FROM_OUTPUT { return math::at_least((1 - v) * (1 + v), A(0)); }
+};
+
+template <class A>
+FS_INLINE A logistic(A u) {
+  const A e = math::exp_neg(-math::abs(u));
+  return (u < 0 ? e : A(1)) / (1 + e);
+}
+
+// The logistic function of u, and of -u.
+template <class A>
+struct Logistic {
+  A positive, negative;
+};
+
+template <class A>
+FS_INLINE Logistic<A> logistic_pair(A u) {
+  const A e = math::exp_neg(-math::abs(u));
+  const A large = 1 / (1 + e);
+  const A small = e * large;
+  return {u < 0 ? small : large, u < 0 ? large : small};
+}
+
+// sigmoid
+FS_PHI(3, FromOutput) {
+  FS_VALUE { return logistic(u); }
+  FS_D1 {
+    const auto s = logistic_pair(u);
+    return s.positive * s.negative;
+  }
+  FS_D1_FROM_OUTPUT { return math::at_least(v * (1 - v), A(0)); }
+};
+
+// softplus
+FS_PHI(4, FromOutput) {
+  FS_VALUE { return math::at_least(u, A(0)) + math::log1p_pos(math::exp_neg(-math::abs(u))); }
+  FS_D1 { return logistic(u); }
+  FS_D1_FROM_OUTPUT { return -math::expm1_neg(-math::at_least(v, A(0))); }
+};
+
+// elu
+FS_PHI(5, FromOutput) {
+  FS_VALUE { return u > 0 ? u : math::expm1_neg(math::at_most(u, A(0))); }
+  FS_D1 { return u > 0 ? A(1) : math::exp_neg(math::at_most(u, A(0))); }
+  FS_D1_FROM_OUTPUT { return v > 0 ? A(1) : math::at_least(v + 1, A(0)); }
+};
+
+// selu
+FS_PHI(6, FromOutput) {
+  static constexpr double scale = 1.0507009873554804934193349852946;
+  static constexpr double alpha = 1.6732632423543772848170429916717;
+  FS_VALUE {
+    const A m = math::expm1_neg(math::at_most(u, A(0)));
+    return u > 0 ? A(scale) * u : A(scale * alpha) * m;
+  }
+  FS_D1 {
+    const A e = math::exp_neg(math::at_most(u, A(0)));
+    return u > 0 ? A(scale) : A(scale * alpha) * e;
+  }
+  FS_D1_FROM_OUTPUT {
+    return v > 0 ? A(scale) : math::at_least(v + A(scale * alpha), A(0));
+  }
+};
+
+// softsign
+FS_PHI(7, FromOutput) {
+  FS_VALUE {
+    const A w = clamp(u, A(1e30));
+    return w / (1 + math::abs(w));
+  }
+  FS_D1 {
+    const A r = 1 / (1 + math::abs(u));
+    return r * r;
+  }
+  FS_D1_FROM_OUTPUT {
+    const A r = 1 - math::abs(v);
+    return r * r;
+  }
+};
+
+// atan
+FS_PHI(8, FromOutput) {
+  static constexpr bool periodic_output = true;
+  FS_VALUE { return math::atan(u); }
+  FS_D1 { return 1 / (1 + u * u); }
+  FS_D1_FROM_OUTPUT {
+    const A c = math::cos(v);
+    return c * c;
+  }
+};
+
+// asinh
+FS_PHI(9, FromOutput) {
+  FS_VALUE { return math::asinh(u); }
+  FS_D1 { return 1 / math::sqrt(1 + u * u); }
+  FS_D1_FROM_OUTPUT {
+    const A e = math::exp_neg(-math::abs(v));
+    return 2 * e / (1 + e * e);
+  }
+};
+
+// swish
+FS_PHI(10, Defaults) {
+  FS_VALUE { return math::at_least(u, A(-1000)) * logistic(u); }
+  FS_D1 {
+    const auto s = logistic_pair(u);
+    return s.positive * (1 + clamp(u, A(1000)) * s.negative);
+  }
+};
+
+// gelu: (1 + tanh w)/2 is the logistic function of 2w, which does not cancel for negative u
+FS_PHI(11, Defaults) {
+  static constexpr double k = 1.5957691216057307117597842397375;  // 2 √(2/π)
+  static constexpr double cubic = 0.044715;
+  FS_VALUE {
+    const A twice_w = u * (A(k) + A(k * cubic) * (u * u));
+    return math::at_least(u, A(-64)) * logistic(twice_w);
+  }
+  FS_D1 {
+    const A w = clamp(u, A(64));
+    const A w2 = w * w;
+    const auto s = logistic_pair(w * (A(k) + A(k * cubic) * w2));
+    const A twice_w1 = A(k) + A(3 * k * cubic) * w2;
+    return s.positive * (1 + w * s.negative * twice_w1);
+  }
+};
+
+// gelu_exact
+FS_PHI(12, Defaults) {
+  FS_VALUE {
+    const A w = math::at_least(u, A(-64));
+    return w * math::normal_cdf(w, math::exp_neg_square(w, A(0.5)));
+  }
+  FS_D1 {
+    const A w = clamp(u, A(64));
+    const A e = math::exp_neg_square(w, A(0.5));
+    return math::normal_cdf(w, e) + w * (A(0.39894228040143267793994605993438) * e);
+  }
+};
+
+// erf
+FS_PHI(13, Defaults) {
+  FS_VALUE { return math::erf(u); }
+  FS_D1 { return A(1.1283791670955125738961589031215) * math::exp_neg_square(u, A(1)); }
+};
+
+// bentid: (√(u² + 1) - 1)/2 as u²/(1 + √(u² + 1))/2, which keeps its digits for small u
+FS_PHI(14, Defaults) {
+  FS_VALUE {
+    const A w = clamp(u, A(0x1p60));
+    return u * (1 + A(0.5) * (w / (1 + math::sqrt(1 + w * w))));
+  }
+  FS_D1 {
+    const A w = clamp(u, A(0x1p60));
+    return 1 + A(0.5) * (w / math::sqrt(1 + w * w));
+  }
+};
+
+// square
+FS_PHI(15, Defaults) {
+  FS_VALUE { return u * u; }
+  FS_D1 { return 2 * u; }
+};
+
+// sin
+FS_PHI(16, Defaults) {
+  static constexpr bool periodic = true;
+  FS_VALUE { return math::sin(u); }
+  FS_D1 { return math::cos(u); }
+};
+
+// cos
+FS_PHI(17, Defaults) {
+  static constexpr bool periodic = true;
+  FS_VALUE { return math::cos(u); }
+  FS_D1 { return -math::sin(u); }
+};
+
+}  // namespace fusedshape

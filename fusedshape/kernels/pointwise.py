@@ -1,0 +1,536 @@
+"""bias_act, bias_act_ and act_grad in Triton: the kernels and their launchers.
+
+These kernels have been interpreted and compiled, but not yet run on a GPU.
+
+A dense tensor is seen as a matrix whose rows are contiguous in memory. Channels innermost
+(channels_last, linear layers): a row is a pixel, a column a channel. Otherwise (NCHW): a row is one
+channel of one image, a column a position in it. Without bias and bias gradient: one long row. Each
+program does a tile of it; for the bias gradient it walks down its columns, or along its rows, and
+leaves one partial sum for each, which a second kernel adds up in a fixed order.
+
+The launchers are what the ops `fusedshape::triton_*` run. They allocate with torch.empty, read
+nothing from the device and never wait for it, so that CUDA graphs can capture them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedshape.kernels import phi
+from fusedshape.reference import opmath_dtype
+
+#: Bytes of a tensor that one program has in flight: 2 vectors of 16 bytes for each of 128 threads.
+TILE_BYTES = 4096
+#: Programs that fill any of today's GPUs; beyond them, each sums over more of its tile's channel.
+PROGRAMS = 2048
+#: Columns of a tile that are summed over rows; wider tiles would write more partial sums.
+SUM_COLUMNS = 128
+#: Partial sums that one program of the second stage adds up.
+REDUCE_PARTS = 4096
+#: From so many elements on, indices are 64 bits wide; a masked tile may reach beyond the tensor.
+WIDE = 2**31 - 2**22
+
+NUM_WARPS = 4
+
+_BIG_ARGS = ["rows", "vectors", "channels", "steps"]
+
+
+@triton.jit
+def _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN: tl.constexpr, T: tl.constexpr):
+    if BY_COLUMN:
+        bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0)[None, :]
+    else:
+        bias = tl.load(bias_ptr + row % channels, mask=row < rows, other=0.0)[:, None]
+    return bias.to(T)
+
+
+@triton.jit(do_not_specialize=_BIG_ARGS)
+def _bias_act_kernel(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    vectors,
+    channels,
+    negative_slope: tl.float64,
+    input_scale: tl.float64,
+    input_shift: tl.float64,
+    output_shift: tl.float64,
+    output_scale: tl.float64,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    T: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # The product shows the compiler that rows start at multiples of a vector.
+    cols = (vectors.to(tl.int64) if WIDE else vectors) * VECTOR
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    tiles = tl.cdiv(cols, COLS)
+    row = (pid // tiles) * ROWS + tl.arange(0, ROWS)
+    col = (pid % tiles) * COLS + tl.arange(0, COLS)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    index = row[:, None] * cols + col[None, :]
+
+    u = tl.load(x_ptr + index, mask=inside, other=0.0).to(T)
+    if HAS_BIAS:
+        u += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
+    u = tl.full((), input_scale, T) * u + tl.full((), input_shift, T)
+    v = phi.value(u, tl.full((), negative_slope, T), ACTIVATION)
+    y = tl.full((), output_scale, T) * (v + tl.full((), output_shift, T))
+    tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_BIG_ARGS)
+def _act_grad_kernel(
+    grad_ptr,
+    saved_ptr,
+    bias_ptr,
+    dx_ptr,
+    sums_ptr,
+    rows,
+    vectors,
+    channels,
+    steps,
+    negative_slope: tl.float64,
+    input_scale: tl.float64,
+    input_shift: tl.float64,
+    output_shift: tl.float64,
+    output_scale: tl.float64,
+    output_unscale: tl.float64,
+    scale: tl.float64,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    T: tl.constexpr = tl.float64 if saved_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ROW_STEP: tl.constexpr = ROWS if BY_COLUMN else 0
+    COL_STEP: tl.constexpr = 0 if BY_COLUMN else COLS
+    cols = (vectors.to(tl.int64) if WIDE else vectors) * VECTOR
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    tiles = tl.cdiv(cols, COLS if BY_COLUMN else COLS * steps)
+    first_row = (pid // tiles) * ROWS * (steps if BY_COLUMN else 1)
+    first_col = (pid % tiles) * COLS * (1 if BY_COLUMN else steps)
+
+    slope = tl.full((), negative_slope, T)
+    # What bias_act writes for φ = 0, rounded as there: the place of the kink at u = 0.
+    at_zero = tl.full((), output_scale, T) * tl.full((), output_shift, T)
+    at_zero = at_zero.to(saved_ptr.dtype.element_ty).to(T)
+    rising = tl.full((), output_scale, T) > 0
+    total = tl.zeros((ROWS, COLS), T)
+    step = 0
+    while step < steps:
+        row = first_row + step * ROW_STEP + tl.arange(0, ROWS)
+        col = first_col + step * COL_STEP + tl.arange(0, COLS)
+        inside = (row < rows)[:, None] & (col < cols)[None, :]
+        index = row[:, None] * cols + col[None, :]
+        # Outside the tensor the gradient is 0 and φ′ finite, which leaves the sums alone.
+        grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(T)
+        saved = tl.load(saved_ptr + index, mask=inside, other=0.0).to(T)
+        if SAVE_OUTPUT:
+            right = tl.where(rising, saved > at_zero, saved < at_zero)
+            v = saved * tl.full((), output_unscale, T) - tl.full((), output_shift, T)
+            d = phi.d1_from_output(v, right, slope, ACTIVATION)
+        else:
+            if HAS_BIAS:
+                saved += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
+            u = tl.full((), input_scale, T) * saved + tl.full((), input_shift, T)
+            d = phi.d1(u, slope, ACTIVATION)
+        dx = d * tl.full((), scale, T) * grad
+        tl.store(dx_ptr + index, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if BIAS_GRAD:
+            total += dx
+        step += 1
+    if BIAS_GRAD:
+        if BY_COLUMN:
+            col = first_col + tl.arange(0, COLS)
+            tl.store(sums_ptr + (pid // tiles) * cols + col, tl.sum(total, 0), mask=col < cols)
+        else:
+            row = first_row + tl.arange(0, ROWS)
+            tl.store(sums_ptr + (pid % tiles) * rows + row, tl.sum(total, 1), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _reduce_kernel(
+    sums_ptr,
+    out_ptr,
+    parts,
+    channels,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    T: tl.constexpr = sums_ptr.dtype.element_ty
+    chunk = tl.program_id(1)
+    if WIDE:
+        chunk = chunk.to(tl.int64)
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    end = tl.minimum((chunk + 1) * PARTS, parts)
+    total = tl.zeros((ROWS, COLS), T)
+    first = chunk * PARTS
+    while first < end:
+        row = first + tl.arange(0, ROWS)
+        inside = (row < end)[:, None] & (col < channels)[None, :]
+        total += tl.load(sums_ptr + row[:, None] * channels + col[None, :], mask=inside, other=0.0)
+        first += ROWS
+    tl.store(out_ptr + chunk * channels + col, tl.sum(total, 0), mask=col < channels)
+
+
+_INTERPRETED = not isinstance(_bias_act_kernel, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tensor is cut up: see the module's docstring.
+
+    Attributes:
+        rows, cols: the matrix.
+        channels: number of channels; 1 where channels do not matter.
+        by_column: whether a column, not a row, is one channel.
+        vector: elements of one memory access; divides `cols`.
+        tile_rows, tile_cols: the tile of one step, powers of two.
+        steps: tiles that one program does, down the columns if `by_column`, else along the rows.
+        parts: partial sums of one channel.
+        programs: size of the grid.
+        wide: whether indices need 64 bits.
+    """
+
+    rows: int
+    cols: int
+    channels: int
+    by_column: bool
+    vector: int
+    tile_rows: int
+    tile_cols: int
+    steps: int
+    parts: int
+    programs: int
+    wide: bool
+
+
+@lru_cache(maxsize=4096)
+def make_plan(numel: int, channels: int, inner: int, itemsize: int, sums: bool) -> Plan:
+    """Cut up a dense tensor whose element i has channel ``(i // inner) % channels``.
+
+    Args:
+        numel: elements, at least one.
+        channels: channels; 1 where they do not matter.
+        inner: stride of the channel dimension.
+        itemsize: bytes of the smallest element read or written.
+        sums: whether sums over channels are wanted.
+    """
+    by_column = inner == 1 and channels > 1
+    inner = numel if channels == 1 else inner
+    cols = channels if by_column else inner
+    rows = numel // cols
+    tile = max(1, TILE_BYTES // itemsize)
+    tile_cols = _tile_cols(cols, min(tile, SUM_COLUMNS) if sums and by_column else tile)
+    tile_rows = max(1, tile // tile_cols)
+    across, down = triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows)
+    steps = 1
+    if sums:
+        steps = min(triton.cdiv(across * down, PROGRAMS), down if by_column else across)
+        if by_column:
+            down = triton.cdiv(down, steps)
+        else:
+            across = triton.cdiv(across, steps)
+    return Plan(
+        rows=rows,
+        cols=cols,
+        channels=channels,
+        by_column=by_column,
+        vector=math.gcd(cols, 16 // itemsize),
+        tile_rows=tile_rows,
+        tile_cols=tile_cols,
+        steps=steps,
+        parts=down if by_column else across * (rows // channels),
+        programs=across * down,
+        wide=numel >= WIDE,
+    )
+
+
+def _tile_cols(cols: int, limit: int) -> int:
+    """The largest power of two that pads `cols` by an eighth or less, or else pads it least."""
+    if cols <= 32:
+        return min(limit, triton.next_power_of_2(cols))
+    widths = [1 << k for k in range(5, limit.bit_length())] or [limit]
+    padded = {width: triton.cdiv(cols, width) * width for width in widths}
+    allowed = max(cols * 9 // 8, min(padded.values()))
+    return max(width for width in widths if padded[width] <= allowed)
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+) -> Tensor:
+    """γ(φ(α(x + b) + β) + δ) in a fresh tensor.
+
+    Args:
+        x: any shape and strides.
+        bias: one number for each channel, or None.
+        dim: the channel dimension; means nothing without bias.
+        activation: id of the row in `fusedshape.activations`.
+        negative_slope: of leaky_relu.
+        input_scale: α.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ.
+
+    Returns:
+        Tensor of x's dtype and shape; x's strides where x is dense.
+
+    Raises:
+        ValueError: x is on a device that Triton does not serve, or bias has not a number a channel.
+    """
+    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
+    y = torch.empty_like(x)
+    _bias_act(_laid_out_like(y, x), bias, dim, activation, constants, y)
+    return y
+
+
+def bias_act_(
+    x: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+) -> None:
+    """`bias_act` that overwrites x.
+
+    Raises:
+        ValueError: as `bias_act`, or x is not dense in memory.
+    """
+    if not _is_dense(x):
+        raise ValueError(
+            f"bias_act_: x of shape {tuple(x.shape)} and strides {x.stride()} is not dense in "
+            "memory; use bias_act, or pass x.contiguous()"
+        )
+    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
+    _bias_act(x, bias, dim, activation, constants, x)
+
+
+def act_grad(
+    grad: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+    save_output: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x + b, and its sum over all but the channel.
+
+    Args:
+        grad: gradient of the output; any strides, also those of an expanded tensor.
+        saved: the output if `save_output`, else x without the bias.
+        bias: used only where x was saved.
+        dim: the channel dimension; means nothing without bias and `bias_grad`.
+        activation: id of the row in `fusedshape.activations`.
+        negative_slope: of leaky_relu.
+        input_scale: α.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ.
+        save_output: what `saved` is.
+        bias_grad: whether the sums are wanted.
+
+    Returns:
+        The gradient, with grad's dtype and saved's strides (where saved is dense), and the sums of
+        the unrounded gradient, float32 (float64 for float64), empty unless `bias_grad`. The sums
+        are the same bits in every run.
+
+    Raises:
+        ValueError: a device that Triton does not serve, shapes that differ, or bias has not a
+            number a channel.
+    """
+    if grad.shape != saved.shape:
+        raise ValueError(
+            f"act_grad: grad has shape {tuple(grad.shape)}, saved {tuple(saved.shape)}; "
+            "they must be the same"
+        )
+    dx = torch.empty_like(saved, dtype=grad.dtype)
+    sum_dtype = opmath_dtype(saved.dtype)
+    if save_output:
+        bias = None
+    bias = _check("act_grad", saved, bias, dim)
+    if not saved.numel():
+        return dx, saved.new_zeros(saved.shape[dim] if bias_grad else 0, dtype=sum_dtype)
+    if not _is_dense(saved):
+        saved = torch.empty_like(saved).copy_(saved)
+    grad = _laid_out_like(dx, grad)
+    itemsize = min(saved.element_size(), grad.element_size())
+    channels, inner = _channels(saved, dim, bias is not None or bias_grad)
+    plan = make_plan(saved.numel(), channels, inner, itemsize, bias_grad)
+    with _device(saved):
+        sums = saved.new_empty((plan.parts, channels) if bias_grad else 0, dtype=sum_dtype)
+        _act_grad_kernel[(plan.programs,)](
+            grad,
+            saved,
+            bias,
+            dx,
+            sums,
+            plan.rows,
+            plan.cols // plan.vector,
+            channels,
+            plan.steps,
+            negative_slope,
+            input_scale,
+            input_shift,
+            output_shift,
+            output_scale,
+            1 / output_scale,
+            input_scale * output_scale,
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            SAVE_OUTPUT=save_output,
+            BIAS_GRAD=bias_grad,
+            BY_COLUMN=plan.by_column,
+            VECTOR=plan.vector,
+            ROWS=plan.tile_rows,
+            COLS=plan.tile_cols,
+            WIDE=plan.wide,
+            num_warps=NUM_WARPS,
+        )
+        return dx, _reduce(sums) if bias_grad else sums
+
+
+def _bias_act(
+    x: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    activation: int,
+    constants: tuple[float, float, float, float, float],
+    out: Tensor,
+) -> None:
+    bias = _check("bias_act", x, bias, dim)
+    if not x.numel():
+        return
+    channels, inner = _channels(x, dim, bias is not None)
+    plan = make_plan(x.numel(), channels, inner, x.element_size(), False)
+    with _device(x):
+        _bias_act_kernel[(plan.programs,)](
+            x,
+            bias,
+            out,
+            plan.rows,
+            plan.cols // plan.vector,
+            channels,
+            *constants,
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            BY_COLUMN=plan.by_column,
+            VECTOR=plan.vector,
+            ROWS=plan.tile_rows,
+            COLS=plan.tile_cols,
+            WIDE=plan.wide,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _reduce(sums: Tensor) -> Tensor:
+    """Sum a (parts, channels) matrix over its rows, the same way every time."""
+    while sums.shape[0] > 1:
+        parts, channels = sums.shape
+        out = sums.new_empty(triton.cdiv(parts, REDUCE_PARTS), channels)
+        _reduce_kernel[(triton.cdiv(channels, 16), out.shape[0])](
+            sums,
+            out,
+            parts,
+            channels,
+            PARTS=REDUCE_PARTS,
+            ROWS=min(256, triton.next_power_of_2(parts)),
+            COLS=16,
+            WIDE=sums.numel() >= WIDE,
+            num_warps=8,
+        )
+        sums = out
+    return sums.view(-1)
+
+
+def _check(op: str, x: Tensor, bias: Tensor | None, dim: int) -> Tensor | None:
+    """Raise where a kernel would read beyond its tensors; return bias contiguous."""
+    if x.device.type != "cuda" and not _INTERPRETED:
+        raise ValueError(
+            f"{op}: Triton serves CUDA tensors, got one on {x.device}; on the CPU it only runs in "
+            "its interpreter (TRITON_INTERPRET=1, set before Python starts)"
+        )
+    if bias is None:
+        return None
+    if bias.shape != (x.shape[dim],):
+        raise ValueError(
+            f"{op}: bias has shape {tuple(bias.shape)}, x {x.shape[dim]} channels in dim {dim}; "
+            f"pass ({x.shape[dim]},)"
+        )
+    return bias.contiguous()
+
+
+def _channels(x: Tensor, dim: int, matter: bool) -> tuple[int, int]:
+    """Number of channels and their stride; (1, 1) where they do not matter."""
+    if not matter or x.shape[dim] == 1:  # the stride of a dimension of size 1 means nothing
+        return 1, 1
+    return x.shape[dim], x.stride(dim)
+
+
+def _strides(x: Tensor) -> list[tuple[int, int]]:
+    """Stride and size of the dimensions in which x has a choice."""
+    return [(s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether x is a permutation of a contiguous tensor."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(_strides(x)):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
+    """Return x if its strides are those of `out`, else `out` filled with x."""
+    return x if _strides(x) == _strides(out) else out.copy_(x)
+
+
+def _device(x: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,171 @@
+"""Straight chains of plain layers and nn.ReLU: no normalisation, no skip connections."""
+
+from __future__ import annotations
+
+from torch import nn
+
+RESNET_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+def vanilla_convnet(
+    depth: int,
+    width: int = 32,
+    in_channels: int = 2,
+    num_classes: int = 10,
+    pool_after: int | None = None,
+) -> nn.Sequential:
+    """`depth` times 3×3 convolution and ReLU, one average pool by 2, global average pool, head.
+
+    Args:
+        depth: number of nonlinear layers, L of the theory.
+        width: channels of every hidden layer.
+        in_channels: channels of the input; `fusedshape.nn.PerLocationNorm` before the net adds one.
+        num_classes: outputs of the head.
+        pool_after: layers before the 2×2 average pool, of stride 2; None takes a third of them,
+            0 leaves the pool out.
+
+    Returns:
+        (N, in_channels, H, W) → (N, num_classes), with H, W ≥ 2.
+
+    Raises:
+        ValueError: a size below 1, or pool_after outside 0 … depth.
+
+    Example:
+        >>> import torch
+        >>> net = vanilla_convnet(3, width=4)
+        >>> sum(isinstance(m, nn.ReLU) for m in net), net(torch.zeros(5, 2, 8, 8)).shape
+        (3, torch.Size([5, 10]))
+    """
+    _positive("vanilla_convnet", depth=depth, width=width, in_channels=in_channels)
+    _positive("vanilla_convnet", num_classes=num_classes)
+    pool_after = max(depth // 3, 1) if pool_after is None else pool_after
+    if not 0 <= pool_after <= depth:
+        raise ValueError(f"vanilla_convnet: pool_after={pool_after} is outside 0 … depth={depth}")
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        layers += [nn.Conv2d(width if i else in_channels, width, 3, padding=1), nn.ReLU()]
+        if i + 1 == pool_after:
+            layers.append(nn.AvgPool2d(2))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
+    )
+
+
+def vanilla_mlp(
+    depth: int, width: int = 128, in_features: int = 128, num_classes: int = 10
+) -> nn.Sequential:
+    """`depth` times linear layer and ReLU, then the head; flattens its input.
+
+    Args:
+        depth: number of nonlinear layers, L of the theory.
+        width: features of every hidden layer.
+        in_features: numbers per example.
+        num_classes: outputs of the head.
+
+    Returns:
+        (N, …) with in_features numbers each → (N, num_classes).
+
+    Raises:
+        ValueError: a size below 1.
+
+    Example:
+        >>> import torch
+        >>> vanilla_mlp(2, width=4, in_features=6)(torch.zeros(5, 6)).shape
+        torch.Size([5, 10])
+    """
+    _positive("vanilla_mlp", depth=depth, width=width, in_features=in_features)
+    _positive("vanilla_mlp", num_classes=num_classes)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i in range(depth):
+        layers += [nn.Linear(width if i else in_features, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
+
+
+def vanilla_resnet(
+    depth: int = 50, num_classes: int = 1000, in_channels: int = 3, width: int = 64
+) -> nn.Sequential:
+    """The residual branches of a pre-activation ("v2") bottleneck ResNet, one after the other.
+
+    Stem 7×7 convolution of stride 2, 3×3 max pool of stride 2, blocks of ReLU and convolution
+    (1×1, 3×3, 1×1), a last ReLU, global average pool and head. A stage's first 3×3 convolution has
+    its stride. ResNet-50 has 49 nonlinear layers.
+
+    Args:
+        depth: 50, 101 or 152.
+        num_classes: outputs of the head.
+        in_channels: channels of the input; `fusedshape.nn.PerLocationNorm` before the net adds one.
+        width: channels of the stem and of the first stage's bottleneck.
+
+    Returns:
+        (N, in_channels, H, W) → (N, num_classes).
+
+    Raises:
+        ValueError: an unknown depth or a size below 1.
+
+    Source: the wiring of He et al. 2016, arXiv 1603.05027, without shortcuts and normalisation.
+
+    Example:
+        >>> net = vanilla_resnet(50, width=4)
+        >>> sum(isinstance(m, nn.ReLU) for m in net)
+        49
+    """
+    if depth not in RESNET_STAGES:
+        raise ValueError(f"vanilla_resnet: depth={depth}; known: {sorted(RESNET_STAGES)}")
+    _positive("vanilla_resnet", num_classes=num_classes, in_channels=in_channels, width=width)
+    layers: list[nn.Module] = [
+        nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    ]
+    channels = width
+    for stage, blocks in enumerate(RESNET_STAGES[depth]):
+        inner = width * 2**stage
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            layers += [nn.ReLU(), nn.Conv2d(channels, inner, 1)]
+            layers += [nn.ReLU(), nn.Conv2d(inner, inner, 3, stride=stride, padding=1)]
+            layers += [nn.ReLU(), nn.Conv2d(inner, 4 * inner, 1)]
+            channels = 4 * inner
+    return nn.Sequential(
+        *layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
+    )
+
+
+def vanilla_vgg16(num_classes: int = 1000, in_channels: int = 3) -> nn.Sequential:
+    """VGG-16: thirteen 3×3 convolutions in five stages, each ended by a max pool, and three linear.
+
+    Args:
+        num_classes: outputs of the head.
+        in_channels: channels of the input; `fusedshape.nn.PerLocationNorm` before the net adds one.
+
+    Returns:
+        (N, in_channels, H, W) → (N, num_classes), with H, W ≥ 32; 15 nonlinear layers.
+
+    Raises:
+        ValueError: a size below 1.
+
+    Source: Simonyan and Zisserman 2015, arXiv 1409.1556, configuration D, without dropout.
+
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"):  # takes no memory
+        ...     net = vanilla_vgg16()
+        >>> sum(isinstance(m, nn.ReLU) for m in net), sum(p.numel() for p in net.parameters())
+        (15, 138357544)
+    """
+    _positive("vanilla_vgg16", num_classes=num_classes, in_channels=in_channels)
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for width, convolutions in VGG16_STAGES:
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    layers += [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(49 * channels, 4096), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, num_classes))
+
+
+def _positive(name: str, **sizes: int) -> None:
+    for key, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: {key}={value} must be at least 1")

@@ -1,0 +1,214 @@
+"""Finds, builds and loads csrc: the CPU kernels on torch's stable C++ ABI.
+
+Nothing is compiled by an import: `load` takes the library that `build` left, and remembers why
+there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",  # neither of the two changes a result; both are needed to vectorise
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+)
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
+_loaded = False
+_reason = "fusedshape.native.load() has not been called"
+
+
+def _sources() -> Path:
+    package = Path(__file__).resolve().parent
+    beside, inside = package.parent / "csrc", package / "csrc"
+    return inside if inside.is_dir() else beside
+
+
+def _cpu_flags() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return " ".join(sorted(line.partition(":")[2].split()))
+    except OSError:
+        pass
+    return platform.processor()
+
+
+@functools.cache
+def _file_name() -> str:
+    key = hashlib.sha256()
+    for path in sorted((_sources() / "cpu").iterdir()):
+        if path.suffix in (".h", ".cpp"):
+            key.update(path.name.encode() + path.read_bytes())
+    torch_version = ".".join(torch.__version__.split(".")[:2])
+    for part in (*_FLAGS, torch_version, platform.machine(), _cpu_flags()):
+        key.update(part.encode() + b"\0")
+    return f"cpu-{key.hexdigest()[:16]}.so"
+
+
+def _directories() -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(__file__).resolve().parent / "_native", cache / "fusedshape"
+
+
+def library_path() -> Path:
+    """Where the library for these sources, this torch and this CPU is, or would be built.
+
+    The name carries a hash of all three, so that a library that is stale, or was built for another
+    CPU, is never found. The directory is ``fusedshape/_native`` where that can be written, else
+    ``fusedshape`` in the user's cache directory (``$XDG_CACHE_HOME`` or ``~/.cache``).
+
+    Returns:
+        The path; the file need not exist.
+
+    Raises:
+        FileNotFoundError: the installation has no csrc directory.
+
+    Example:
+        >>> library_path().suffix
+        '.so'
+    """
+    name = _file_name()
+    package, cache = _directories()
+    for directory in (package, cache):
+        if (directory / name).is_file():
+            return directory / name
+    writable = os.access(package if package.is_dir() else package.parent, os.W_OK)
+    return (package if writable else cache) / name
+
+
+def build(verbose: bool = False, force: bool = False) -> Path:
+    """Compile csrc for this machine's CPU.
+
+    Takes a few seconds, needs a C++17 compiler (``$CXX``, else g++) and torch's own headers. Safe to
+    run from several processes at once. A library that is already loaded stays in use until Python
+    is restarted.
+
+    Args:
+        verbose: print the compiler's command and its output.
+        force: compile even if the library is there already.
+
+    Returns:
+        Path of the library, for `load` to find.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; its output is part of the message.
+        FileNotFoundError: the installation has no csrc directory.
+        OSError: the library cannot be written.
+
+    Example:
+        >>> build().is_file()  # doctest: +SKIP
+        True
+    """
+    path = library_path()
+    if not force and _problem(path) is None:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch_root = Path(torch.__file__).parent
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    command = [
+        *shlex.split(os.environ.get("CXX") or "g++"),
+        *_FLAGS,
+        *(f"cpu/{source.name}" for source in sorted((_sources() / "cpu").glob("*.cpp"))),
+        f"-I{torch_root / 'include'}",
+        f"-L{torch_root / 'lib'}",
+        "-ltorch_cpu",
+        "-o",
+        temporary,
+    ]
+    try:
+        _run(command, verbose)
+        content = Path(temporary).read_bytes()
+        Path(temporary).write_bytes(content + hashlib.sha256(content).digest())
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def _run(command: list[str], verbose: bool) -> None:
+    if verbose:
+        print(shlex.join(command), flush=True)
+    try:
+        done = subprocess.run(
+            command, cwd=_sources(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except OSError as error:
+        raise RuntimeError(
+            f"fusedshape: cannot run the C++ compiler {command[0]!r} ({error.strerror}); install "
+            "one (Debian and Ubuntu: apt install g++; conda: gxx_linux-64) or set CXX to yours"
+        ) from None
+    if verbose and done.stdout:
+        print(done.stdout, flush=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"fusedshape: the C++ compiler failed (exit status {done.returncode}); another can be "
+            f"named by CXX\n{shlex.join(command)}\n{done.stdout}"
+        )
+
+
+def _problem(path: Path) -> str | None:
+    """Why the library at `path` cannot be loaded; None if nothing speaks against it.
+
+    The digest at its end is looked at first, since dlopen dies on some damaged files.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        built = "not built yet" if isinstance(error, FileNotFoundError) else str(error)
+        return f"{built}; run `fusedshape build` or fusedshape.native.build()"
+    if hashlib.sha256(content[:-_DIGEST_SIZE]).digest() != content[-_DIGEST_SIZE:]:
+        return f"{path} is damaged; run `fusedshape build` or fusedshape.native.build()"
+    return None
+
+
+def load() -> None:
+    """Load the library that `build` left, if there is one. Never compiles, never raises.
+
+    Call it again after `build`. What it found is told by `available` and `why_not`.
+
+    Example:
+        >>> load()
+        >>> available() == (why_not() == "")
+        True
+    """
+    global _loaded, _reason
+    if _loaded:
+        return
+    try:
+        path = library_path()
+        problem = _problem(path)
+        if problem is None:
+            torch.ops.load_library(path)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    _loaded, _reason = problem is None, problem or ""
+
+
+def available() -> bool:
+    """Whether the CPU kernels are loaded."""
+    return _loaded
+
+
+def why_not() -> str:
+    """Why the CPU kernels are not loaded; empty if they are."""
+    return _reason

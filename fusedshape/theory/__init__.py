@@ -1,0 +1,24 @@
+"""Gaussian expectations, Q and C maps, network maps, and the solvers for DKS, TAT and EOC."""
+
+from __future__ import annotations
+
+from fusedshape.theory.maps import c_curve, c_map, c_slope, q_map, q_slope
+from fusedshape.theory.network import SubnetMax, chain, resnet
+from fusedshape.theory.solve import EdgeOfChaos, Unreachable, dks, eoc, solve, tat
+
+__all__ = [
+    "EdgeOfChaos",
+    "SubnetMax",
+    "Unreachable",
+    "c_curve",
+    "c_map",
+    "c_slope",
+    "chain",
+    "dks",
+    "eoc",
+    "q_map",
+    "q_slope",
+    "resnet",
+    "solve",
+    "tat",
+]

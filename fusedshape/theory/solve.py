@@ -1,0 +1,620 @@
+r"""Constants of shaped activations: DKS, TAT and the edge of chaos, solved to float64 precision.
+
+The conditions are those of Martens et al., arXiv 2110.01765 (DKS), and Zhang, Botev and Martens,
+arXiv 2203.08120 (TAT), and the names those of the public package `dks`.
+
+Which root. The conditions leave several. A root is sought from a fixed list of starts, the public
+package's own first, so that the answer is a function of the arguments alone, and mostly the same as
+there. The first is taken that passes these tests on φ̂ itself, which know nothing of α, β, γ, δ:
+
+* its steepest slope, max |φ̂′|, is below 2: a steeper one has a Q map that leaves q = 1 easily;
+* its curvature is spread: E[φ̂″²]² / E[φ̂″⁴] ≥ 1/10, as if at least a tenth of all inputs met it. If
+  only rare inputs meet the nonlinearity, layers of finite width will not follow the maps.
+
+* under TAT, its corners (selu's), which C″(1) does not see, weigh less than what it sees: the sum
+  of jump² · density at the corners is at most C″(1).
+
+If none passes, the least steep is taken. φ that are affine images of one another (sigmoid and tanh,
+cos and sin) are solved as one and get the very same φ̂.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fusedshape.activations import Activation, get_activation
+from fusedshape.spec import ActSpec
+from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
+from fusedshape.theory.network import SubnetMax, chain
+
+Array = NDArray[np.float64]
+
+STEEPEST = 2.0
+SPREAD = 0.1
+_TOLERANCE = 1e-11
+# Beyond this α, φ is as good as its asymptotes, and float32 loses φ + δ to cancellation.
+_WIDEST = 100.0
+# The largest C′(1) of relu with β = 1 and C(0) = 0, whatever α; beyond, β = −1.
+_RELU_TURN = 1.466942206924260361
+
+
+class Unreachable(ValueError):  # noqa: N818, as it reads better in a sentence
+    """No constants meet the conditions; the message names what can be reached and how."""
+
+
+def solve(
+    method: str,
+    activation: str,
+    *,
+    depth: int | None = None,
+    subnet_max: SubnetMax | None = None,
+    zeta: float = 1.5,
+    eta: float = 0.9,
+    tau: float = 0.3,
+    q_slope: float = 1.0,
+    clamp: bool = False,
+) -> ActSpec:
+    """Constants of `activation` by `method`, for a network given by depth or by `subnet_max`.
+
+    Args:
+        method: "DKS" or "TAT", in any case; see `dks` and `tat`.
+        activation: a name of the activation table.
+        depth: number of nonlinear layers of a plain chain.
+        subnet_max: any other network, see `fusedshape.theory.network`. Exactly one of the two.
+        zeta: target of DKS.
+        eta: target of TAT for relu and leaky_relu.
+        tau: target of TAT for all others.
+        q_slope: Q′(1) of every layer under DKS.
+        clamp: take the nearest target that can be reached, where the given one cannot.
+
+    Returns:
+        The solved spec; its `origin` says how.
+
+    Raises:
+        ValueError: unknown method or activation, or a target out of its range.
+        TypeError: an argument of the wrong type.
+        Unreachable: the network or the activation cannot reach the target.
+
+    Example:
+        >>> spec = solve("TAT", "leaky_relu", depth=49)
+        >>> round(spec.negative_slope, 4), round(spec.output_scale, 4)
+        (0.4259, 1.3011)
+    """
+    name = method.upper() if isinstance(method, str) else method
+    if name == "DKS":
+        return dks(
+            activation,
+            depth=depth,
+            subnet_max=subnet_max,
+            zeta=zeta,
+            q_slope=q_slope,
+            clamp=clamp,
+        )
+    if name == "TAT":
+        return tat(activation, depth=depth, subnet_max=subnet_max, eta=eta, tau=tau, clamp=clamp)
+    raise ValueError(f"unknown method {method!r}; known: 'DKS', 'TAT' (and eoc() for EOC)")
+
+
+def dks(
+    activation: str,
+    *,
+    depth: int | None = None,
+    subnet_max: SubnetMax | None = None,
+    zeta: float = 1.5,
+    q_slope: float = 1.0,
+    clamp: bool = False,
+) -> ActSpec:
+    r"""Deep Kernel Shaping: Q(1) = 1, Q′(1) = 1, C(0) = 0, C′(1) = s.
+
+    s is such that the steepest C map of a subnetwork has C_f′(1) = ζ; s = ζ^(1/L) for a chain of L
+    layers. Unknowns are α, β, δ, γ; negative_slope, β, δ, γ for leaky_relu. relu has one unknown
+    less and drops the condition on Q′; leaky_relu is better in every respect.
+
+    square cannot be solved: E[φ̂φ̂″] = Q′(1) − C′(1) by Stein's lemma, φ̂″ is constant, and C(0) = 0
+    means E[φ̂] = 0; so Q′(1) = C′(1) = s > 1 whatever the constants.
+
+    Args:
+        activation: a name of the activation table.
+        depth: number of nonlinear layers of a plain chain.
+        subnet_max: any other network. Exactly one of the two.
+        zeta: ζ > 1. Default 1.5, the paper's.
+        q_slope: Q′(1) of each layer, in (0, 1]. Default 1, the paper's.
+        clamp: take the largest ζ that can be reached, where the given one cannot.
+
+    Returns:
+        The solved spec, residuals below 1e-9.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: an argument of the wrong type.
+        Unreachable: φ has no such constants.
+
+    Example:
+        >>> spec = dks("tanh", depth=20)
+        >>> round(spec.input_scale, 4), round(spec.output_scale, 4)
+        (0.2056, 6.8292)
+    """
+    row = get_activation(activation)
+    net = _Net.of(depth, subnet_max)
+    _above("zeta", zeta, 1.0)
+    _above("q_slope", q_slope, 0.0)
+    if q_slope > 1:
+        raise ValueError(f"q_slope must be in (0, 1], got {q_slope}: q = 1 would not be stable")
+    if row.name == "square":
+        raise Unreachable(
+            "DKS cannot shape square: C(0) = 0 gives it Q'(1) = C'(1) > 1 whatever the constants; "
+            "use another activation"
+        )
+    return _shape(_Conditions(row, "DKS", q_slope), net, "zeta", float(zeta), clamp)
+
+
+def tat(
+    activation: str,
+    *,
+    depth: int | None = None,
+    subnet_max: SubnetMax | None = None,
+    eta: float = 0.9,
+    tau: float = 0.3,
+    clamp: bool = False,
+) -> ActSpec:
+    r"""Tailored Activation Transformation.
+
+    relu and leaky_relu become leaky_relu ("TReLU") of the slope a with max C_f(0) = η over
+    subnetworks f, and γ = √(2/(1+a²)). Every other φ gets Q(1) = Q′(1) = C′(1) = 1 and C″(1) = t
+    with max C_f″(1) = τ; t = τ/L for a chain of L layers. A corner of φ (selu) counts for nothing
+    in C″(1), as in the public package, although it makes the true C″(1) infinite.
+
+    square cannot be solved: E[φ̂φ̂″] = Q′(1) − C′(1) = 0 by Stein's lemma and φ̂″ is constant, so
+    E[φ̂] = 0. In Hermite coefficients b₁ + b₂ = Q(1) = 1 and b₁ + 2b₂ = C′(1) = 1, hence
+    C″(1) = 2b₂ = 0, and no τ > 0 is reached.
+
+    Args:
+        activation: a name of the activation table.
+        depth: number of nonlinear layers of a plain chain.
+        subnet_max: any other network. Exactly one of the two.
+        eta: η in (0, 1), for relu and leaky_relu. Default 0.9, the paper's.
+        tau: τ > 0, for all others. Default 0.3, the paper's.
+        clamp: take the largest η or τ that can be reached, where the given one cannot.
+
+    Returns:
+        The solved spec, residuals below 1e-9.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: an argument of the wrong type.
+        Unreachable: the network is too shallow for η, or φ has no such constants.
+
+    Example:
+        >>> tat("relu", depth=16).origin
+        'TAT eta=0.9, depth=16'
+        >>> round(tat("tanh", depth=49, tau=0.2).output_scale, 3)
+        19.307
+    """
+    row = get_activation(activation)
+    net = _Net.of(depth, subnet_max)
+    _above("eta", eta, 0.0)
+    _above("tau", tau, 0.0)
+    if eta >= 1:
+        raise ValueError(f"eta must be in (0, 1), got {eta}: at 1 all inputs would look alike")
+    if row.name in ("relu", "leaky_relu"):
+        return _tailored_rectifier(net, float(eta), clamp)
+    if row.name == "square":
+        raise Unreachable(
+            "TAT cannot shape square: Q'(1) = C'(1) gives it E[phi] = 0, hence C''(1) = 0, "
+            "whatever the constants; use another activation"
+        )
+    return _shape(_Conditions(row, "TAT", 1.0), net, "tau", float(tau), clamp)
+
+
+@dataclass(frozen=True)
+class EdgeOfChaos:
+    """An activation as it is, with the weights and biases that put it at the edge of chaos.
+
+    Attributes:
+        spec: the untransformed activation.
+        sigma_w: standard deviation of weights times √fan_in, or the factor of orthogonal weights.
+        sigma_b: standard deviation of biases.
+        q: mean square of the pre-activations that the layers keep.
+    """
+
+    spec: ActSpec
+    sigma_w: float
+    sigma_b: float
+    q: float
+
+
+def eoc(
+    activation: str, *, sigma_b: float | None = None, negative_slope: float = 0.0
+) -> EdgeOfChaos:
+    r"""Edge of chaos: weights N(0, σ_w²/fan_in) and biases N(0, σ_b²) with χ₁ = 1 at a fixed q.
+
+    q = σ_w² E[φ(√q z)²] + σ_b² and χ₁ = σ_w² E[φ′(√q z)²] = 1, the fixed point being attractive or
+    neutral: |σ_w² d/dq E[φ(√q z)²]| ≤ 1. See Poole et al., arXiv 1606.05340, and Schoenholz et al.,
+    arXiv 1611.01232.
+
+    softplus has none: q < E[φ(√q z)²] / E[φ′(√q z)²] for every q, which leaves σ_b² < 0. sigmoid
+    has, but far out, with σ_w above 10. relu and leaky_relu have theirs at σ_b = 0 only, where
+    every q is fixed; q = 1 is returned.
+
+    Args:
+        activation: a name of the activation table.
+        sigma_b: σ_b ≥ 0. Default 0 for relu and leaky_relu, 0.2 for all others.
+        negative_slope: slope of leaky_relu.
+
+    Returns:
+        The spec, σ_w, σ_b and q; of several fixed points the one with the smallest q.
+
+    Raises:
+        ValueError: an argument out of its range.
+        TypeError: an argument of the wrong type.
+        Unreachable: no such fixed point; the message says for which σ_b there is.
+
+    Example:
+        >>> round(eoc("tanh").sigma_w, 3), round(eoc("relu").sigma_w, 6)
+        (1.304, 1.414214)
+    """
+    spec = ActSpec(activation, negative_slope=negative_slope, origin="EOC")
+    row = spec.row
+    bias = (0.0 if row.homogeneous else 0.2) if sigma_b is None else sigma_b
+    _above("sigma_b", bias, -math.ulp(0.0))
+    bias = float(bias)
+    if row.homogeneous:
+        if bias > 0:
+            raise Unreachable(
+                f"{activation} at the edge of chaos adds sigma_b^2 to q in every layer, so that "
+                f"no q is fixed with sigma_b={bias:g}; pass sigma_b=0"
+            )
+        return EdgeOfChaos(spec, math.sqrt(2 / (1 + negative_slope**2)), 0.0, 1.0)
+
+    def weights2(q: float) -> tuple[float, float, float]:
+        """σ_w² and σ_b² with which q is fixed and χ₁ = 1, and the Q map's slope there."""
+        at = Local.of(row, math.sqrt(q), 0.0, negative_slope)
+        scale2 = q / float(at.w @ at.d1**2)
+        moment = float(at.w @ (at.f * at.d1 * at.z))
+        return scale2, q - scale2 * float(at.w @ at.f**2), scale2 * moment / q
+
+    from scipy import optimize  # see _tailored_rectifier
+
+    grid = [float(q) for q in np.geomspace(1e-4, 1e4, 161)]
+    curve = [weights2(q) for q in grid]
+    if bias == 0:
+        # A φ through 0 has q = 0 itself, if a small q does not grow.
+        zero = torch.zeros((), dtype=torch.float64)
+        still, slope = (f(zero, negative_slope).item() for f in (row.value, row.d1))
+        if still == 0 and slope != 0 and curve[0][2] <= 1:
+            return EdgeOfChaos(spec, 1 / abs(slope), 0.0, 0.0)
+    for (low, (_, below, _)), (high, (_, above, _)) in itertools.pairwise(
+        zip(grid, curve, strict=True)
+    ):
+        if (below - bias**2) * (above - bias**2) <= 0:
+            q = optimize.brentq(lambda q: weights2(q)[1] - bias**2, low, high, xtol=1e-300)
+            scale2, _, slope = weights2(q)
+            if abs(slope) <= 1:
+                return EdgeOfChaos(spec, math.sqrt(scale2), bias, q)
+    stable = [math.sqrt(b2) for _, b2, slope in curve if b2 >= 0 and abs(slope) <= 1]
+    ways = (
+        f"pass sigma_b between {min(stable):.3g} and {max(stable):.3g}"
+        if stable
+        else "whatever sigma_b; use DKS or TAT"
+    )
+    raise Unreachable(
+        f"{activation} has no edge of chaos with sigma_b={bias:g}, as no q up to 1e4 is an "
+        f"attractive fixed point with chi_1 = 1: {ways}"
+    )
+
+
+def _tailored_rectifier(net: _Net, eta: float, clamp: bool) -> ActSpec:
+    from scipy import optimize  # a fifth of a second that importing fusedshape need not take
+
+    def excess(a: float) -> float:
+        return net.reach(0.0, lambda c: leaky_c_map(a, c)) - eta
+
+    reachable = excess(0.0) + eta
+    note = ""
+    if reachable >= eta:
+        slope = optimize.brentq(excess, 0.0, 1.0, xtol=1e-15, rtol=1e-15)
+    elif clamp:
+        slope, note = 0.0, f" clamped from {eta:g}"
+    else:
+        raise Unreachable(
+            f"eta={eta:g} is out of reach for {net.label}: even slope 0 gives C_f(0) = "
+            f"{reachable:.6g}; pass eta <= {_floor(reachable)}, a deeper network, or clamp=True"
+        )
+    return ActSpec(
+        "leaky_relu",
+        negative_slope=slope,
+        output_scale=math.sqrt(2 / (1 + slope * slope)),
+        origin=f"TAT eta={min(eta, reachable):.6g}{note}, {net.label}",
+    )
+
+
+def _shape(conditions: _Conditions, net: _Net, name: str, aim: float, clamp: bool) -> ActSpec:
+    """Solve for the local target that makes the network reach `aim`."""
+    excess = net.local_excess(conditions.method, aim)
+    root = conditions.solve(excess)
+    note = ""
+    if root is None:
+        excess, root = conditions.largest_below(excess)
+        reachable = net.reach_of(conditions.method, excess)
+        local = "C'(1)" if conditions.method == "DKS" else "C''(1)"
+        if not clamp:
+            raise Unreachable(
+                f"{name}={aim:g} is out of reach of {conditions.row.name} for {net.label}: a layer "
+                f"gets to {local} = {excess + (conditions.method == 'DKS'):.6g}, the network to "
+                f"{name}={reachable:.6g}; pass {name} <= {_floor(reachable)}, a deeper network, or "
+                f"clamp=True"
+            )
+        note, aim = f" clamped from {aim:g}", reachable
+    return replace(root, origin=f"{conditions.method} {name}={aim:.6g}{note}, {net.label}")
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A network's subnet_max, checked, with its name."""
+
+    subnet_max: SubnetMax
+    label: str
+
+    @classmethod
+    def of(cls, depth: int | None, subnet_max: SubnetMax | None) -> _Net:
+        if (depth is None) == (subnet_max is None):
+            raise ValueError(
+                "give exactly one of depth=, the nonlinear layers of a plain chain, and "
+                f"subnet_max=, got depth={depth!r} and subnet_max={subnet_max!r}"
+            )
+        if subnet_max is None:
+            assert depth is not None
+            subnet_max = chain(depth)
+        elif not callable(subnet_max):
+            raise TypeError(f"subnet_max must be called as subnet_max(x, r), got {subnet_max!r}")
+        name = getattr(subnet_max, "__name__", type(subnet_max).__name__)
+        return cls(subnet_max, name if depth is not None else f"subnet_max={name}")
+
+    def reach(self, x: float, r: Callable[[float], float]) -> float:
+        value = self.subnet_max(x, r)
+        if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+            raise TypeError(f"subnet_max must return a number, got {value!r}")
+        value = float(value)
+        if math.isnan(value):
+            raise ValueError(f"subnet_max returned nan from x = {x}")
+        return value
+
+    def reach_of(self, method: str, excess: float) -> float:
+        """ζ of DKS's s = 1 + excess, or τ of TAT's t = excess."""
+        if method == "DKS":
+            return self.reach(1.0, lambda y: y + excess * y)
+        return self.reach(0.0, lambda y: excess + y)
+
+    def local_excess(self, method: str, aim: float) -> float:
+        """The excess with which the network reaches `aim`."""
+        from scipy import optimize  # see _tailored_rectifier
+
+        low, high = 0.0, 1e-9
+        # Grown from below, so that no power of it overflows on the way.
+        while self.reach_of(method, high) < aim:
+            low, high = high, 4 * high
+            if high > 1e9:
+                raise Unreachable(
+                    f"{self.label} does not grow with r: it gets to "
+                    f"{self.reach_of(method, low):.6g}, not {aim:g}; does it apply r at all?"
+                )
+        return optimize.brentq(
+            lambda e: self.reach_of(method, e) - aim, low, high, xtol=1e-300, rtol=1e-15
+        )
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """The system of equations of one method for one φ.
+
+    The local target is given as its excess over a linear layer's: C′(1) − 1 for DKS, C″(1) for TAT.
+    """
+
+    row: Activation
+    method: str
+    q_slope: float
+
+    def solve(self, excess: float) -> ActSpec | None:
+        """The root described at the top of this file, or None."""
+        twin = _TWINS.get(self.row.name)
+        if twin is not None:
+            root = replace(self, row=get_activation(twin.name)).solve(excess)
+            return None if root is None else twin.translate(root)
+        second: tuple[float, ActSpec] | None = None
+        for start in self._starts(excess):
+            spec = self._from(start, excess)
+            if spec is None:
+                continue
+            steepest = _steepest(spec)
+            hidden = _hidden(spec) if self.method == "TAT" else 0.0
+            if steepest < STEEPEST and _spread(spec) >= SPREAD and hidden <= excess:
+                return spec
+            if second is None or steepest < second[0]:
+                second = (steepest, spec)
+        return None if second is None else second[1]
+
+    def largest_below(self, excess: float) -> tuple[float, ActSpec]:
+        """The largest excess below an unreachable one, to 1e-6 of it, and its root."""
+        twin = _TWINS.get(self.row.name)
+        if twin is not None:
+            low, root = replace(self, row=get_activation(twin.name)).largest_below(excess)
+            return low, twin.translate(root)
+        low, high = 0.5 * excess, excess
+        while (found := self.solve(low)) is None:
+            low, high = 0.5 * low, low
+            if low < 1e-9:
+                raise Unreachable(
+                    f"{self.method} finds no constants for {self.row.name}; use another activation"
+                )
+        root = found
+        while True:
+            # Along the branch of the root at hand, which is cheap; then a look for a longer one.
+            while high - low > 1e-6 * low:
+                middle = 0.5 * (low + high)
+                found = self._from(self._unknowns(root), middle)
+                low, high, root = (low, middle, root) if found is None else (middle, high, found)
+            further = min(1.01 * low, 0.5 * (low + excess))
+            found = self.solve(further)
+            if found is None:
+                return low, root
+            low, high, root = further, excess, found
+
+    def _starts(self, excess: float) -> Iterator[tuple[float, ...]]:
+        scales, shifts = (1.0, 0.1), (0.0, 1.0, -1.0)
+        if self.row.name == "relu":
+            yield from itertools.product((*scales, 0.01))
+        elif self.row.has_slope:
+            yield from itertools.product((0.0, 0.5, 0.9, 0.99), shifts)
+        elif self.method == "DKS":
+            yield from itertools.product(scales, shifts)
+            yield from self._nearly_linear(excess)
+        else:
+            yield from itertools.product(scales, shifts, shifts)
+            for scale, shift in self._nearly_linear(excess):
+                # The two δ with which Q(1) = C′(1) = 1 holds already.
+                at = Local.of(self.row, scale, shift)
+                mean = float(at.w @ at.f)
+                gap = float(at.w @ at.d1**2) - float(at.w @ (at.f - mean) ** 2)
+                for sign in (1, -1):
+                    yield scale, shift, sign * math.sqrt(max(gap, 0.0)) - mean
+
+    @staticmethod
+    def _nearly_linear(excess: float) -> Iterator[tuple[float, float]]:
+        """(α, β): curvature grows with α², and a kink of φ may lie inside the inputs or outside."""
+        for factor in (0.7, 2.0):
+            scale = factor * math.sqrt(excess)
+            for shift in (0.4, -0.4, 3 * scale, -3 * scale, 1.2, -1.2):
+                yield scale, shift
+
+    def _from(self, start: tuple[float, ...], excess: float) -> ActSpec | None:
+        """The root that Powell's hybrid method finds from a start, if it finds one."""
+        from scipy import optimize  # see _tailored_rectifier
+
+        rough = optimize.root(
+            self._residuals, start, args=(excess, 1.0), method="hybr", options={"maxfev": 200}
+        )
+        if not np.abs(rough.fun).max() < 1e-5:
+            return None
+        # For deep networks the excess is small, and has to be met to as many digits.
+        unit = min(1.0, excess)
+        fine = optimize.root(
+            self._residuals, rough.x, args=(excess, unit), method="hybr", options={"xtol": 1e-14}
+        )
+        if not np.abs(fine.fun).max() * unit < _TOLERANCE:
+            return None
+        slope, scale, shift, output_shift, at = self._constants(fine.x, excess)
+        return ActSpec(
+            self.row.name,
+            input_scale=scale,
+            input_shift=shift,
+            output_shift=output_shift,
+            output_scale=float(at.w @ (at.f + output_shift) ** 2) ** -0.5,
+            negative_slope=slope,
+        )
+
+    def _unknowns(self, spec: ActSpec) -> tuple[float, ...]:
+        """Inverse of `_constants`."""
+        if self.row.name == "relu":
+            return (spec.input_scale,)
+        if self.row.has_slope:
+            return spec.negative_slope, spec.input_shift
+        known = (spec.input_scale, spec.input_shift, spec.output_shift)
+        return known[:2] if self.method == "DKS" else known
+
+    def _constants(self, p: Array, excess: float) -> tuple[float, float, float, float, Local]:
+        """(a, α, β, δ) of the unknowns p, and φ at the nodes."""
+        slope, scale, shift = 0.0, 1.0, 0.0
+        if self.row.name == "relu":
+            scale, shift = float(p[0]), 1.0 if 1 + excess < _RELU_TURN else -1.0
+        elif self.row.has_slope:
+            slope, shift = map(float, p)
+        else:
+            scale, shift = map(float, p[:2])
+        at = Local.of(self.row, scale, shift, slope)
+        return slope, scale, shift, float(p[2]) if self.method == "TAT" else -float(at.w @ at.f), at
+
+    def _residuals(self, p: Array, excess: float, unit: float) -> Array:
+        # Far out φ overflows or is flat: no root there, and the method turns round or gives up.
+        nowhere = np.full(len(p), np.nan)
+        if not np.isfinite(p).all() or not (self.row.has_slope or 0 < abs(p[0]) <= _WIDEST):
+            return nowhere
+        *_, output_shift, at = self._constants(p, excess)
+        f = at.f + output_shift
+        # Everything relative to Q(1), which is γ's way of making it 1.
+        q = float(at.w @ f**2)
+        if not 0 < q < math.inf:
+            return nowhere
+        left = [at.w @ (f * at.d1 * at.z) / q - self.q_slope] if self.row.name != "relu" else []
+        slope = at.w @ at.d1**2 / q - 1
+        if self.method == "DKS":
+            return np.array([*left, slope - excess]) / unit
+        return np.array([*left, slope, at.w @ at.d2**2 / q - excess]) / unit
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """φ(u) = scale · ψ(u·inner + shift) + offset for the row ψ called `name`."""
+
+    name: str
+    own: str
+    inner: float
+    shift: float
+    scale: float
+    offset: float
+
+    def translate(self, root: ActSpec) -> ActSpec:
+        """The spec with φ that is the same φ̂ as `root` with ψ."""
+        return ActSpec(
+            self.own,
+            input_scale=root.input_scale / self.inner,
+            input_shift=(root.input_shift - self.shift) / self.inner,
+            output_shift=self.scale * root.output_shift - self.offset,
+            output_scale=root.output_scale / self.scale,
+        )
+
+
+_TWINS = {
+    "sigmoid": _Twin("tanh", "sigmoid", 0.5, 0.0, 0.5, 0.5),
+    "cos": _Twin("sin", "cos", 1.0, math.pi / 2, 1.0, 0.0),
+}
+
+
+def _steepest(spec: ActSpec) -> float:
+    """max |φ̂′|; every row's φ′ is steepest near 0 or flat from there on."""
+    u = torch.linspace(-12, 12, 2401, dtype=torch.float64)
+    steepest = spec.row.d1(u, spec.negative_slope).abs().max().item()
+    return abs(spec.input_scale * spec.output_scale) * steepest
+
+
+def _spread(spec: ActSpec) -> float:
+    """E[φ̂″²]² / E[φ̂″⁴], 1 where φ̂″ = 0."""
+    at = Local.of(spec.row, spec.input_scale, spec.input_shift, spec.negative_slope)
+    square = at.d2**2
+    fourth = float(at.w @ square**2)
+    return 1.0 if fourth == 0 else float(at.w @ square) ** 2 / fourth
+
+
+def _hidden(spec: ActSpec) -> float:
+    """Σ jump² · density over the corners of φ̂."""
+    corners = corners_of(spec)
+    return spec.output_scale**2 * sum(jump**2 * normal_pdf(x) for x, jump in corners)
+
+
+def _above(name: str, value: float, low: float) -> None:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > low):
+        raise ValueError(f"{name} must be finite and above {low:g}, got {value}")
+
+
+def _floor(value: float) -> str:
+    """`value` to four digits, rounded down, so that it can be passed back."""
+    digits = 4 - math.ceil(math.log10(abs(value)))
+    return f"{math.floor(value * 10**digits) / 10**digits:.{max(digits, 0)}f}"

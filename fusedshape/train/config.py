@@ -1,0 +1,245 @@
+"""TrainConfig: everything that decides a training run, checked, and its JSON file."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fusedshape.init import Method
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "method": ("TAT", "DKS", "EOC", None),
+    "init": ("suo", "suo_full", "delta_orthogonal", "gaussian", None),
+    "optimiser": ("adam", "sgd"),
+    "schedule": ("onecycle", "constant"),
+    "amp": ("bfloat16", None),
+}
+MODELS = ("convnet", "mlp")
+DATA = ("digits",)
+WHOLE = ("depth", "width", "epochs", "batch_size", "shift", "seed", "threads")
+OPTIONAL = ("depth", "zeta", "eta", "tau", "sigma_b", "threads")
+LIMITS: dict[str, tuple[float, float]] = {
+    "depth": (1, math.inf),
+    "width": (1, math.inf),
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+    "threads": (1, 1024),
+    "lr": (1e-12, math.inf),
+    "gain": (1e-12, math.inf),
+    "zeta": (1, math.inf),
+    "eta": (0, 1),
+    "tau": (0, math.inf),
+    "sigma_b": (0, math.inf),
+    "momentum": (0, 0.999999),
+    "weight_decay": (0, math.inf),
+    "label_smoothing": (0, 0.999999),
+    "shift": (0, 1024),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how. Two equal configurations give bitwise equal weights.
+
+    Args:
+        model: "convnet" or "mlp" (`fusedshape.models`), or "pkg.module:factory". A factory is
+            called with in_channels and num_classes and returns a plain nn.Module.
+        data: "digits", or "pkg.module:factory" of a `Data`.
+        depth: nonlinear layers; needed by the built-in models and passed on to `convert`.
+        width: of the built-in models.
+        pln: put `fusedshape.nn.PerLocationNorm` before the model, which adds an input channel.
+        method: "TAT", "DKS", "EOC", or None to leave the model's own activations.
+        activation: of the converted model.
+        zeta: target of DKS; None takes convert's default, as for the other targets.
+        eta: target of TAT with leaky_relu.
+        tau: target of TAT with smooth activations.
+        sigma_b: of EOC.
+        init: how `fusedshape.init.init_module_` draws every linear and convolution layer; None
+            leaves the model's own weights.
+        gain: σ_w of every layer, for method None; the other methods decide it themselves.
+        epochs: passes over the training examples.
+        batch_size: examples a step; the last batch of an epoch may be smaller.
+        lr: peak learning rate.
+        schedule: "onecycle" (cosine from lr/25 up to lr over the first 30 % of the steps, and
+            down to lr/250 000) or "constant".
+        optimiser: "adam" or "sgd" (Nesterov).
+        momentum: of "sgd".
+        weight_decay: L2 for "sgd", decoupled for "adam".
+        label_smoothing: of the cross entropy in training.
+        shift: move training images by up to so many pixels, at random.
+        seed: decides weights and the order of examples.
+        device: "cpu", "cuda", "cuda:1", …
+        threads: CPU threads; None leaves torch's setting.
+        channels_last: memory format of models with 2-d convolutions.
+        amp: "bfloat16" for autocast, or None.
+
+    Raises:
+        ValueError: a value outside its limits.
+        TypeError: a value of the wrong type.
+
+    Example:
+        >>> config = TrainConfig(depth=30, lr=3e-4)
+        >>> TrainConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    model: str = "convnet"
+    data: str = "digits"
+    depth: int | None = None
+    width: int = 32
+    pln: bool = True
+    method: str | None = "TAT"
+    activation: str = "leaky_relu"
+    zeta: float | None = None
+    eta: float | None = None
+    tau: float | None = None
+    sigma_b: float | None = None
+    init: Method | None = "suo"
+    gain: float = 1.0
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 1e-4
+    schedule: str = "onecycle"
+    optimiser: str = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    shift: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    channels_last: bool = True
+    amp: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"TrainConfig: {name}={value!r}; known: {_listed(known)}")
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+            _check_number(name, value, low, high)
+            if name not in WHOLE:
+                object.__setattr__(self, name, float(value))
+        for name in ("pln", "channels_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"TrainConfig: {name} must be true or false, got {getattr(self, name)!r}"
+                )
+        for name, builtin in (("model", MODELS), ("data", DATA)):
+            value = getattr(self, name)
+            if value not in builtin and not _is_path(value):
+                raise ValueError(
+                    f"TrainConfig: {name}={value!r}; known: {_listed(builtin)}, or the form "
+                    "pkg.module:factory"
+                )
+        for name in ("activation", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(
+                    f"TrainConfig: {name} must be a string, got {getattr(self, name)!r}"
+                )
+        if self.model in MODELS and self.depth is None:
+            raise ValueError(f"TrainConfig: model {self.model!r} needs a depth, e.g. depth=100")
+        if self.method is not None and self.gain != 1:
+            raise ValueError(
+                f"TrainConfig: {self.method} decides the scale of the weights, got "
+                f"gain={self.gain}; leave it at 1, or set method to null"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of the fields."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """JSON text; floats keep every bit."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Inverse of `to_json`; fields left out take their defaults.
+
+        Raises:
+            ValueError: text that is not a JSON object, an unknown field, or a value out of limits.
+            TypeError: a value of the wrong type.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"TrainConfig: expected a JSON object, got {text!r:.80}")
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(f"TrainConfig: unknown field(s) {unknown}; known: {sorted(known)}")
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Read a JSON file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: as `from_json`; the message names the file.
+            TypeError: as `from_json`.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        Path(path).write_text(self.to_json() + "\n")
+
+
+def load_object(path: str) -> Any:
+    """Import ``pkg.module:name``, from the current folder too.
+
+    Raises:
+        ValueError: another form, or no such name.
+        ImportError: no such module.
+
+    Example:
+        >>> load_object("math:pi")
+        3.141592653589793
+    """
+    if not _is_path(path):
+        raise ValueError(f"{path!r} must have the form pkg.module:name")
+    module, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"module {module!r} has no {name!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _is_path(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    module, colon, name = value.partition(":")
+    parts = [*module.split("."), *name.split(".")]
+    return bool(colon) and all(part.isidentifier() for part in parts)
+
+
+def _listed(values: tuple[str | None, ...]) -> str:
+    return ", ".join("null" if v is None else repr(v) for v in values)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    kinds = (int,) if name in WHOLE else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "a whole number" if name in WHOLE else "a number"
+        raise TypeError(f"TrainConfig: {name} must be {kind}, got {value!r}")
+    assert isinstance(value, (int, float))
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"TrainConfig: {name}={value} must be finite and in {low:g} … {high:g}")

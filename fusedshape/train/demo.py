@@ -1,0 +1,368 @@
+"""The demo (one deep net, shaped against ReLU) and the sweep behind the README's evidence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fusedshape.machine import machine
+from fusedshape.train.config import TrainConfig
+from fusedshape.train.loop import Result, fit, write_json
+from fusedshape.train.plot import plot_curves, plot_depths
+
+Say = Callable[[str], None]
+
+#: label → what differs from TrainConfig's defaults. ReLU's √2 is its edge of chaos.
+ARMS: dict[str, dict[str, Any]] = {
+    "TAT leaky_relu": {"method": "TAT", "activation": "leaky_relu"},
+    "DKS softplus": {"method": "DKS", "activation": "softplus"},
+    "DKS tanh": {"method": "DKS", "activation": "tanh"},
+    "EOC tanh": {"method": "EOC", "activation": "tanh"},
+    "ReLU orthogonal": {"method": None, "activation": "relu", "gain": math.sqrt(2)},
+    "ReLU He": {"method": None, "activation": "relu", "gain": math.sqrt(2), "init": "gaussian"},
+}
+DEMO_ARMS = ("TAT leaky_relu", "ReLU orthogonal")
+DEMO_LR = 3e-4
+DEPTHS = (300, 100, 30)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+SEEDS = (0, 1, 2)
+
+
+def run_demo(
+    out_dir: str | Path,
+    *,
+    depth: int = 300,
+    width: int = 32,
+    epochs: int = 20,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Say | None = None,
+) -> dict[str, Any]:
+    """Train a deep vanilla convolutional net on digits twice: TAT, and ReLU for contrast.
+
+    Both nets have the same layers, data, optimiser and learning rate; ReLU's weights are scaled
+    orthogonal × √2, the best start known for it, and it gets a quarter of the epochs. Writes
+    `demo.json` and `demo.png`.
+
+    Args:
+        out_dir: folder, made if missing.
+        depth: nonlinear layers.
+        width: channels.
+        epochs: passes over the data for TAT.
+        seed: decides weights and the order of examples.
+        threads: CPU threads; None leaves torch's setting.
+        progress: what to do with a line of text; None prints it.
+
+    Returns:
+        The content of `demo.json`: header and rows.
+
+    Raises:
+        ImportError: scikit-learn or matplotlib is missing.
+    """
+    say = progress or _print
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    header = provenance()
+    say(f"{depth} layers of {width} channels, no normalisation, no skip connections, on 8×8 digits")
+    say(_machine_line(header, threads))
+    say(f"{'arm':<16} {'epochs':>6} {'train loss':>10} {'test accuracy':>13} {'seconds':>7}")
+    rows: list[Result] = []
+    for arm in DEMO_ARMS:
+        config = TrainConfig(
+            depth=depth,
+            width=width,
+            epochs=epochs if arm == DEMO_ARMS[0] else max(epochs // 4, 1),
+            lr=DEMO_LR,
+            seed=seed,
+            threads=threads,
+            **ARMS[arm],
+        )
+        row = _row(arm, "demo", fit(config, bar=sys.stderr.isatty()))
+        rows.append(row)
+        say(_table_line(row))
+        write_json(out / "demo.json", {"header": header, "rows": rows})
+    title = f"{depth} layers without normalisation or skip connections, digits"
+    plot_curves({row["arm"]: [row] for row in rows}, out / "demo.png", title)
+    say(f"wrote {out / 'demo.json'} and {out / 'demo.png'}")
+    return {"header": header, "rows": rows}
+
+
+def run_sweep(
+    out_path: str | Path,
+    *,
+    jobs: int = 2,
+    depths: Sequence[int] = DEPTHS,
+    arms: Iterable[str] = tuple(ARMS),
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    seeds: Sequence[int] = SEEDS,
+    epochs: int = 20,
+    width: int = 32,
+    progress: Say | None = None,
+) -> dict[str, Any]:
+    """Train every arm at every depth with several seeds, each at the best of a few learning rates.
+
+    The rate is chosen per arm and depth by runs of a quarter of the epochs on the first seed, with
+    the lowest final training loss; the full runs follow. A run is added to the file when it ends,
+    and one that is there already is not repeated, so an interrupted sweep goes on. Worker processes
+    have one thread each. Plots lie beside the file, one per depth and one of accuracy by depth.
+
+    Args:
+        out_path: JSON file.
+        jobs: processes; 1 trains in this one.
+        depths: nonlinear layers, in this order.
+        arms: keys of `ARMS`.
+        learning_rates: candidates.
+        seeds: of the full runs.
+        epochs: of the full runs.
+        width: channels.
+        progress: what to do with a line of text; None prints it.
+
+    Returns:
+        The content of the file: headers, and rows of purpose "rate" or "full".
+
+    Raises:
+        ValueError: an unknown arm, no rates or seeds, or a file that holds something else.
+        ImportError: scikit-learn is missing.
+    """
+    say = progress or _print
+    path = Path(out_path)
+    arms = tuple(arms)
+    unknown = sorted(set(arms) - set(ARMS))
+    if unknown:
+        raise ValueError(f"run_sweep: unknown arms {unknown}; known: {sorted(ARMS)}")
+    if not (learning_rates and seeds and jobs >= 1):
+        raise ValueError(
+            f"run_sweep: needs at least one learning rate, one seed and one job, got "
+            f"{len(learning_rates)}, {len(seeds)} and {jobs}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = _read_sweep(path)
+    rows: list[Result] = data["rows"]
+    data["headers"].append(provenance() | {"jobs": jobs})
+    header = len(data["headers"]) - 1
+    say(_machine_line(data["headers"][-1], 1))
+
+    def train(purpose: str, wanted: Mapping[TrainConfig, str]) -> list[Result]:
+        """Rows of these configurations, trained or found in the file."""
+        done = [row["config"] for row in rows if row["purpose"] == purpose]
+        missing = {c: arm for c, arm in wanted.items() if c.to_dict() not in done}
+        for config, result in _train_all(list(missing), jobs):
+            row = _row(missing[config], purpose, result) | {"header": header}
+            rows.append(row)
+            write_json(path, data)
+            say(f"{purpose:<4} {config.depth:>5} {config.lr:.0e} {config.seed} {_table_line(row)}")
+        configs = [config.to_dict() for config in wanted]
+        return [row for row in rows if row["purpose"] == purpose and row["config"] in configs]
+
+    for depth in depths:
+        base = TrainConfig(depth=depth, width=width, epochs=epochs, seed=seeds[0], threads=1)
+        short = replace(base, epochs=max(epochs // 4, 1))
+        tried = train(
+            "rate",
+            {replace(short, lr=lr, **ARMS[arm]): arm for arm in arms for lr in learning_rates},
+        )
+        best = {arm: best_rate([row for row in tried if row["arm"] == arm]) for arm in arms}
+        train(
+            "full",
+            {
+                replace(base, lr=best[arm], seed=seed, **ARMS[arm]): arm
+                for seed in seeds
+                for arm in arms
+            },
+        )
+        plot_sweep(data, path)
+    return data
+
+
+def best_rate(rows: Sequence[Result]) -> float:
+    """The learning rate of the lowest final training loss; the smallest where all diverged."""
+    return min(
+        rows,
+        key=lambda row: (
+            math.inf if row["final_train_loss"] is None else row["final_train_loss"],
+            row["lr"],
+        ),
+    )["lr"]
+
+
+def plot_sweep(data: Mapping[str, Any], path: str | Path) -> None:
+    """Plots of a sweep beside its file: curves of each depth, and accuracy by depth.
+
+    Args:
+        data: what `run_sweep` returns.
+        path: the sweep's JSON file; the plots take its name.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    path = Path(path)
+    full = [row for row in data["rows"] if row["purpose"] == "full"]
+    accuracy: dict[str, dict[int, list[float]]] = {arm: {} for arm in ARMS}
+    for depth in sorted({row["depth"] for row in full}):
+        rows = [row for row in full if row["depth"] == depth]
+        by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
+        by_arm = {arm: found for arm, found in by_arm.items() if found}
+        plot_curves(by_arm, path.with_name(f"{path.stem}-{depth}.png"), f"{depth} layers, digits")
+        for arm, found in by_arm.items():
+            accuracy[arm][depth] = [row["final_accuracy"] or 0.0 for row in found]
+    if full:
+        accuracy = {arm: by_depth for arm, by_depth in accuracy.items() if by_depth}
+        plot_depths(accuracy, path.with_suffix(".png"), "Test accuracy after training, digits")
+
+
+def summary(data: Mapping[str, Any]) -> str:
+    """Table of a sweep's full runs: mean and range of the final test accuracy over seeds.
+
+    Args:
+        data: what `run_sweep` returns.
+
+    Returns:
+        Lines of text.
+    """
+    groups: dict[tuple[int, str], list[Result]] = {}
+    for row in data["rows"]:
+        if row["purpose"] == "full":
+            groups.setdefault((row["depth"], row["arm"]), []).append(row)
+    lines = [
+        f"{'depth':>5} {'arm':<16} {'lr':>6} {'seeds':>5} {'mean':>6} {'lowest':>7} {'highest':>8}"
+    ]
+    for (depth, arm), rows in groups.items():
+        values = [row["final_accuracy"] or 0.0 for row in rows]
+        lines.append(
+            f"{depth:>5} {arm:<16} {rows[0]['lr']:>6.0e} {len(rows):>5} {mean(values):>6.1%} "
+            f"{min(values):>7.1%} {max(values):>8.1%}"
+        )
+    return "\n".join(lines)
+
+
+def provenance() -> dict[str, Any]:
+    """Machine, time, command, and the commit of the source tree (None outside a repository)."""
+    here = Path(__file__).resolve()
+    commit = _git(here, "rev-parse", "HEAD") if _git(here, "ls-files", here.name) else None
+    return {
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git(here, "status", "--porcelain")),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: ``python -m fusedshape.train.demo demo|sweep [--out FOLDER] …``."""
+    parser = argparse.ArgumentParser(prog="python -m fusedshape.train.demo", description=__doc__)
+    parser.add_argument("what", choices=("demo", "sweep"))
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the sweep")
+    parser.add_argument("--depths", type=int, nargs="+", help="depths, in this order")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="arms of the sweep")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the sweep")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--threads", type=int, help="CPU threads of the demo")
+    args = parser.parse_args(argv)
+    if args.what == "demo":
+        for depth in args.depths or DEPTHS[:1]:
+            run_demo(args.out, depth=depth, epochs=args.epochs, threads=args.threads)
+    else:
+        data = run_sweep(
+            args.out / "sweep.json",
+            jobs=args.jobs,
+            depths=args.depths or DEPTHS,
+            arms=args.arms,
+            seeds=args.seeds,
+            epochs=args.epochs,
+        )
+        _print(summary(data))
+    return 0
+
+
+def _train_all(configs: Sequence[TrainConfig], jobs: int) -> Iterator[tuple[TrainConfig, Result]]:
+    """Results as they come in."""
+    if jobs == 1 or len(configs) < 2:
+        for config in configs:
+            yield config, fit(config)
+        return
+    # spawn: a forked child of a process with OpenMP threads may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_die_on_interrupt)
+    try:
+        futures = {pool.submit(fit, config): config for config in configs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    pool.shutdown()
+
+
+def _die_on_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _row(arm: str, purpose: str, result: Result) -> Result:
+    config = result["config"]
+    return {
+        "arm": arm,
+        "purpose": purpose,
+        **{key: config[key] for key in ("depth", "lr", "seed")},
+        "diverged": result["status"] == "diverged",
+        **result,
+    }
+
+
+def _read_sweep(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"headers": [], "rows": []}
+    data = json.loads(path.read_text())
+    if not (isinstance(data, dict) and {"headers", "rows"} <= set(data)):
+        raise ValueError(f"{path} is no sweep's file; choose another name")
+    return data
+
+
+def _table_line(row: Result) -> str:
+    loss, accuracy = row["final_train_loss"], row["final_accuracy"]
+    return (
+        f"{row['arm']:<16} {len(row['epochs']):>6} "
+        f"{'diverged' if loss is None else format(loss, '.4f'):>10} "
+        f"{'' if accuracy is None else format(accuracy, '.1%'):>13} {row['seconds']:>7.0f}"
+    )
+
+
+def _machine_line(header: Mapping[str, Any], threads: int | None) -> str:
+    m = header["machine"]
+    return (
+        f"{m['cpu']}, {threads or m['threads']} thread(s), torch {m['torch']}, "
+        f"backend {m['cpu_tensors']}"
+    )
+
+
+def _git(file: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=file.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,407 @@
+"""The training loop: build, train, evaluate, checkpoint, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedshape.convert import convert
+from fusedshape.init import init_module_
+from fusedshape.models import vanilla_convnet, vanilla_mlp
+from fusedshape.nn import PerLocationNorm
+from fusedshape.train.config import TrainConfig, load_object
+from fusedshape.train.data import Data, digits
+from fusedshape.train.plot import plot_curves
+
+Result = dict[str, Any]
+WARM_UP = 0.3  # share of the steps
+START, END = 1 / 25, 1 / 250_000  # of the peak learning rate
+CHECK_EVERY = 16  # steps between looks at the loss, each of which makes a GPU wait
+EVAL_BATCH = 512
+
+
+def run(config: TrainConfig, out_dir: str | Path) -> Result:
+    """Train as configured, into a folder; go on where an earlier run of the same stopped.
+
+    Writes `result.json` and `checkpoint.pt` after every epoch, each in one piece, and `curves.png`
+    at the end if matplotlib is there. An interrupt (Ctrl-C) keeps the finished epochs.
+
+    Args:
+        config: what to train.
+        out_dir: folder, made if missing.
+
+    Returns:
+        The content of `result.json`: config, status ("done", "diverged" or, while not finished,
+        "running"), epochs (per epoch: train_loss, test_loss, test_accuracy, seconds), final and
+        best test accuracy.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, shift without images, and
+            whatever `convert` raises.
+
+    Example:
+        >>> result = run(TrainConfig(depth=30), "runs/thirty")  # doctest: +SKIP
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+
+    def save(result: Result) -> None:
+        write_json(out / "result.json", result)
+
+    result = fit(config, checkpoint=out / "checkpoint.pt", on_epoch=save, bar=sys.stderr.isatty())
+    save(result)
+    with suppress(ImportError):  # matplotlib is an extra; the numbers are in result.json
+        plot_curves({config.activation: [result]}, out / "curves.png")
+    return result
+
+
+def fit(
+    config: TrainConfig,
+    *,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[Result], None] | None = None,
+    bar: bool = False,
+) -> Result:
+    """Train as configured and return the result; `run` is this with files.
+
+    Args:
+        config: what to train.
+        checkpoint: file to resume from, if it exists, and to write after every epoch.
+        on_epoch: called after every epoch with the result so far.
+        bar: show progress on stderr, if tqdm is installed.
+
+    Returns:
+        As `run`.
+
+    Raises:
+        ValueError: as `run`.
+    """
+    device = torch.device(config.device)
+    with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # for dropout and factories; undone by fork_rng
+        data = load_data(config)
+        model = build(config, data).to(device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimiser = _optimiser(config, model)
+        result: Result = {"config": config.to_dict(), "status": "running", "epochs": []}
+        if checkpoint is not None and checkpoint.exists():
+            result = _resume(checkpoint, config, model, optimiser)
+        x, y = data.train_x.to(device), data.train_y.to(device)
+        if config.shift and x.ndim != 4:
+            raise ValueError(
+                f"fit: shift={config.shift} needs images (N, C, H, W), got {tuple(x.shape)}; "
+                "set shift to 0"
+            )
+        test_x, test_y = data.test_x.to(device), data.test_y.to(device)
+        if bar and (tqdm := _tqdm()) is not None:
+            rounds = tqdm(range(len(result["epochs"]), config.epochs), unit="epoch")
+        else:
+            rounds = range(len(result["epochs"]), config.epochs)
+        for epoch in rounds:
+            if result["status"] != "running":
+                break
+            start = time.perf_counter()
+            train_loss = _train_epoch(config, epoch, model, optimiser, x, y)
+            test_loss, accuracy = evaluate(model, test_x, test_y, config)
+            finite = math.isfinite(train_loss) and math.isfinite(test_loss)
+            result["epochs"].append(
+                {
+                    "train_loss": train_loss if finite else None,
+                    "test_loss": test_loss if finite else None,
+                    "test_accuracy": accuracy if finite else None,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            if not finite:
+                result["status"] = "diverged"
+            elif epoch + 1 == config.epochs:
+                result["status"] = "done"
+            _summarise(result)
+            if checkpoint is not None:
+                _save(checkpoint, result, model, optimiser)
+            if on_epoch is not None:
+                on_epoch(result)
+    return result
+
+
+def build(config: TrainConfig, data: Data) -> nn.Module:
+    """The network as configured: plain, converted, initialised, PLN before it.
+
+    Args:
+        config: what to build.
+        data: its shapes decide the sizes of the input and of the head.
+
+    Returns:
+        A module (N, C, *spatial) → (N, num_classes) on the CPU.
+
+    Raises:
+        ValueError: whatever the factory, `convert` and `init_module_` raise.
+        TypeError: the factory returns no module.
+    """
+    shape = list(data.train_x.shape[1:])
+    shape[0] += config.pln
+    if config.model == "convnet":
+        assert config.depth is not None
+        model: nn.Module = vanilla_convnet(config.depth, config.width, shape[0], data.num_classes)
+    elif config.model == "mlp":
+        assert config.depth is not None
+        model = vanilla_mlp(config.depth, config.width, math.prod(shape), data.num_classes)
+    else:
+        model = load_object(config.model)(in_channels=shape[0], num_classes=data.num_classes)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{config.model} returned {type(model).__name__}, not an nn.Module")
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.method is not None:
+        names = ["zeta", "eta", "tau", "sigma_b"]
+        if config.method != "EOC":  # which knows no depth
+            names.append("depth")
+        given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+        convert(
+            model,
+            method=config.method,
+            activation=config.activation,
+            init=config.init,
+            generator=generator,
+            **given,
+        )
+    elif config.init is not None:
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                init_module_(module, config.init, config.gain, generator=generator)
+    return nn.Sequential(PerLocationNorm(), model) if config.pln else model
+
+
+def load_data(config: TrainConfig) -> Data:
+    """The data as configured.
+
+    Raises:
+        ImportError: "digits" without scikit-learn.
+        TypeError: the factory returns no `Data`.
+    """
+    if config.data == "digits":
+        return digits()
+    data = load_object(config.data)()
+    if not isinstance(data, Data):
+        raise TypeError(f"{config.data} returned {type(data).__name__}, not a Data")
+    return data
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -> tuple[float, float]:
+    """Mean cross entropy (natural logarithm, no smoothing) and accuracy (0 … 1).
+
+    Args:
+        model: the network.
+        x: (N, C, *spatial), on the model's device.
+        y: (N,) labels.
+        config: for autocast and memory format.
+
+    Returns:
+        (loss, accuracy).
+    """
+    model.eval()
+    loss, right = 0.0, 0
+    for part, labels in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH), strict=True):
+        with _autocast(config):
+            logits = model(_layout(part, config)).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += int((logits.argmax(1) == labels).sum())
+    return loss / len(y), right / len(y)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Learning rate of one step.
+
+    Args:
+        config: peak and schedule.
+        step: 0 … steps − 1.
+        steps: all steps of the run.
+
+    Returns:
+        The rate.
+
+    Example:
+        >>> [learning_rate(TrainConfig(depth=1, lr=1.0), s, 11) for s in (0, 3)]
+        [0.04, 1.0]
+    """
+    if config.schedule == "constant":
+        return config.lr
+    top = max(WARM_UP * (steps - 1), 1e-9)
+    if step <= top:
+        low, share = START, step / top
+    else:
+        low, share = END, (steps - 1 - step) / (steps - 1 - top)
+    return config.lr * (low + (1 - low) * 0.5 * (1 - math.cos(math.pi * share)))
+
+
+def shifted(x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Images moved by up to `limit` pixels down or up and right or left, each by its own amount.
+
+    What comes in at a border repeats the border.
+
+    Args:
+        x: (N, C, H, W).
+        limit: largest shift; 0 returns x.
+        generator: on the CPU.
+
+    Returns:
+        Tensor of x's shape.
+
+    Example:
+        >>> x = torch.arange(3.0).view(1, 1, 1, 3).expand(9, 1, 1, 3)
+        >>> shifted(x, 1, torch.Generator().manual_seed(0)).flatten(1).unique(dim=0).tolist()
+        [[0.0, 0.0, 1.0], [0.0, 1.0, 2.0], [1.0, 2.0, 2.0]]
+    """
+    if not limit:
+        return x
+    n, _, height, width = x.shape
+    top, left = torch.randint(0, 2 * limit + 1, (2, n, 1), generator=generator).to(x.device)
+    rows = top + torch.arange(height, device=x.device)
+    columns = left + torch.arange(width, device=x.device)
+    number = torch.arange(n, device=x.device)[:, None, None]
+    padded = F.pad(x, [limit] * 4, mode="replicate").permute(0, 2, 3, 1)
+    return padded[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON in one piece: whoever reads sees the old file or the new one.
+
+    Args:
+        path: the file.
+        data: JSON data; NaN and infinity are refused.
+
+    Raises:
+        ValueError: a number that JSON does not know.
+    """
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _train_epoch(
+    config: TrainConfig,
+    epoch: int,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+) -> float:
+    """One pass; returns the mean loss, or the first sum that is not finite."""
+    model.train()
+    # A generator per epoch, so that a resumed run sees the same order.
+    generator = torch.Generator().manual_seed(2**32 * (epoch + 1) + config.seed)
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    batches = order.split(config.batch_size)
+    total = torch.zeros((), device=x.device)
+    for i, batch in enumerate(batches):
+        rate = learning_rate(config, epoch * len(batches) + i, config.epochs * len(batches))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        images = shifted(x[batch], config.shift, generator)
+        with _autocast(config):
+            logits = model(_layout(images, config)).float()
+        loss = F.cross_entropy(logits, y[batch], label_smoothing=config.label_smoothing)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        total += loss.detach() * len(batch)
+        if i % CHECK_EVERY == 0 and not math.isfinite(total.item()):
+            break
+    return total.item() / len(x)
+
+
+def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    # fused: hundreds of small tensors in one call, which at depth 300 is felt
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimiser == "sgd":
+        momentum = config.momentum
+        return torch.optim.SGD(
+            model.parameters(), momentum=momentum, nesterov=momentum > 0, **options
+        )
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def _layout(x: Tensor, config: TrainConfig) -> Tensor:
+    if config.channels_last and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def _autocast(config: TrainConfig) -> Any:
+    if config.amp is None:
+        return nullcontext()
+    return torch.autocast(torch.device(config.device).type, getattr(torch, config.amp))
+
+
+def _summarise(result: Result) -> None:
+    accuracies = [e["test_accuracy"] for e in result["epochs"] if e["test_accuracy"] is not None]
+    result["final_accuracy"] = result["epochs"][-1]["test_accuracy"]
+    result["best_accuracy"] = max(accuracies, default=None)
+    result["final_train_loss"] = result["epochs"][-1]["train_loss"]
+    result["seconds"] = sum(e["seconds"] for e in result["epochs"])
+
+
+def _save(path: Path, result: Result, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    state = {
+        "result": result,
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state_all()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(
+    path: Path, config: TrainConfig, model: nn.Module, optimiser: torch.optim.Optimizer
+) -> Result:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    result: Result = state["result"]
+    mine = config.to_dict()
+    other = sorted(k for k, v in result["config"].items() if mine.get(k) != v)
+    if other:
+        raise ValueError(
+            f"{path} holds a run of another configuration (different: {', '.join(other)}); choose "
+            "another folder or remove that file"
+        )
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return result
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm

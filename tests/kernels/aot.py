@@ -1,0 +1,180 @@
+"""Compiles kernels for GPUs that are not there, and reads what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedshape.kernels import pointwise
+from fusedshape.kernels.pointwise import Plan
+
+ARCHES = (80, 90, 100)
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+DOUBLES = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    ptx: str
+    mlir: str
+
+    def vectors(self, what: str) -> int:
+        """Number of 16-byte accesses to global memory; `what` is "ld" or "st"."""
+        return self._accesses(what).count(16)
+
+    def widths(self, what: str) -> set[int]:
+        """Widths in bytes of the accesses to global memory."""
+        return set(self._accesses(what))
+
+    def _accesses(self, what: str) -> list[int]:
+        found = re.findall(rf"\b{what}\.global(?:\.[a-z]\w*)*?(?:\.v(\d))?\.b(\d+)", self.ptx)
+        return [int(n or 1) * int(bits) // 8 for n, bits in found]
+
+
+def compile_kernel(
+    kernel: Any,
+    pointers: dict[str, torch.dtype | None],
+    constexprs: dict[str, Any],
+    arch: int,
+    num_warps: int,
+    aligned: bool = True,
+    specialised: tuple[str, ...] = (),
+) -> Compiled:
+    """Compile as a launch with such pointers (None: not given) and constexprs would."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(constexprs)
+    attributes = {}
+    for i, param in enumerate(kernel.params):
+        name = param.name
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            dtype = pointers[name]
+            signature[name] = "constexpr" if dtype is None else f"*{NAMES[dtype]}"
+            if dtype is None:
+                constants[name] = None
+            elif aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif param.annotation_type:
+            signature[name] = param.annotation_type
+        else:
+            signature[name] = "i32"  # even of a huge tensor, rows and vectors are that small
+            if name in specialised:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": num_warps}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = assemble(built.asm["ptx"], arch)
+    return Compiled(*usage, built.metadata.shared, built.asm["ptx"], built.asm["source"])
+
+
+def assemble(ptx: str, arch: int) -> tuple[int, int, int]:
+    """Registers, bytes spilled (stores and loads) and stack bytes, as ptxas reports them."""
+    ptxas = PTXAS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [ptxas, "-v", f"-arch={target[1]}", path, "-o", Path(folder) / "kernel.cubin"]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", log)
+    memory = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    assert registers is not None, log
+    assert memory is not None, log
+    return int(registers[1]), int(memory[2]) + int(memory[3]), int(memory[1])
+
+
+def plan_constexprs(plan: Plan) -> dict[str, Any]:
+    return {
+        "BY_COLUMN": plan.by_column,
+        "VECTOR": plan.vector,
+        "ROWS": plan.tile_rows,
+        "COLS": plan.tile_cols,
+        "WIDE": plan.wide,
+    }
+
+
+def compile_bias_act(
+    plan: Plan,
+    dtype: torch.dtype,
+    activation: int,
+    arch: int,
+    bias: torch.dtype | None = torch.float32,
+    aligned: bool = True,
+) -> Compiled:
+    return compile_kernel(
+        pointwise._bias_act_kernel,
+        {"x_ptr": dtype, "bias_ptr": bias, "y_ptr": dtype},
+        {"ACTIVATION": activation, "HAS_BIAS": bias is not None, **plan_constexprs(plan)},
+        arch,
+        pointwise.NUM_WARPS,
+        aligned,
+    )
+
+
+def compile_act_grad(
+    plan: Plan,
+    dtype: torch.dtype,
+    activation: int,
+    arch: int,
+    save_output: bool,
+    bias_grad: bool = True,
+    bias: torch.dtype | None = torch.float32,
+    aligned: bool = True,
+) -> Compiled:
+    if save_output:
+        bias = None
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return compile_kernel(
+        pointwise._act_grad_kernel,
+        {
+            "grad_ptr": dtype,
+            "saved_ptr": dtype,
+            "bias_ptr": bias,
+            "dx_ptr": dtype,
+            "sums_ptr": sums,
+        },
+        {
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "SAVE_OUTPUT": save_output,
+            "BIAS_GRAD": bias_grad,
+            **plan_constexprs(plan),
+        },
+        arch,
+        pointwise.NUM_WARPS,
+        aligned,
+    )
+
+
+def compile_reduce(dtype: torch.dtype, arch: int, wide: bool = False) -> Compiled:
+    return compile_kernel(
+        pointwise._reduce_kernel,
+        {"sums_ptr": dtype, "out_ptr": dtype},
+        {"PARTS": pointwise.REDUCE_PARTS, "ROWS": 256, "COLS": 16, "WIDE": wide},
+        arch,
+        8,
+        specialised=("channels",),
+    )
