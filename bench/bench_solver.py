@@ -23,8 +23,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.common import ROOT, print_header, write
 from fusedshape import theory
 
@@ -82,12 +80,12 @@ def dks_worker(text: str) -> None:
 
 def theirs(case: dict[str, Any], timeout: float) -> tuple[float, str]:
     """Seconds, and what became of it: solved, timeout or failed."""
-    command = [sys.executable, __file__, "--worker", json.dumps(case)]
+    command = [sys.executable, "-m", "bench.bench_solver", "--worker", json.dumps(case)]
     # One thread on both sides; main() sees to its own.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=env, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env
         )
     except subprocess.TimeoutExpired:
         return timeout, "timeout"

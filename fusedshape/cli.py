@@ -129,14 +129,15 @@ def _load(path: str) -> Any:
 def _constants(args: argparse.Namespace) -> None:
     from fusedshape import theory
 
+    row: dict[str, Any]
     targets = _targets(args)
     if args.method.upper() == "EOC":
         sigma_b = targets.pop("sigma_b", None)
         if targets:
             raise ValueError(f"EOC takes --sigma-b only, got {sorted(targets)}")
         edge = theory.eoc(args.activation, sigma_b=sigma_b)
-        row = {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b, "q": edge.q}
-        row = {"method": "EOC", "activation": args.activation, **row}
+        row = {"method": "EOC", "activation": args.activation}
+        row |= {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b, "q": edge.q}
     else:
         if "sigma_b" in targets:
             raise ValueError(f"{args.method} takes no --sigma-b; it belongs to EOC")

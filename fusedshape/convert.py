@@ -223,7 +223,9 @@ def convert(
         strip_batchnorm: replace BatchNorm by nn.Identity. Its state_dict keys vanish, and layers
             made without a bias stay without.
         on_untraceable: what to do about a module whose forward may call such an activation but
-            cannot be traced: "error", or "report" to leave that call as it is.
+            cannot be traced faithfully (it branches on values or shapes, takes optional arguments,
+            draws random numbers, keeps state, switches gradients or autocast): "error", or
+            "report" to leave that call as it is.
         dry_run: change nothing, only report.
         backend: as in `fusedshape.ops.shaped_act`.
 
@@ -263,9 +265,6 @@ def convert(
     if not dry_run:
         plan.apply(generator)
     return plan.report(dry_run)
-
-
-# Refusals
 
 
 def _refuse(
@@ -326,9 +325,6 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
             f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
             "Replace it by nn.Identity() and convert again"
         )
-
-
-# Tracing
 
 
 _GONE = object()
@@ -743,8 +739,6 @@ def _roots(
     return roots
 
 
-# Reading the source of what cannot be traced
-
 _Code = tuple[str, dict[str, Any], ast.AST]
 
 
@@ -817,9 +811,6 @@ def _reached_by(module: nn.Module) -> set[nn.Module]:
                 ):
                     return everything
     return reached
-
-
-# Fusion
 
 
 class _Fusion:
@@ -943,9 +934,6 @@ def _is_sequential(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward
 
 
-# Depth and constants
-
-
 class _NotAChainError(Exception):
     """Why the depth cannot be read off a model."""
 
@@ -1058,9 +1046,6 @@ def _constants(
     return _Constants(name, solved, depth=chain if depth is None else depth, notes=notes)
 
 
-# Rewriting a forward
-
-
 class _Rewritten:
     """Marks classes made by `_subclass`."""
 
@@ -1122,9 +1107,6 @@ def _subclass(
 def _revive(base: Any, sources: Any, *arguments: Any) -> nn.Module:
     cls = _subclass(base, sources)
     return cls.__new__(cls, *arguments)
-
-
-# The plan
 
 
 @dataclass

@@ -146,10 +146,13 @@ def static(spec: ActSpec) -> ActSpec:
     return _from_text(spec.text) if torch.compiler.is_compiling() else spec
 
 
-@torch.compiler.assume_constant_result
 def _from_text(text: str) -> ActSpec:
     activation, *numbers = json.loads(text)
     return ActSpec(activation, **dict(zip(CONSTANTS, numbers, strict=True)))
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
+_from_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 CONSTANTS = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fusedshape.ops  # loads the native library
 from fusedshape import ACTIVATIONS, ActSpec, native, reference
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

@@ -50,7 +50,7 @@ def test_constants_from_a_users_wiring(
     [
         (("constants", "TAT", "leaky_relu", "--depth", "5"), "reach"),
         (("constants", "TAT", "reul", "--depth", "5"), "unknown activation 'reul'"),
-        (("constants", "EOC", "sigmoid"), "sigmoid"),
+        (("constants", "EOC", "softplus"), "softplus"),
         (("constants", "EOC", "relu", "--depth", "3"), "takes --sigma-b only"),
         (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "belongs to EOC"),
         (("convert", "nowhere"), "pkg.module:name"),

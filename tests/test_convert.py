@@ -137,9 +137,6 @@ def conv(i: int, o: int, **kwargs: Any) -> nn.Conv2d:
     return nn.Conv2d(i, o, 3, padding=1, **kwargs)
 
 
-# The zoo: each model with its input, the layers fused, and the activations that stay by themselves
-
-
 class BasicBlock(nn.Module):
     def __init__(self, i: int, o: int, stride: int = 1) -> None:
         super().__init__()
@@ -300,6 +297,29 @@ class OpaqueLoop(Opaque):
         return kept
 
 
+class OpaqueReaching(nn.Module):
+    """Cannot be traced, and calls a layer inside its child besides the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Asserting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) + self.block.layer(x) if x.shape[0] > 1 else x
+
+
+class OpaqueSharing(nn.Module):
+    """Cannot be traced, and shares its activation with its child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.body = nn.Sequential(nn.Linear(6, 6), self.relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.body(x) + x) if x.shape[0] > 1 else x
+
+
 class PreActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -364,6 +384,12 @@ def hooked(name: str) -> nn.Module:
     return net
 
 
+def hooked_twice_alike() -> nn.Module:
+    net = TwiceAlike()
+    net.act.register_forward_hook(double)
+    return net
+
+
 def double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     return 2 * out
 
@@ -400,6 +426,9 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
     "opaque loop": (OpaqueLoop, ROW, 0, 2),
     "asserting": (Asserting, ROW, 1, 0),
     "arithmetic": (Arithmetic, ROW, 0, 2),
+    "opaque, reaching inside": (OpaqueReaching, ROW, 0, 1),
+    "opaque, sharing": (OpaqueSharing, ROW, 0, 1),
+    "hook on the activation of a module": (hooked_twice_alike, ROW, 0, 1),
     "pre-activation": (PreActivation, IMAGE, 1, 1),
     "outer": (Outer, ROW, 10, 4),
     "shared in a Sequential": (shared_sequential, ROW, 0, 1),
@@ -494,9 +523,6 @@ def test_forward_is_rewritten_once_for_all_alike() -> None:
         single(torch.zeros(2, 5))
 
 
-# Constants and initialisation
-
-
 def stack(depth: int, width: int = 6) -> nn.Sequential:
     layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(width, 2))
@@ -589,9 +615,6 @@ def test_a_failing_initialiser_leaves_the_model_alone() -> None:
         assert torch.equal(a, b)
 
 
-# What is left alone
-
-
 def test_filter() -> None:
     asked = []
 
@@ -651,9 +674,6 @@ def test_report() -> None:
     assert data["counts"]["fused"] == 2
     assert [row["path"] for row in data["changes"]] == ["0.0", "0.1", "0.2", "0.3", "2"]
     assert data["dry_run"] is True
-
-
-# Forwards that a trace would get wrong
 
 
 class Stateful(nn.Module):
@@ -832,9 +852,6 @@ def test_transformer_fast_path() -> None:
         convert(layer, spec=SPEC)
 
 
-# In-place activations
-
-
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -896,9 +913,6 @@ class InPlaceAfterNorm(nn.Module):
 def test_refuses_to_strip_where_the_norm_made_the_copy() -> None:
     with pytest.raises(ValueError, match="out of place"):
         convert(InPlaceAfterNorm(), spec=SPEC, strip_batchnorm=True)
-
-
-# Refusals
 
 
 class Held(nn.Module):
@@ -1021,9 +1035,6 @@ def test_compiles_whole(name: str) -> None:
         net.train(training)
         for got, want in zip(run(compiled, x), run(net, x), strict=True):
             same(got, want)
-
-
-# Random stacks
 
 
 class Apply(nn.Module):

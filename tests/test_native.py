@@ -14,6 +14,7 @@ from conftest import SPECS, assert_as_good_as
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec, native, reference
+from fusedshape.activations import Activation
 from fusedshape.ops import schema  # defines the ops
 
 COMPILER = (os.environ.get("CXX") or "g++").split()[0]
@@ -36,6 +37,7 @@ def library() -> Path:
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -76,15 +78,11 @@ LAYOUTS: dict[str, Callable[[torch.dtype], tuple[Tensor, int]]] = {
 }
 
 
-def truth_of(
-    x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, dy/dx from the input in float64, and y rounded to x's dtype."""
-    bias = None if bias is None else bias.double()
-    y = reference.bias_act(x.double(), bias, spec, dim)
-    u = spec.input_scale * reference._with_bias(x.double(), bias, dim) + spec.input_shift
-    slope = spec.row.d1(u, spec.negative_slope) * spec.input_scale * spec.output_scale
-    return y, slope, y.to(x.dtype)
+def truth_of(x: Tensor, bias: Tensor, spec: ActSpec, dim: int) -> tuple[Tensor, Tensor]:
+    """y and dy/dx in float64, from the input."""
+    y = reference.bias_act(x.double(), bias.double(), spec, dim)
+    one = torch.ones_like(y)
+    return y, reference.act_grad(one, x.double(), bias.double(), saving_input(spec), dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,33 +90,48 @@ def truth_of(
 def test_every_activation_in_every_dtype(spec: ActSpec, dtype: torch.dtype) -> None:
     x, dim = LAYOUTS["nchw, several pieces"](dtype)
     bias = draw(3, seed=1)
-    y, slope, _ = truth_of(x, bias, spec, dim)
-    assert_as_good_as(
+    y, slope = truth_of(x, bias, spec, dim)
+    check(
         OPS.native_bias_act(x, bias, dim, *spec.kernel_args),
         reference.bias_act(x, bias, spec, dim),
         y,
     )
     grad = draw(*x.shape, dtype=dtype, seed=2)
     got, sums = OPS.native_act_grad(grad, x, bias, dim, *spec.kernel_args, False, True)
-    from_input = dataclass_without_output(spec)
+    from_input = saving_input(spec)
     want = slope * grad.double()
-    assert_as_good_as(got, reference.act_grad(grad, x, bias, from_input, dim), want)
-    check_sums(sums, want, dim)
+    check(got, reference.act_grad(grad, x, bias, from_input, dim), want)
+    args = (dim, *spec.kernel_args, False, False)
+    check_sums(sums, OPS.native_act_grad(op(grad), op(x), bias, *args)[0], dim)
 
 
-def dataclass_without_output(spec: ActSpec) -> ActSpec:
+def saving_input(spec: ActSpec) -> ActSpec:
     """The same constants, with backward from the input."""
     copy = ActSpec.from_dict(spec.to_dict())
     object.__setattr__(copy, "saves_output", False)
     return copy
 
 
-def check_sums(sums: Tensor, dx: Tensor, dim: int) -> None:
-    """Compare with exact channel sums: a few roundings of each term and of the result."""
-    assert sums.dtype in (torch.float32, torch.float64)
-    eps = torch.finfo(sums.dtype).eps
-    size = reference.channel_sum(dx.abs(), dim)
-    assert ((sums - reference.channel_sum(dx, dim)).abs() <= 8 * eps * size).all()
+def check(got: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """`assert_as_good_as`, with room for the errors of the truth itself where it is no better."""
+    if got.dtype == torch.float64:
+        room = 16 * torch.finfo(torch.float64).eps * truth.abs().amax()
+        assert (got - truth).abs().amax() <= room
+    else:
+        assert_as_good_as(got, plain, truth)
+
+
+def check_sums(sums: Tensor, terms: Tensor, dim: int) -> None:
+    """Compare with the exact sums of the terms, which are dx before it is rounded to half."""
+    assert sums.dtype == terms.dtype
+    error = (sums - reference.channel_sum(terms.double(), dim)).abs()
+    size = reference.channel_sum(terms.double().abs(), dim)
+    assert (error <= 4 * torch.finfo(sums.dtype).eps * size).all()
+
+
+def op(x: Tensor) -> Tensor:
+    """The tensor in the type it is computed in."""
+    return x.to(reference.opmath_dtype(x.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,10 +141,10 @@ def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
     spec = next(s for s in SPECS if s.activation == name)
     x, dim = LAYOUTS[layout](dtype)
     bias = draw(x.shape[dim], dtype=dtype, seed=1)
-    y, _, _ = truth_of(x, bias, spec, dim)
+    y, _ = truth_of(x, bias, spec, dim)
     got = OPS.native_bias_act(x, bias, dim, *spec.kernel_args)
     assert got.stride() == torch.empty_like(x).stride()
-    assert_as_good_as(got, reference.bias_act(x, bias, spec, dim), y)
+    check(got, reference.bias_act(x, bias, spec, dim), y)
 
     saved = got if spec.saves_output else x
     for grad in (
@@ -146,8 +159,9 @@ def test_layouts(name: str, layout: str, dtype: torch.dtype) -> None:
             grad, saved, bias, dim, *spec.kernel_args, spec.saves_output, True
         )
         assert dx.stride() == torch.empty_like(saved).stride()
-        assert_as_good_as(dx, plain, exact)
-        check_sums(sums, exact, dim)
+        check(dx, plain, exact)
+        args = (dim, *spec.kernel_args, spec.saves_output, False)
+        check_sums(sums, OPS.native_act_grad(op(grad), op(saved), op(bias), *args)[0], dim)
         alone, none = OPS.native_act_grad(
             grad, saved, bias, dim, *spec.kernel_args, spec.saves_output, False
         )
@@ -204,7 +218,7 @@ def test_relative_error_where_phi_is_ill_conditioned(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("row", ACTIVATIONS.values(), ids=lambda r: r.name)
-def test_kinks_infinities_and_nan(row: object, dtype: torch.dtype) -> None:
+def test_kinks_infinities_and_nan(row: Activation, dtype: torch.dtype) -> None:
     slope = 0.25 if row.has_slope else 0.0
     args = (row.id, slope, 1.0, 0.0, 0.0, 1.0)
     # seventeen of each, so that full vectors and tails both see them
@@ -245,12 +259,12 @@ def test_large_angles(name: str) -> None:
 
 
 def test_rounding_to_half_is_to_nearest_even() -> None:
-    square = ACTIVATIONS["relu"].id
+    relu = ACTIVATIONS["relu"].id
     for dtype in (torch.bfloat16, torch.float16):
         # every finite number of the format, moved by a float32 factor near 1
         every = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         for scale in (1.0, 1.00390625, 1.001953125, 1 + 2**-11, 0.3):
-            got = OPS.native_bias_act(every, None, 0, square, 0.0, 1.0, 0.0, 0.0, scale)
+            got = OPS.native_bias_act(every, None, 0, relu, 0.0, 1.0, 0.0, 0.0, scale)
             want = (every.float() * scale).to(dtype)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
@@ -345,7 +359,7 @@ def test_inputs_are_left_alone() -> None:
 def test_no_false_gradient_through_a_copy() -> None:
     x = draw(4, 6)[:, ::2].requires_grad_()
     y = OPS.native_bias_act(x, None, 0, 2, 0.0, 1.0, 0.0, 0.0, 1.0)
-    assert not y.requires_grad
+    assert y.grad_fn.name().endswith("WarnNotImplemented")
 
 
 X = torch.ones(2, 3)

@@ -44,10 +44,6 @@ def with_dropout(in_channels: int, num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, num_classes))
 
 
-def flat_net(in_channels: int, num_classes: int) -> nn.Module:
-    return nn.Linear(in_channels, num_classes)
-
-
 def no_module(in_channels: int, num_classes: int) -> int:
     return in_channels
 
@@ -219,7 +215,7 @@ def test_build_eoc_draws_biases() -> None:
         {"model": "mlp", "lr": 1e-2},
         {"optimiser": "sgd", "lr": 0.05, "schedule": "constant"},
         {"method": "DKS", "activation": "softplus", "eta": None},
-        {"amp": "bfloat16", "channels_last": False, "label_smoothing": 0.1, "shift": 1},
+        {"amp": "bfloat16", "channels_last": False, "label_smoothing": 0.1},
     ],
     ids=["tat", "mlp", "sgd", "dks", "amp"],
 )
@@ -330,30 +326,6 @@ def test_one_cycle() -> None:
     assert rates[30:] == sorted(rates[30:], reverse=True)
     assert [learning_rate(config, 0, 1), learning_rate(replace(config, schedule="constant"), 5, 9)]
     assert learning_rate(replace(config, schedule="constant"), 5, 9) == 2
-
-
-def test_shifted_moves_every_image_by_its_own_amount() -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 2, 5, 4, generator=g)
-    moved = loop.shifted(x, 1, g)
-    seen = set()
-    padded = nn.functional.pad(x, [1] * 4, mode="replicate")
-    for image, source in zip(moved, padded, strict=True):
-        found = [
-            (dy, dx)
-            for dy in range(3)
-            for dx in range(3)
-            if torch.equal(image, source[:, dy : dy + 5, dx : dx + 4])
-        ]
-        assert len(found) == 1
-        seen.update(found)
-    assert len(seen) == 9
-    with pytest.raises(ValueError, match=r"shift=1 needs images .* got \(64, 16\)"):
-        flat = replace(blobs(), train_x=blobs().train_x.flatten(1), test_x=torch.zeros(32, 16))
-        config = replace(TINY, model=f"{HERE}:flat_net", method=None, depth=None, eta=None)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "load_data", lambda config: flat)
-            fit(replace(config, pln=False, shift=1))
 
 
 def test_write_json_is_all_or_nothing(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ struct Matrix {
 
   int64_t first_channel(const Block& block) const { return block.column / layout.inner; }
 
-  // f(start, n) for the rows of a block; the last row of all may be short.
+  // f(row, start, n) for the rows of a block; the last row of all may be short.
   template <class F>
   void each(const Block& block, const F& f) const {
     for (int64_t row = block.row; row < block.row + block.rows; ++row) {

@@ -59,8 +59,8 @@ FS_INLINE Exp reduce_exp(float x) {
   const float n = z - kRound;
   float r = x - n * 0x1.62e4p-1f;  // ln 2 in two parts; the first times n is exact
   r = r - n * 0x1.7f7d1cp-20f;
-  const float p = polynomial(r, 0.5f, 0x1.555556p-3f, 0x1.5554f6p-5f, 0x1.111004p-7f, 0x1.6d3cecp-10f,
-                             0x1.a242f6p-13f);
+  const float p = polynomial(r, 0.5f, 0x1.555556p-3f, 0x1.5554f6p-5f, 0x1.111004p-7f,
+                             0x1.6d3cecp-10f, 0x1.a242f6p-13f);
   return {bits(z) - bits(kRound), r + r * r * p};
 }
 

@@ -14,12 +14,12 @@ nothing from the device and never wait for it, so that CUDA graphs can capture t
 
 from __future__ import annotations
 
-import contextlib
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -400,7 +400,7 @@ def act_grad(
     itemsize = min(saved.element_size(), grad.element_size())
     channels, inner = _channels(saved, dim, bias is not None or bias_grad)
     plan = make_plan(saved.numel(), channels, inner, itemsize, bias_grad)
-    with _device(saved):
+    with _on_device(saved):
         sums = saved.new_empty((plan.parts, channels) if bias_grad else 0, dtype=sum_dtype)
         _act_grad_kernel[(plan.programs,)](
             grad,
@@ -446,7 +446,7 @@ def _bias_act(
         return
     channels, inner = _channels(x, dim, bias is not None)
     plan = make_plan(x.numel(), channels, inner, x.element_size(), False)
-    with _device(x):
+    with _on_device(x):
         _bias_act_kernel[(plan.programs,)](
             x,
             bias,
@@ -532,5 +532,8 @@ def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
     return x if _strides(x) == _strides(out) else out.copy_(x)
 
 
-def _device(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
+    if x.is_cuda:
+        return torch.cuda.device(x.device)
+    # In the interpreter NumPy would warn where hardware returns inf or NaN without a word.
+    return np.errstate(all="ignore")

@@ -1,7 +1,9 @@
 """The dispatcher's view of the kernels: schemas, shape rules (fakes), and who implements them.
 
 `native_*` are implemented for CPU tensors by csrc, `triton_*` for CUDA tensors (and for CPU tensors
-under ``TRITON_INTERPRET=1``) by `fusedshape.kernels`. The contract is in ARCHITECTURE.md.
+under ``TRITON_INTERPRET=1``) by `fusedshape.kernels`. The contract is in ARCHITECTURE.md. They are
+for the autograd functions beside this file: by themselves they neither differentiate nor count the
+versions of what they overwrite.
 """
 
 from __future__ import annotations

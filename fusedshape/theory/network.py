@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 LayerMap = Callable[[float], float]
 SubnetMax = Callable[[float, LayerMap], float]
@@ -43,7 +44,7 @@ def chain(depth: int) -> SubnetMax:
         >>> chain(3)(1.0, lambda y: 2 * y)
         8.0
     """
-    if isinstance(depth, bool) or not isinstance(depth, int):
+    if isinstance(depth, bool) or not isinstance(depth, Integral):
         raise TypeError(f"depth must be an int, the number of nonlinear layers, got {depth!r}")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, the number of nonlinear layers, got {depth}")

@@ -7,10 +7,10 @@ Which root. The conditions leave several. A root is sought from a fixed list of 
 package's own first, so that the answer is a function of the arguments alone, and mostly the same as
 there. The first is taken that passes these tests on φ̂ itself, which know nothing of α, β, γ, δ:
 
-* its steepest slope, max |φ̂′|, is below 2: a steeper one has a Q map that leaves q = 1 easily;
-* its curvature is spread: E[φ̂″²]² / E[φ̂″⁴] ≥ 1/10, as if at least a tenth of all inputs met it. If
-  only rare inputs meet the nonlinearity, layers of finite width will not follow the maps.
-
+* its steepest slope, max |φ̂′|, is below 2. Where max |φ′| = 1, as for tanh, this is the package's
+  rule αγ < 2, but it does not depend on how φ is written;
+* its curvature is spread: E[φ̂″²]² / E[φ̂″⁴] ≥ 1/10, as if at least a tenth of all inputs met it.
+  Averages over rare inputs are what layers of finite width get wrong;
 * under TAT, its corners (selu's), which C″(1) does not see, weigh less than what it sees: the sum
   of jump² · density at the corners is at most C″(1).
 
@@ -38,9 +38,11 @@ Array = NDArray[np.float64]
 
 STEEPEST = 2.0
 SPREAD = 0.1
-_TOLERANCE = 1e-11
+_TOLERANCE = 1e-11  # of the residuals
 # Beyond this α, φ is as good as its asymptotes, and float32 loses φ + δ to cancellation.
 _WIDEST = 100.0
+# Below this excess over a linear layer, cancellation hides the excess from the search.
+_STRAIGHTEST = 3e-6
 # The largest C′(1) of relu with β = 1 and C(0) = 0, whatever α; beyond, β = −1.
 _RELU_TURN = 1.466942206924260361
 
@@ -317,7 +319,10 @@ def _tailored_rectifier(net: _Net, eta: float, clamp: bool) -> ActSpec:
         return net.reach(0.0, lambda c: leaky_c_map(a, c)) - eta
 
     reachable = excess(0.0) + eta
+    net.check_linear(excess(1.0) + eta, eta)
     note = ""
+    if reachable <= 0:
+        raise Unreachable(f"{net.label} does not grow with r; does it apply r at all?")
     if reachable >= eta:
         slope = optimize.brentq(excess, 0.0, 1.0, xtol=1e-15, rtol=1e-15)
     elif clamp:
@@ -338,6 +343,11 @@ def _tailored_rectifier(net: _Net, eta: float, clamp: bool) -> ActSpec:
 def _shape(conditions: _Conditions, net: _Net, name: str, aim: float, clamp: bool) -> ActSpec:
     """Solve for the local target that makes the network reach `aim`."""
     excess = net.local_excess(conditions.method, aim)
+    if excess < _STRAIGHTEST:
+        raise ValueError(
+            f"{name}={aim!r} leaves {net.label} only {excess:.2g} of nonlinearity a layer, and the "
+            f"search resolves {_STRAIGHTEST:g}; pass a larger {name}"
+        )
     root = conditions.solve(excess)
     note = ""
     if root is None:
@@ -346,10 +356,10 @@ def _shape(conditions: _Conditions, net: _Net, name: str, aim: float, clamp: boo
         local = "C'(1)" if conditions.method == "DKS" else "C''(1)"
         if not clamp:
             raise Unreachable(
-                f"{name}={aim:g} is out of reach of {conditions.row.name} for {net.label}: a layer "
-                f"gets to {local} = {excess + (conditions.method == 'DKS'):.6g}, the network to "
-                f"{name}={reachable:.6g}; pass {name} <= {_floor(reachable)}, a deeper network, or "
-                f"clamp=True"
+                f"{name}={aim:g} is out of reach of {conditions.row.name} for {net.label}: with "
+                f"input_scale up to {_WIDEST:g}, constants were found up to {local} = "
+                f"{excess + (conditions.method == 'DKS'):.6g}, or {name}={reachable:.6g}; pass "
+                f"{name} <= {_floor(reachable)}, a deeper network, or clamp=True"
             )
         note, aim = f" clamped from {aim:g}", reachable
     return replace(root, origin=f"{conditions.method} {name}={aim:.6g}{note}, {net.label}")
@@ -386,6 +396,14 @@ class _Net:
             raise ValueError(f"subnet_max returned nan from x = {x}")
         return value
 
+    def check_linear(self, value: float, aim: float) -> None:
+        """Linear layers must leave the network below its target."""
+        if value >= aim:
+            raise ValueError(
+                f"{self.label} gets to {value:.6g} with linear layers already, the target is "
+                f"{aim:g}: it must give back x where r does"
+            )
+
     def reach_of(self, method: str, excess: float) -> float:
         """ζ of DKS's s = 1 + excess, or τ of TAT's t = excess."""
         if method == "DKS":
@@ -396,6 +414,7 @@ class _Net:
         """The excess with which the network reaches `aim`."""
         from scipy import optimize  # see _tailored_rectifier
 
+        self.check_linear(self.reach_of(method, 0.0), aim)
         low, high = 0.0, 1e-9
         # Grown from below, so that no power of it overflows on the way.
         while self.reach_of(method, high) < aim:
@@ -441,7 +460,7 @@ class _Conditions:
         return None if second is None else second[1]
 
     def largest_below(self, excess: float) -> tuple[float, ActSpec]:
-        """The largest excess below an unreachable one, to 1e-6 of it, and its root."""
+        """The largest excess that is found below one that is not, to 1e-6, and its root."""
         twin = _TWINS.get(self.row.name)
         if twin is not None:
             low, root = replace(self, row=get_activation(twin.name)).largest_below(excess)
@@ -449,7 +468,7 @@ class _Conditions:
         low, high = 0.5 * excess, excess
         while (found := self.solve(low)) is None:
             low, high = 0.5 * low, low
-            if low < 1e-9:
+            if low < _STRAIGHTEST:
                 raise Unreachable(
                     f"{self.method} finds no constants for {self.row.name}; use another activation"
                 )
@@ -507,7 +526,8 @@ class _Conditions:
         fine = optimize.root(
             self._residuals, rough.x, args=(excess, unit), method="hybr", options={"xtol": 1e-14}
         )
-        if not np.abs(fine.fun).max() * unit < _TOLERANCE:
+        left = np.abs(fine.fun).max()
+        if not (left * unit < _TOLERANCE and left < 1e-4):
             return None
         slope, scale, shift, output_shift, at = self._constants(fine.x, excess)
         return ActSpec(
@@ -587,7 +607,7 @@ _TWINS = {
 
 
 def _steepest(spec: ActSpec) -> float:
-    """max |φ̂′|; every row's φ′ is steepest near 0 or flat from there on."""
+    """max |φ̂′|, as no row's φ′ but square's grows by more than 1e-5 beyond |u| = 12."""
     u = torch.linspace(-12, 12, 2401, dtype=torch.float64)
     steepest = spec.row.d1(u, spec.negative_slope).abs().max().item()
     return abs(spec.input_scale * spec.output_scale) * steepest

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 MODELS = ("convnet", "mlp")
 DATA = ("digits",)
-WHOLE = ("depth", "width", "epochs", "batch_size", "shift", "seed", "threads")
+WHOLE = ("depth", "width", "epochs", "batch_size", "seed", "threads")
 OPTIONAL = ("depth", "zeta", "eta", "tau", "sigma_b", "threads")
 LIMITS: dict[str, tuple[float, float]] = {
     "depth": (1, math.inf),
@@ -39,7 +39,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "momentum": (0, 0.999999),
     "weight_decay": (0, math.inf),
     "label_smoothing": (0, 0.999999),
-    "shift": (0, 1024),
 }
 
 
@@ -72,7 +71,6 @@ class TrainConfig:
         momentum: of "sgd".
         weight_decay: L2 for "sgd", decoupled for "adam".
         label_smoothing: of the cross entropy in training.
-        shift: move training images by up to so many pixels, at random.
         seed: decides weights and the order of examples.
         device: "cpu", "cuda", "cuda:1", …
         threads: CPU threads; None leaves torch's setting.
@@ -110,7 +108,6 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
-    shift: int = 0
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None

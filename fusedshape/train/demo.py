@@ -34,9 +34,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "ReLU He": {"method": None, "activation": "relu", "gain": math.sqrt(2), "init": "gaussian"},
 }
 DEMO_ARMS = ("TAT leaky_relu", "ReLU orthogonal")
-DEMO_LR = 3e-4
+DEMO_RATE = 1e-4
+#: Of the demo and the sweep alike.
+RECIPE: dict[str, Any] = {"label_smoothing": 0.1}
 DEPTHS = (300, 100, 30)
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 
 
@@ -84,9 +86,10 @@ def run_demo(
             depth=depth,
             width=width,
             epochs=epochs if arm == DEMO_ARMS[0] else max(epochs // 4, 1),
-            lr=DEMO_LR,
+            lr=DEMO_RATE,
             seed=seed,
             threads=threads,
+            **RECIPE,
             **ARMS[arm],
         )
         row = _row(arm, "demo", fit(config, bar=sys.stderr.isatty()))
@@ -167,7 +170,9 @@ def run_sweep(
         return [row for row in rows if row["purpose"] == purpose and row["config"] in configs]
 
     for depth in depths:
-        base = TrainConfig(depth=depth, width=width, epochs=epochs, seed=seeds[0], threads=1)
+        base = TrainConfig(
+            depth=depth, width=width, epochs=epochs, seed=seeds[0], threads=1, **RECIPE
+        )
         short = replace(base, epochs=max(epochs // 4, 1))
         tried = train(
             "rate",

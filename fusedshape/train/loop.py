@@ -47,8 +47,7 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
         best test accuracy.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, shift without images, and
-            whatever `convert` raises.
+        ValueError: the folder holds a run of another configuration, and whatever `convert` raises.
 
     Example:
         >>> result = run(TrainConfig(depth=30), "runs/thirty")  # doctest: +SKIP
@@ -99,11 +98,6 @@ def fit(
         if checkpoint is not None and checkpoint.exists():
             result = _resume(checkpoint, config, model, optimiser)
         x, y = data.train_x.to(device), data.train_y.to(device)
-        if config.shift and x.ndim != 4:
-            raise ValueError(
-                f"fit: shift={config.shift} needs images (N, C, H, W), got {tuple(x.shape)}; "
-                "set shift to 0"
-            )
         test_x, test_y = data.test_x.to(device), data.test_y.to(device)
         if bar and (tqdm := _tqdm()) is not None:
             rounds = tqdm(range(len(result["epochs"]), config.epochs), unit="epoch")
@@ -246,35 +240,6 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * (low + (1 - low) * 0.5 * (1 - math.cos(math.pi * share)))
 
 
-def shifted(x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """Images moved by up to `limit` pixels down or up and right or left, each by its own amount.
-
-    What comes in at a border repeats the border.
-
-    Args:
-        x: (N, C, H, W).
-        limit: largest shift; 0 returns x.
-        generator: on the CPU.
-
-    Returns:
-        Tensor of x's shape.
-
-    Example:
-        >>> x = torch.arange(3.0).view(1, 1, 1, 3).expand(9, 1, 1, 3)
-        >>> shifted(x, 1, torch.Generator().manual_seed(0)).flatten(1).unique(dim=0).tolist()
-        [[0.0, 0.0, 1.0], [0.0, 1.0, 2.0], [1.0, 2.0, 2.0]]
-    """
-    if not limit:
-        return x
-    n, _, height, width = x.shape
-    top, left = torch.randint(0, 2 * limit + 1, (2, n, 1), generator=generator).to(x.device)
-    rows = top + torch.arange(height, device=x.device)
-    columns = left + torch.arange(width, device=x.device)
-    number = torch.arange(n, device=x.device)[:, None, None]
-    padded = F.pad(x, [limit] * 4, mode="replicate").permute(0, 2, 3, 1)
-    return padded[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 def write_json(path: Path, data: Any) -> None:
     """Write JSON in one piece: whoever reads sees the old file or the new one.
 
@@ -310,9 +275,8 @@ def _train_epoch(
         rate = learning_rate(config, epoch * len(batches) + i, config.epochs * len(batches))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        images = shifted(x[batch], config.shift, generator)
         with _autocast(config):
-            logits = model(_layout(images, config)).float()
+            logits = model(_layout(x[batch], config)).float()
         loss = F.cross_entropy(logits, y[batch], label_smoothing=config.label_smoothing)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -33,7 +33,9 @@ def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title
             for axes, key in ((losses, "train_loss"), (accuracies, "test_accuracy")):
                 y = [float("nan") if e[key] is None else e[key] for e in epochs]
                 axes.plot(x, y, marker="." if len(epochs) < 3 else "", **style)
-    losses.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    losses.set(xlabel="epoch", ylabel="training loss")
+    losses.set_ylim(bottom=0)
+    losses.grid(alpha=0.3)
     _accuracy_axis(accuracies, percent)
     accuracies.set(xlabel="epoch")
     accuracies.legend()
