@@ -1,0 +1,48 @@
+"""The README: its example runs, its commands exist, its figures are those of the stored results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fusedshape.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 1
+    assert len(blocks[0].strip().splitlines()) <= 10
+    exec(compile(blocks[0], "README.md", "exec"), {})
+    assert "50 ActSpec" in capsys.readouterr().out
+
+
+def test_tables_are_those_of_the_results() -> None:
+    from bench.tables import written
+
+    assert written(README) == README, "run: python -m bench.tables"
+
+
+def test_make_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert commands == ["demo", "test"]
+    for command in commands:
+        assert f"\n{command}:" in makefile
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_constants_command(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = re.findall(r"`fusedshape (constants [^`]*)`", README)
+    assert main(line.split()) == 0
+    assert "input_scale" in capsys.readouterr().out
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
