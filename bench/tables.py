@@ -61,7 +61,7 @@ def sweep() -> str:
     note = (
         f"Test accuracy in %, mean (lowest–highest) over seeds {seeds}, @ learning rate: the best "
         f"of {', '.join(f'{r:.0e}' for r in rates)} by final training loss in runs of a quarter of "
-        f"the epochs. scikit-learn's digits, width 32, {sorted(epochs)[-1]} epochs, Adam, one-cycle. "
+        f"the epochs. scikit-learn's digits, width 32, {sorted(epochs)[-1]} epochs, Adam. "
         f"Chance is 10. {m['cpu']}, torch {m['torch']}, commit {str(header['commit'])[:7]}{dirty}."
     )
     head = ["arm", *(f"{depth} layers" for depth in depths)]
