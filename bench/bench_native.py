@@ -4,17 +4,13 @@
 one torch operation after the other, the bias included. Bytes counted are those a single pass has
 to move, whatever the provider moves: GB/s are comparable across a row.
 
-    python bench/bench_native.py [--shape 32 64 56 56] [--channels-last] [--dtype bfloat16]
+    python -m bench.bench_native [--shape 32 64 56 56] [--channels-last] [--dtype bfloat16]
                                  [--threads 2] [--json results.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.common import print_header, write
 from fusedshape import ACTIVATIONS, ActSpec, native, reference
-from fusedshape.ops import schema
 
 OPS = torch.ops.fusedshape
-assert schema.KERNEL_BACKENDS  # importing it defines the ops
 
 EAGER: dict[str, Callable[[Tensor, float], Tensor]] = {
     # what a user would write, where torch has it in one operation; else the table's
@@ -112,31 +107,8 @@ def measure(x: Tensor, rounds: int) -> list[dict[str, float | str]]:
     return results
 
 
-def machine(threads: int) -> dict[str, str | int]:
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return {
-        "cpu": model,
-        "cores": os.cpu_count() or 0,
-        "threads": threads,
-        "torch": torch.__version__,
-    }
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write all or nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(content, file, indent=1)
-    os.replace(file.name, path)
-
-
 def main() -> None:
+    """Run, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", type=int, nargs="+", default=[32, 64, 56, 56])
     parser.add_argument("--channels-last", action="store_true")
@@ -154,22 +126,16 @@ def main() -> None:
     x = torch.randn(options.shape).to(getattr(torch, options.dtype))
     if options.channels_last:
         x = x.to(memory_format=torch.channels_last)
-    about = machine(options.threads)
     layout = "channels_last" if options.channels_last else "contiguous"
-    print(
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch "
-        f"{about['torch']}\n{options.dtype} {tuple(x.shape)} {layout}, fastest of "
-        f"{options.rounds} rounds, GB/s"
-    )
+    print_header()
+    print(f"{options.dtype} {tuple(x.shape)} {layout}, fastest of {options.rounds} rounds, GB/s")
     with torch.no_grad():
         results = measure(x, options.rounds)
     columns = [key for key in results[0] if key != "activation"]
     print(f"{'':12}" + "".join(f"{column:>16}" for column in columns))
     for result in results:
         print(f"{result['activation']:12}" + "".join(f"{result[c]:16.1f}" for c in columns))
-    if options.json:
-        case = {"shape": list(x.shape), "layout": layout, "dtype": options.dtype}
-        write_json(options.json, {"machine": about, "case": case, "GB/s": results})
+    write(options.json, results, shape=list(x.shape), layout=layout, dtype=options.dtype)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fusedshape.machine import machine
+from fusedshape.machine import headline, provenance, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,31 +38,9 @@ def ratio(times: dict[str, list[float]], of: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(times[of], times[to], strict=True))
 
 
-def header() -> dict[str, Any]:
-    """The machine, the commit and the command."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    return {
-        "machine": machine(),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def print_header() -> None:
     """One line that says where the figures below come from."""
-    row = header()
-    m = row["machine"]
-    dirty = "+changes" if row["dirty"] else ""
-    print(
-        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
-        f"CPU tensors: {m['cpu_tensors']}, commit {row['commit']}{dirty}"
-    )
+    print(headline(provenance()))
 
 
 def write(path: Path | None, rows: list[dict[str, Any]], **more: Any) -> None:
@@ -74,6 +48,4 @@ def write(path: Path | None, rows: list[dict[str, Any]], **more: Any) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**header(), **more, "rows": rows}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {**provenance(), **more, "rows": rows})

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 the request cannot be met (one line on stderr says why), 2
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import nn
 
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.machine import machine
+from fusedshape.train.config import TrainConfig, load_object
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,25 +105,10 @@ def _targets(args: argparse.Namespace) -> dict[str, Any]:
     names = ("depth", "zeta", "eta", "tau", "sigma_b")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.subnet_max is not None:
-        given["subnet_max"] = _load(args.subnet_max)
+        given["subnet_max"] = load_object(args.subnet_max)
     if args.clamp:
         given["clamp"] = True
     return given
-
-
-def _load(path: str) -> Any:
-    """Import ``pkg.module:name``, from the current folder too."""
-    module, colon, name = path.partition(":")
-    if not (module and colon and name):
-        raise ValueError(f"{path!r} must have the form pkg.module:name")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"module {module!r} has no {name!r}")
-        found = getattr(found, part)
-    return found
 
 
 def _constants(args: argparse.Namespace) -> None:
@@ -153,7 +138,7 @@ def _constants(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from fusedshape import convert
 
-    model = _load(args.model)()
+    model = load_object(args.model)()
     if not isinstance(model, nn.Module):
         raise TypeError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
     report = convert(
@@ -169,7 +154,6 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from fusedshape.train import demo, run
-    from fusedshape.train.config import TrainConfig
 
     if args.what == "demo":
         names = ("depth", "epochs", "seed", "threads")

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusedshape.machine import write_json
 from fusedshape.nn import PerLocationNorm, ShapedConv2d
 from fusedshape.train import Data, TrainConfig, demo, loop, run
 from fusedshape.train.config import load_object
-from fusedshape.train.loop import build, evaluate, fit, learning_rate, write_json
+from fusedshape.train.loop import build, evaluate, fit, learning_rate
 
 
 def blobs() -> Data:
@@ -391,25 +392,22 @@ def test_an_interrupted_sweep_goes_on(
     monkeypatch.setattr(demo, "fit", lambda config: trained.append(config) or real(config))
     data = demo.run_sweep(path, **options)
     assert json.loads(path.read_text()) == data
-    assert len(trained) == len(set(trained)) == len(data["rows"]) == 2 * 2 + 2 * 2
-    assert [row["header"] for row in data["rows"]] == [0] * 5 + [1] * 3
+    assert len(trained) == len(set(trained)) == len(data["rows"]) == 2 * 2 + 2 * 2 + 2
+    assert [row["header"] for row in data["rows"]] == [0] * 5 + [1] * 5
     full = [row for row in data["rows"] if row["purpose"] == "full"]
-    assert {(row["arm"], row["seed"]) for row in full} == {
-        (arm, seed) for arm in options["arms"] for seed in (0, 1)
-    }
-    for row in full:
-        tried = [
-            other
-            for other in data["rows"]
-            if other["purpose"] == "rate" and other["arm"] == row["arm"]
-        ]
-        assert len(row["epochs"]) == 4
-        assert {len(other["epochs"]) for other in tried} == {1}
-        assert row["lr"] == min(tried, key=lambda other: other["final_train_loss"])["lr"]
+    assert {len(row["epochs"]) for row in full} == {4}
+    assert {len(row["epochs"]) for row in data["rows"] if row["purpose"] == "rate"} == {1}
+    for arm in options["arms"]:
+        first = [row for row in full if row["arm"] == arm and row["seed"] == 0]
+        (second,) = [row for row in full if row["arm"] == arm and row["seed"] == 1]
+        best = min(first, key=lambda row: row["final_train_loss"])
+        assert len(first) == 2
+        assert second["lr"] == best["lr"]
+        assert demo.final_runs(data)[16][arm] == [best, second]
     assert {p.name for p in tmp_path.iterdir()} == {"sweep.json", "sweep.png", "sweep-16.png"}
     assert all(arm in demo.summary(data) for arm in options["arms"])
     demo.run_sweep(path, **options)
-    assert len(trained) == 8
+    assert len(trained) == 10
 
 
 @pytest.mark.slow
@@ -427,7 +425,7 @@ def test_sweep_in_processes(tmp_path: Path) -> None:
         width=2,
         progress=lambda line: None,
     )
-    assert [row["purpose"] for row in data["rows"]] == ["rate", "rate", "full"]
+    assert [row["purpose"] for row in data["rows"]] == ["rate", "rate", "full", "full"]
 
 
 def test_sweep_refuses(tmp_path: Path) -> None:
@@ -440,14 +438,14 @@ def test_sweep_refuses(tmp_path: Path) -> None:
         demo.run_sweep(tmp_path / "s.json")
 
 
-def test_best_rate_prefers_runs_that_did_not_diverge() -> None:
+def test_best_rates_put_diverged_runs_last() -> None:
     rows = [
         {"lr": 0.1, "final_train_loss": None},
         {"lr": 0.01, "final_train_loss": 0.5},
         {"lr": 0.001, "final_train_loss": 0.7},
     ]
-    assert demo.best_rate(rows) == 0.01
-    assert demo.best_rate([rows[0], {"lr": 0.01, "final_train_loss": None}]) == 0.01
+    assert demo.best_rates(rows) == [0.01, 0.001, 0.1]
+    assert demo.best_rates([rows[0], {"lr": 0.01, "final_train_loss": None}]) == [0.01, 0.1]
 
 
 def test_plots_without_matplotlib_name_the_extra(

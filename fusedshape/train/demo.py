@@ -7,9 +7,7 @@ import json
 import math
 import multiprocessing
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -17,9 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fusedshape.machine import machine
+from fusedshape.machine import headline, provenance, write_json
 from fusedshape.train.config import TrainConfig
-from fusedshape.train.loop import Result, fit, write_json
+from fusedshape.train.loop import Result, fit
 from fusedshape.train.plot import plot_curves, plot_depths
 
 Say = Callable[[str], None]
@@ -78,7 +76,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     header = provenance()
     say(f"{depth} layers of {width} channels, no normalisation, no skip connections, on 8×8 digits")
-    say(_machine_line(header, threads))
+    say(headline(header))
     say(f"{'arm':<16} {'epochs':>6} {'train loss':>10} {'test accuracy':>13} {'seconds':>7}")
     rows: list[Result] = []
     for arm in DEMO_ARMS:
@@ -116,8 +114,9 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Train every arm at every depth with several seeds, each at the best of a few learning rates.
 
-    The rate is chosen per arm and depth by runs of a quarter of the epochs on the first seed, with
-    the lowest final training loss; the full runs follow. A run is added to the file when it ends,
+    The rate is chosen per arm and depth on the first seed, by the lowest final training loss: runs
+    of a quarter of the epochs leave the best two rates, full runs decide between them, and the
+    other seeds follow at that rate. A run is added to the file when it ends,
     and one that is there already is not repeated, so an interrupted sweep goes on. Worker processes
     have one thread each. Plots lie beside the file, one per depth and one of accuracy by depth.
 
@@ -155,7 +154,7 @@ def run_sweep(
     rows: list[Result] = data["rows"]
     data["headers"].append(provenance() | {"jobs": jobs})
     header = len(data["headers"]) - 1
-    say(_machine_line(data["headers"][-1], 1))
+    say(headline(data["headers"][-1]))
 
     def train(purpose: str, wanted: Mapping[TrainConfig, str]) -> list[Result]:
         """Rows of these configurations, trained or found in the file."""
@@ -178,12 +177,21 @@ def run_sweep(
             "rate",
             {replace(short, lr=lr, **ARMS[arm]): arm for arm in arms for lr in learning_rates},
         )
-        best = {arm: best_rate([row for row in tried if row["arm"] == arm]) for arm in arms}
+        of_arm = {arm: [row for row in tried if row["arm"] == arm] for arm in arms}
+        finals = train(
+            "full",
+            {
+                replace(base, lr=lr, **ARMS[arm]): arm
+                for arm in arms
+                for lr in best_rates(of_arm[arm])[:2]
+            },
+        )
+        of_arm = {arm: [row for row in finals if row["arm"] == arm] for arm in arms}
         train(
             "full",
             {
-                replace(base, lr=best[arm], seed=seed, **ARMS[arm]): arm
-                for seed in seeds
+                replace(base, lr=best_rates(of_arm[arm])[0], seed=seed, **ARMS[arm]): arm
+                for seed in seeds[1:]
                 for arm in arms
             },
         )
@@ -191,15 +199,30 @@ def run_sweep(
     return data
 
 
-def best_rate(rows: Sequence[Result]) -> float:
-    """The learning rate of the lowest final training loss; the smallest where all diverged."""
-    return min(
-        rows,
-        key=lambda row: (
-            math.inf if row["final_train_loss"] is None else row["final_train_loss"],
-            row["lr"],
-        ),
-    )["lr"]
+def best_rates(rows: Sequence[Result]) -> list[float]:
+    """Learning rates by final training loss, the lowest first; diverged ones last."""
+
+    def loss(row: Result) -> float:
+        return math.inf if row["final_train_loss"] is None else row["final_train_loss"]
+
+    return [row["lr"] for row in sorted(rows, key=lambda row: (loss(row), row["lr"]))]
+
+
+def final_runs(data: Mapping[str, Any]) -> dict[int, dict[str, list[Result]]]:
+    """Depth → arm → the full runs of a sweep at the arm's learning rate, one per seed.
+
+    Args:
+        data: what `run_sweep` returns.
+    """
+    groups: dict[int, dict[str, list[Result]]] = {}
+    for row in data["rows"]:
+        if row["purpose"] == "full":
+            groups.setdefault(row["depth"], {}).setdefault(row["arm"], []).append(row)
+    for arms in groups.values():
+        for arm, rows in arms.items():
+            first = [row for row in rows if row["seed"] == rows[0]["seed"]]
+            arms[arm] = [row for row in rows if row["lr"] == best_rates(first)[0]]
+    return groups
 
 
 def plot_sweep(data: Mapping[str, Any], path: str | Path) -> None:
@@ -213,17 +236,14 @@ def plot_sweep(data: Mapping[str, Any], path: str | Path) -> None:
         ImportError: matplotlib is missing.
     """
     path = Path(path)
-    full = [row for row in data["rows"] if row["purpose"] == "full"]
-    accuracy: dict[str, dict[int, list[float]]] = {arm: {} for arm in ARMS}
-    for depth in sorted({row["depth"] for row in full}):
-        rows = [row for row in full if row["depth"] == depth]
-        by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
-        by_arm = {arm: found for arm, found in by_arm.items() if found}
-        plot_curves(by_arm, path.with_name(f"{path.stem}-{depth}.png"), f"{depth} layers, digits")
-        for arm, found in by_arm.items():
-            accuracy[arm][depth] = [row["final_accuracy"] or 0.0 for row in found]
-    if full:
-        accuracy = {arm: by_depth for arm, by_depth in accuracy.items() if by_depth}
+    runs = final_runs(data)
+    accuracy: dict[str, dict[int, list[float]]] = {}
+    for depth, arms in sorted(runs.items()):
+        plot_curves(arms, path.with_name(f"{path.stem}-{depth}.png"), f"{depth} layers, digits")
+        for arm, rows in arms.items():
+            values = [row["final_accuracy"] or 0.0 for row in rows]
+            accuracy.setdefault(arm, {})[depth] = values
+    if runs:
         plot_depths(accuracy, path.with_suffix(".png"), "Test accuracy after training, digits")
 
 
@@ -236,33 +256,17 @@ def summary(data: Mapping[str, Any]) -> str:
     Returns:
         Lines of text.
     """
-    groups: dict[tuple[int, str], list[Result]] = {}
-    for row in data["rows"]:
-        if row["purpose"] == "full":
-            groups.setdefault((row["depth"], row["arm"]), []).append(row)
     lines = [
         f"{'depth':>5} {'arm':<16} {'lr':>6} {'seeds':>5} {'mean':>6} {'lowest':>7} {'highest':>8}"
     ]
-    for (depth, arm), rows in groups.items():
-        values = [row["final_accuracy"] or 0.0 for row in rows]
-        lines.append(
-            f"{depth:>5} {arm:<16} {rows[0]['lr']:>6.0e} {len(rows):>5} {mean(values):>6.1%} "
-            f"{min(values):>7.1%} {max(values):>8.1%}"
-        )
+    for depth, arms in final_runs(data).items():
+        for arm, rows in arms.items():
+            values = [row["final_accuracy"] or 0.0 for row in rows]
+            lines.append(
+                f"{depth:>5} {arm:<16} {rows[0]['lr']:>6.0e} {len(rows):>5} {mean(values):>6.1%} "
+                f"{min(values):>7.1%} {max(values):>8.1%}"
+            )
     return "\n".join(lines)
-
-
-def provenance() -> dict[str, Any]:
-    """Machine, time, command, and the commit of the source tree (None outside a repository)."""
-    here = Path(__file__).resolve()
-    commit = _git(here, "rev-parse", "HEAD") if _git(here, "ls-files", here.name) else None
-    return {
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": commit,
-        "dirty": None if commit is None else bool(_git(here, "status", "--porcelain")),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -345,24 +349,6 @@ def _table_line(row: Result) -> str:
         f"{'diverged' if loss is None else format(loss, '.4f'):>10} "
         f"{'' if accuracy is None else format(accuracy, '.1%'):>13} {row['seconds']:>7.0f}"
     )
-
-
-def _machine_line(header: Mapping[str, Any], threads: int | None) -> str:
-    m = header["machine"]
-    return (
-        f"{m['cpu']}, {threads or m['threads']} thread(s), torch {m['torch']}, "
-        f"backend {m['cpu_tensors']}"
-    )
-
-
-def _git(file: Path, *args: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *args], cwd=file.parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _print(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fusedshape.convert import convert
 from fusedshape.init import init_module_
+from fusedshape.machine import write_json
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm
 from fusedshape.train.config import TrainConfig, load_object
@@ -238,22 +238,6 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     else:
         low, share = END, (steps - 1 - step) / (steps - 1 - top)
     return config.lr * (low + (1 - low) * 0.5 * (1 - math.cos(math.pi * share)))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one piece: whoever reads sees the old file or the new one.
-
-    Args:
-        path: the file.
-        data: JSON data; NaN and infinity are refused.
-
-    Raises:
-        ValueError: a number that JSON does not know.
-    """
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _train_epoch(
