@@ -1,8 +1,11 @@
-# make demo: set up and train the demo.  make test: set up and pass every test.
+# make demo: set up and train the demo.  make test: set up and pass the tests.
+# make slow: the tests that take minutes, such as every Triton kernel compiled for every GPU.
 PYTHON ?= python3
 BIN := .venv/bin
+# One thread a process: idle OpenMP threads of several processes wait on each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test clean
+.PHONY: demo test slow clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
@@ -11,9 +14,13 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/test_ops.py -k triton
-	$(BIN)/pytest bench --benchmark-disable
+	$(PYTEST) -n 2 -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py -k triton
+	$(PYTEST) bench --benchmark-disable
+	$(BIN)/python -m bench.tables --check
+
+slow: .venv/ready
+	$(PYTEST) -n 2 -m slow
 
 .venv/ready: pyproject.toml constraints.txt csrc/cpu/*
 	$(PYTHON) -m venv .venv

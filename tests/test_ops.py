@@ -321,7 +321,6 @@ def test_compile_serves_layers_of_different_constants(backend: str) -> None:
             torch.testing.assert_close(g, v, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="needs the compiler that inductor needs")
 def test_inductor() -> None:
     def f(x: Tensor, w: Tensor) -> Tensor:
