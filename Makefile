@@ -17,7 +17,6 @@ test: .venv/ready
 	$(PYTEST) -n 2 -m "not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py -k triton
 	$(PYTEST) bench --benchmark-disable
-	$(BIN)/python -m bench.tables --check
 
 slow: .venv/ready
 	$(PYTEST) -n 2 -m slow

@@ -1,0 +1,111 @@
+"""The Triton kernels on an NVIDIA GPU. Not yet run: no machine with one was at hand so far."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import SPECS, assert_as_good_as, shaped
+from torch import Tensor
+
+from fusedshape import ActSpec, reference
+from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LEAKY = shaped("leaky_relu")
+SWISH = shaped("swish")
+LAYOUTS = {
+    "channels_last": ((4, 64, 9, 7), torch.channels_last),
+    "channels_last, odd": ((3, 5, 9, 7), torch.channels_last),
+    "nchw": ((4, 64, 8, 8), torch.contiguous_format),
+    "nchw, odd": ((3, 5, 7, 7), torch.contiguous_format),
+}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.float64).to(dtype)
+
+
+def step(x: Tensor, bias: Tensor, grad: Tensor, spec: ActSpec) -> list[Tensor]:
+    x, bias = x.detach().requires_grad_(), bias.detach().requires_grad_()
+    y = bias_act(x, bias, spec, backend="triton")
+    return [y.detach(), *torch.autograd.grad(y, (x, bias), grad)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)
+def test_bias_act_against_float64(spec: ActSpec, dtype: torch.dtype, layout: str) -> None:
+    shape, memory = LAYOUTS[layout]
+    x, grad = (draw(*shape, dtype=dtype, seed=i).to(memory_format=memory) for i in (0, 1))
+    bias = draw(shape[1], dtype=dtype, seed=2)
+    y, dx, dbias = step(x, bias, grad, spec)
+    truth = reference.bias_act(x.double(), bias.double(), spec)
+    assert_as_good_as(y, reference.bias_act(x, bias, spec), truth)
+    saved = y if spec.saves_output else x
+    truth_dx = reference.act_grad(grad.double(), saved.double(), bias.double(), spec, 1)
+    assert_as_good_as(dx, reference.act_grad(grad, saved, bias, spec, 1), truth_dx)
+    total = reference.channel_sum(truth_dx, 1)
+    slack = truth_dx.abs().sum((0, 2, 3)) * torch.finfo(dtype).eps
+    assert ((dbias.double() - total).abs() <= 2 * slack + 1e-5 * total.abs()).all()
+    assert y.stride() == dx.stride() == x.stride()
+    for again, first in zip(step(x, bias, grad, spec), (y, dx, dbias), strict=True):
+        assert torch.equal(again, first), "the same bits in every run"
+
+
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+def test_conv_and_linear_against_float64(spec: ActSpec) -> None:
+    x = draw(2, 8, 9, 9, dtype=torch.float64).requires_grad_()
+    w, v = draw(16, 8, 3, 3, dtype=torch.float64, seed=1), draw(5, 16, dtype=torch.float64, seed=2)
+    w, v, b = (t.requires_grad_() for t in (w, v, draw(16, dtype=torch.float64, seed=3)))
+
+    def net(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        return linear_act(conv_act(x, w, b, spec, padding=1).mean((2, 3)), v, None, spec)
+
+    def plain(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        y = reference.conv_act(x, w, b, spec, [1, 1], [1, 1], [1, 1], 1)
+        return reference.linear_act(y.mean((2, 3)), v, None, spec)
+
+    inputs = (x, w, b, v)
+    grad = draw(2, 5, dtype=torch.float64, seed=4)
+    got = torch.autograd.grad(net(*inputs), inputs, grad)
+    for g, want in zip(got, torch.autograd.grad(plain(*inputs), inputs, grad), strict=True):
+        torch.testing.assert_close(g, want, rtol=1e-10, atol=1e-11)
+    compiled = torch.compile(net, fullgraph=True)
+    for g, want in zip(torch.autograd.grad(compiled(*inputs), inputs, grad), got, strict=True):
+        torch.testing.assert_close(g, want, rtol=1e-10, atol=1e-11)
+
+
+def test_cuda_graph() -> None:
+    x, bias, grad = draw(8, 32, 5, 5), draw(32, seed=1), draw(8, 32, 5, 5, seed=2)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(x, bias, grad, LEAKY)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x, bias, grad, LEAKY)
+    x.copy_(draw(8, 32, 5, 5, seed=3))
+    graph.replay()
+    for got, want in zip(captured, step(x, bias, grad, LEAKY), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    n = 2**31 + 4096
+    x = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    x[-1] = 2.0
+    y = shaped_act(x, ActSpec("leaky_relu", output_scale=2.0, negative_slope=0.5))
+    assert y[-1].item() == 4
+    assert y.count_nonzero().item() == 1
+
+
+def test_non_finite_numbers() -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1e30], device="cuda")
+    for name in ("relu", "leaky_relu", "tanh", "softplus", "selu"):
+        got = shaped_act(x, shaped(name))
+        want = reference.shaped_act(x.double(), shaped(name)).float()
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
