@@ -37,7 +37,7 @@ DEMO_RATE = 1e-4
 RECIPE: dict[str, Any] = {"label_smoothing": 0.1}
 DEPTHS = (300, 100, 30)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 
 def run_demo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 Result = Mapping[str, Any]
@@ -12,6 +12,8 @@ Result = Mapping[str, Any]
 
 def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title: str = "") -> None:
     """Training loss and test accuracy by epoch; a line per run, a colour per label.
+
+    The loss axis ends at twice the middle run's first loss: a spike leaves the picture.
 
     Args:
         results: label → results of `fusedshape.train.run`, for example one per seed.
@@ -33,8 +35,12 @@ def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title
             for axes, key in ((losses, "train_loss"), (accuracies, "test_accuracy")):
                 y = [float("nan") if e[key] is None else e[key] for e in epochs]
                 axes.plot(x, y, marker="." if len(epochs) < 3 else "", **style)
+    firsts = [
+        e["train_loss"] for runs in results.values() for run in runs for e in run["epochs"][:1]
+    ]
+    firsts = [loss for loss in firsts if loss is not None]
     losses.set(xlabel="epoch", ylabel="training loss")
-    losses.set_ylim(bottom=0)
+    losses.set_ylim(0, 2 * median(firsts) if firsts else None)
     losses.grid(alpha=0.3)
     _accuracy_axis(accuracies, percent)
     accuracies.set(xlabel="epoch")
