@@ -16,6 +16,8 @@ from fusedshape.ops.pointwise import act_grad, check_bias, check_spec, remember,
 from fusedshape.spec import ActSpec
 
 Size = int | Sequence[int]
+#: Stride, padding, dilation, transposed, output padding, groups, as torch.convolution takes them.
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -118,7 +120,8 @@ def conv_act(
     kernels = choose(backend, x)
     if transformed():
         return reference.conv_act(x, weight, bias, spec, strides, pads, dilations, groups)
-    return ConvAct.apply(x, weight, bias, spec, strides, pads, dilations, groups, kernels)
+    geometry = (strides, pads, dilations, False, [0] * n, groups)
+    return ConvAct.apply(x, weight, bias, spec, geometry, kernels)
 
 
 class ConvAct(torch.autograd.Function):
@@ -131,16 +134,13 @@ class ConvAct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         spec: ActSpec,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
+        geometry: Geometry,
         kernels: Kernels,
     ) -> Tensor:
-        ctx.geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
-        z = torch.convolution(x, weight, None, *ctx.geometry)
+        z = torch.convolution(x, weight, None, *geometry)
         y, saved = activate(z, bias, spec, 1, kernels)
         remember(ctx, spec, 1, kernels)
+        ctx.geometry = geometry
         ctx.save_for_backward(x, weight, saved, None if spec.saves_output else bias)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -153,10 +153,10 @@ class ConvAct(torch.autograd.Function):
             # What was saved has no graph to differentiate again.
             saved = torch.convolution(x, weight, None, *ctx.geometry)
         dz, dbias = act_grad(ctx, grads[0], saved, bias, bias_index=2)
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dx, dweight, _ = torch.ops.aten.convolution_backward.default(
             dz, x, weight, None, *ctx.geometry, [need_x, need_weight, False]
         )
-        return dx, dweight, dbias, None, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 def _expand(name: str, value: Size, n: int, least: int) -> list[int]:
