@@ -64,6 +64,17 @@ def sweep() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
+def demo() -> str:
+    """What `make demo` gave."""
+    data = _load("demo")
+    arms = [
+        f"{row['arm']} reaches {100 * row['final_accuracy']:.1f} % test accuracy in "
+        f"{len(row['epochs'])} epochs and {row['seconds']:.0f} s"
+        for row in data["rows"]
+    ]
+    return f"The demo on 2 CPU cores: {', '.join(arms)} ({_source(data['header'])})."
+
+
 def conv() -> str:
     """Step times over ResNet-50's convolutions."""
     data = _load("conv")
@@ -129,6 +140,7 @@ def solver() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep,
+    "demo": demo,
     "conv": conv,
     "accuracy": accuracy,
     "solver": solver,
