@@ -1,11 +1,10 @@
-# make demo: set up and train the demo.  make test: set up and pass the tests.
-# make slow: the tests that take minutes, such as every Triton kernel compiled for every GPU.
+# make demo: set up and train the demo.  make test: set up and pass every test.
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: idle OpenMP threads of several processes wait on each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test slow clean
+.PHONY: demo test clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
@@ -14,12 +13,9 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2 -m "not slow"
+	$(PYTEST) -n 2
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py -k triton
 	$(PYTEST) bench --benchmark-disable
-
-slow: .venv/ready
-	$(PYTEST) -n 2 -m slow
 
 .venv/ready: pyproject.toml constraints.txt csrc/cpu/*
 	$(PYTHON) -m venv .venv
