@@ -154,14 +154,14 @@ def _run(command: list[str], verbose: bool) -> None:
         )
     except OSError as error:
         raise RuntimeError(
-            f"fusedshape: cannot run the C++ compiler {command[0]!r} ({error.strerror}); install "
+            f"cannot run the C++ compiler {command[0]!r} ({error.strerror}); install "
             "one (Debian and Ubuntu: apt install g++; conda: gxx_linux-64) or set CXX to yours"
         ) from None
     if verbose and done.stdout:
         print(done.stdout, flush=True)
     if done.returncode:
         raise RuntimeError(
-            f"fusedshape: the C++ compiler failed (exit status {done.returncode}); another can be "
+            f"the C++ compiler failed (exit status {done.returncode}); another can be "
             f"named by CXX\n{shlex.join(command)}\n{done.stdout}"
         )
 
