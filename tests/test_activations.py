@@ -1,0 +1,131 @@
+"""The table against autograd and against torch's own functions; ActSpec's promises."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SPECS
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fusedshape import ACTIVATIONS, ActSpec
+from fusedshape.activations import Activation
+
+ROWS = list(ACTIVATIONS.values())
+SLOPE = 0.37
+TORCH = {
+    "relu": F.relu,
+    "leaky_relu": lambda u: F.leaky_relu(u, SLOPE),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "elu": F.elu,
+    "selu": F.selu,
+    "softsign": F.softsign,
+    "swish": F.silu,
+    "gelu": lambda u: F.gelu(u, approximate="tanh"),
+    "gelu_exact": F.gelu,
+}
+
+
+def points(row: Activation) -> Tensor:
+    """Away from the kinks, where both sides are smooth."""
+    u = torch.linspace(-6, 6, 241, dtype=torch.float64) + 0.0123
+    assert all((u - kink).abs().min() > 1e-3 for kink in row.kinks)
+    return u.requires_grad_()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_derivatives_are_those_of_autograd(row: Activation) -> None:
+    u = points(row)
+    (d1,) = torch.autograd.grad(row.value(u, SLOPE).sum(), u)
+    torch.testing.assert_close(row.d1(u, SLOPE), d1, rtol=1e-12, atol=1e-13)
+    slope = row.d1(u, SLOPE)
+    d2 = torch.zeros_like(u)
+    if slope.requires_grad:
+        (d2,) = torch.autograd.grad(slope.sum(), u)
+    torch.testing.assert_close(row.d2(u, SLOPE), d2, rtol=1e-11, atol=1e-12)
+    if row.d1_from_output is not None:
+        v = row.value(u, SLOPE)
+        torch.testing.assert_close(row.d1_from_output(v, SLOPE), d1, rtol=1e-9, atol=1e-12)
+    assert (row.saves == "output") == (row.d1_from_output is not None)
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_values_are_torchs(name: str) -> None:
+    row = ACTIVATIONS[name]
+    u = points(row).detach()
+    torch.testing.assert_close(row.value(u, SLOPE), TORCH[name](u), rtol=1e-13, atol=1e-14)
+
+
+def test_the_table_is_in_order() -> None:
+    assert [row.id for row in ROWS] == list(range(18))
+    assert all(ACTIVATIONS[row.name] is row for row in ROWS)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)
+def test_a_spec_survives_every_journey(spec: ActSpec) -> None:
+    for other in (
+        ActSpec.from_json(spec.to_json()),
+        ActSpec.from_dict(spec.to_dict()),
+        copy.deepcopy(spec),
+        pickle.loads(pickle.dumps(spec)),
+    ):
+        assert other == spec
+        assert hash(other) == hash(spec)
+        assert other.kernel_args == spec.kernel_args
+        assert other.saves_output == spec.saves_output
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=4, max_size=4))
+def test_json_keeps_every_bit(numbers: list[float]) -> None:
+    names = ("input_shift", "output_shift", "input_scale", "output_scale")
+    given_ = dict(zip(names, numbers, strict=True))
+    if given_["input_scale"] == 0 or given_["output_scale"] == 0:
+        with pytest.raises(ValueError, match="must not be 0"):
+            ActSpec("tanh", **given_)
+        return
+    spec = ActSpec("tanh", **given_)
+    assert ActSpec.from_json(spec.to_json()).kernel_args == spec.kernel_args
+
+
+def test_origin_takes_no_part_in_comparison() -> None:
+    assert ActSpec("tanh", origin="a") == ActSpec("tanh", origin="b")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "unknown activation 'rlu'", {"activation": "rlu"}),
+        (ValueError, "takes no negative_slope", {"activation": "tanh", "negative_slope": 0.1}),
+        (ValueError, "input_scale must be finite", {"activation": "tanh", "input_scale": math.nan}),
+        (TypeError, "output_scale must be a number", {"activation": "tanh", "output_scale": "2"}),
+        (TypeError, "input_shift must be a number", {"activation": "tanh", "input_shift": True}),
+    ],
+)
+def test_bad_constants_are_refused(
+    error: type[Exception], message: str, arguments: dict[str, object]
+) -> None:
+    with pytest.raises(error, match=message):
+        ActSpec(**arguments)  # type: ignore[arg-type]
+
+
+def test_bad_json_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown field"):
+        ActSpec.from_json('{"activation": "tanh", "gain": 1}')
+    with pytest.raises(ValueError, match="expected a JSON object"):
+        ActSpec.from_json("[1]")
+
+
+def test_what_can_be_read_off_the_output() -> None:
+    assert ActSpec("leaky_relu", negative_slope=0.1, output_shift=0.5).saves_output
+    assert ActSpec("relu").saves_output
+    assert not ActSpec("relu", output_shift=0.5).saves_output, "a dead branch at γδ is rounding"
+    assert not ActSpec("leaky_relu", output_shift=0.5).saves_output
+    assert not ActSpec("leaky_relu", negative_slope=-0.1).saves_output, "it has no inverse"
+    assert not ActSpec("swish").saves_output
