@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import nn
 
+from fusedshape import convert, native, theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.machine import machine
+from fusedshape.train import demo, run
 from fusedshape.train.config import TrainConfig, load_object
 
 
@@ -62,12 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     constants.add_argument("activation", help=", ".join(ACTIVATIONS))
     _add_targets(constants)
 
-    convert = add("convert", _convert, "say what convert() would do to a model; changes nothing")
-    convert.add_argument("model", help="pkg.module:factory, called without arguments")
-    convert.add_argument("--method", default="TAT", help="DKS, TAT or EOC (default TAT)")
-    convert.add_argument("--activation", default="leaky_relu", help="default leaky_relu")
-    convert.add_argument("--strip-batchnorm", action="store_true", help="remove BatchNorm layers")
-    _add_targets(convert)
+    model = add("convert", _convert, "say what convert() would do to a model; changes nothing")
+    model.add_argument("model", help="pkg.module:factory, called without arguments")
+    model.add_argument("--method", default="TAT", help="DKS, TAT or EOC (default TAT)")
+    model.add_argument("--activation", default="leaky_relu", help="default leaky_relu")
+    model.add_argument("--strip-batchnorm", action="store_true", help="remove BatchNorm layers")
+    _add_targets(model)
 
     train = add("train", _train, "train the demo, the evidence sweep, or a configuration of yours")
     train.add_argument("what", nargs="?", default="demo", help="demo, sweep, or a JSON file")
@@ -112,8 +114,6 @@ def _targets(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _constants(args: argparse.Namespace) -> None:
-    from fusedshape import theory
-
     row: dict[str, Any]
     targets = _targets(args)
     if args.method.upper() == "EOC":
@@ -136,8 +136,6 @@ def _constants(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from fusedshape import convert
-
     model = load_object(args.model)()
     if not isinstance(model, nn.Module):
         raise TypeError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
@@ -153,8 +151,6 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fusedshape.train import demo, run
-
     if args.what == "demo":
         names = ("depth", "epochs", "seed", "threads")
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -166,8 +162,6 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
-    from fusedshape import native
-
     try:
         path = native.build(verbose=args.verbose, force=args.force)
     except RuntimeError as error:

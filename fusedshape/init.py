@@ -66,13 +66,7 @@ def suo_(
     """
     _check("suo_", weight, gain)
     centre = _centre("suo_", weight, _strides("suo_", weight, stride, transposed))
-    with torch.no_grad():
-        weight.zero_()
-        for matrices in _groups("suo_", weight, groups, transposed):
-            out, fan_in = matrices.shape[:2]
-            w = _haar(out, fan_in, weight, generator) * (gain * max(math.sqrt(out / fan_in), 1.0))
-            matrices[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
-    return weight
+    return _fill_centre("suo_", weight, centre, groups, transposed, gain, True, generator)
 
 
 def suo_full_(
@@ -161,14 +155,9 @@ def delta_orthogonal_(
         True
     """
     _check("delta_orthogonal_", weight, gain)
-    centre = _centre("delta_orthogonal_", weight, [1] * (weight.ndim - 2))
-    with torch.no_grad():
-        weight.zero_()
-        for matrices in _groups("delta_orthogonal_", weight, groups, transposed):
-            out, fan_in = matrices.shape[:2]
-            w = _haar(out, fan_in, weight, generator) * gain
-            matrices[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
-    return weight
+    name = "delta_orthogonal_"
+    centre = _centre(name, weight, [1] * (weight.ndim - 2))
+    return _fill_centre(name, weight, centre, groups, transposed, gain, False, generator)
 
 
 def gaussian_(
@@ -296,6 +285,27 @@ def init_module_(
                 bias.copy_(_normal(bias.shape, bias, generator) * bias_std)
             else:
                 bias.zero_()
+
+
+def _fill_centre(
+    name: str,
+    weight: Tensor,
+    centre: Taps,
+    groups: int,
+    transposed: bool,
+    gain: float,
+    scaled: bool,
+    generator: Generator | None,
+) -> Tensor:
+    """Orthogonal matrices at the centre, zeros elsewhere; `scaled` to keep q instead of norms."""
+    with torch.no_grad():
+        weight.zero_()
+        for matrices in _groups(name, weight, groups, transposed):
+            out, fan_in = matrices.shape[:2]
+            scale = gain * max(math.sqrt(out / fan_in), 1.0) if scaled else gain
+            w = _haar(out, fan_in, weight, generator) * scale
+            matrices[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+    return weight
 
 
 def _haar(rows: int, cols: int, like: Tensor, generator: Generator | None) -> Tensor:

@@ -187,15 +187,13 @@ class PerLocationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) → (N, C + 1, *spatial), or (N, C, *spatial) with "off"."""
-        if self.homog_mode == "off":
-            scale = x.square().mean(1, keepdim=True).sqrt()
-            return x / torch.where(scale > 0, scale, 1.0)
-        h = torch.full_like(x[:, :1], self.homog_scale)
-        if self.homog_mode == "avg_q":
-            h = h * x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
-        y = torch.cat([x, h], 1)
-        scale = y.square().mean(1, keepdim=True).sqrt()
-        return y / torch.where(scale > 0, scale, 1.0)
+        if self.homog_mode != "off":
+            h = torch.full_like(x[:, :1], self.homog_scale)
+            if self.homog_mode == "avg_q":
+                h = h * x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
+            x = torch.cat([x, h], 1)
+        scale = x.square().mean(1, keepdim=True).sqrt()
+        return x / torch.where(scale > 0, scale, 1.0)
 
     def extra_repr(self) -> str:
         """The arguments."""
