@@ -22,7 +22,13 @@ from torch.overrides import TorchFunctionMode
 
 from fusedshape import ActSpec, reference, theory
 from fusedshape.convert import Report, convert
-from fusedshape.nn import PerLocationNorm, ShapedActivation, ShapedConv2d, ShapedLinear
+from fusedshape.nn import (
+    NormalizedSum,
+    PerLocationNorm,
+    ShapedActivation,
+    ShapedConv2d,
+    ShapedLinear,
+)
 
 SPEC = shaped("softplus")
 
@@ -542,7 +548,44 @@ def test_depth_through_modules_and_functions() -> None:
     assert convert(nn.Sequential(Functional(), VGG().classifier), spec=SPEC).depth == 8
     assert convert(Loop(), spec=SPEC).depth == 4
     assert convert(VGG(), spec=SPEC).depth == 4
-    assert convert(ResNet(), spec=SPEC, strip_batchnorm=True).depth is None
+    assert convert(ResNet(), spec=SPEC, strip_batchnorm=True).depth == 5
+    assert convert(Opaque(), spec=SPEC).depth is None
+
+
+class Shortcuts(nn.Module):
+    """Three pre-activation blocks with normalised sums, and an activation before the head."""
+
+    def __init__(self, join: nn.Module) -> None:
+        super().__init__()
+        self.fs = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(3)
+        )
+        self.join, self.act, self.head = join, nn.ReLU(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for f in self.fs:
+            x = self.join(x, f(x))
+        return self.head(self.act(x))
+
+
+class Plus(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+def test_branches_need_no_recursion_by_hand() -> None:
+    def recursion(x: float, r: Callable[[float], float]) -> float:
+        alone = r(r(x))
+        for _ in range(3):
+            x = 0.36 * x + 0.64 * r(r(x))
+        return max(alone, r(x))
+
+    report = convert(Shortcuts(NormalizedSum((0.6, 0.8))), eta=0.5)
+    assert report.depth == 7
+    by_hand = theory.solve("TAT", "leaky_relu", subnet_max=recursion, eta=0.5)
+    assert report.spec.negative_slope == pytest.approx(by_hand.negative_slope, rel=1e-12)
+    with pytest.raises(ValueError, match=r"wiring: 'join:add' is a sum.*NormalizedSum"):
+        convert(Shortcuts(Plus()), eta=0.5)
 
 
 def test_depth_given() -> None:
@@ -819,6 +862,10 @@ UNTRACEABLE = {
 }
 
 
+# What takes other ways with other inputs; the rest computes the same thing every time.
+UNREADABLE = (LayerDrop, TensorDrop, Branching, Helped, ByAttribute)
+
+
 @pytest.mark.parametrize("cls", UNTRACEABLE)
 def test_refuses_to_rewrite_what_it_cannot_trace(cls: type[Stateful]) -> None:
     net = nn.Sequential(cls(), nn.Linear(6, 6), nn.ReLU())
@@ -836,8 +883,12 @@ def test_refuses_to_rewrite_what_it_cannot_trace(cls: type[Stateful]) -> None:
     assert "may call activations that stay" in report.skipped[0].note
     assert type(net[0]) is cls
     assert type(net[1]) is ShapedLinear
-    with pytest.raises(ValueError, match="cannot count the model's depth"):
-        convert(nn.Sequential(cls(), nn.ReLU()), on_untraceable="report")
+    net = nn.Sequential(cls(), nn.ReLU())
+    if cls in UNREADABLE:
+        with pytest.raises(ValueError, match="cannot read the model's wiring: '0'"):
+            convert(net, on_untraceable="report")
+    else:
+        assert convert(net, on_untraceable="report", clamp=True).depth == 2
 
 
 def test_untraceable_without_functional_calls_is_fine() -> None:
@@ -897,6 +948,20 @@ def test_refuses_in_place_activation_of_a_tensor_used_again(cls: type[nn.Module]
         net = nn.Sequential(cls())
     with pytest.raises(ValueError, match="used again"):
         convert(net, spec=SPEC)
+
+
+class NormAndAct(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, self.running_mean, self.running_var))
+
+
+def test_refuses_to_strip_what_does_more_than_normalise() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), NormAndAct(6), nn.ReLU())
+    with pytest.raises(ValueError, match="'1' is a NormAndAct, a BatchNorm with a forward of its"):
+        convert(net, spec=SPEC, strip_batchnorm=True)
+    wiring = theory.trace_wiring(net, strip_batchnorm=True)
+    assert wiring.depth == 2
+    assert "'1:batch_norm' cannot be read" in wiring.problems[0]
 
 
 class InPlaceAfterNorm(nn.Module):

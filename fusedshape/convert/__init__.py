@@ -1,0 +1,273 @@
+"""convert: puts shaped activations, fused layers and their initialisers into a user's model.
+
+Reading comes first and changes nothing: `Calls` traces every forward with torch.fx, and `Fusion`
+decides from the graphs which activation joins which layer. `Plan` holds what follows from that;
+its `apply` is the only place that touches the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from fusedshape import theory
+from fusedshape.convert.calls import Calls
+from fusedshape.convert.fusion import TWINS, Fusion
+from fusedshape.convert.plan import Constants, Plan
+from fusedshape.convert.report import Change, Report
+from fusedshape.init import Method
+from fusedshape.nn import ShapedActivation, ShapedChain
+from fusedshape.ops.dispatch import Backend, why_not
+from fusedshape.rewriting import Rewritten
+from fusedshape.spec import ActSpec
+from fusedshape.tracing import is_plain
+
+__all__ = ["Change", "Report", "convert"]
+
+_SHAPED = (ShapedActivation, ShapedChain, *TWINS.values())
+_METHODS = ("TAT", "DKS", "EOC")
+# By name, because importing torch._dynamo takes seconds.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def convert(
+    model: nn.Module,
+    *,
+    method: str = "TAT",
+    activation: str = "leaky_relu",
+    depth: int | None = None,
+    subnet_max: Callable[[float, Callable[[float], float]], float] | None = None,
+    zeta: float = 1.5,
+    eta: float = 0.9,
+    tau: float = 0.3,
+    clamp: bool = False,
+    sigma_b: float | None = None,
+    spec: ActSpec | None = None,
+    init: Method | None = "suo",
+    generator: Generator | None = None,
+    fuse: bool = True,
+    replace: Sequence[type[nn.Module]] = (nn.ReLU,),
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    strip_batchnorm: bool = False,
+    on_untraceable: Literal["error", "report"] = "error",
+    dry_run: bool = False,
+    backend: Backend = "auto",
+    chain: bool | int = False,
+) -> Report:
+    r"""Make a model a shaped vanilla network, in place: activations, fused layers, initialisation.
+
+    * Every nn.ReLU becomes y = γ(φ(αx + β) + δ) with solved constants, and so does every
+      ``F.relu(x)``, ``torch.relu(x)``, ``x.relu()`` and their in-place forms: a module that calls
+      one gets a subclass of its class whose forward torch.fx wrote. In that forward Python's
+      decisions are those of the conversion, but for ``self.training``. ReLUs written in other ways
+      (``x.clamp(min=0)``) are not recognised.
+    * An nn.Conv1d/2d/3d or nn.Linear whose every output goes to such an activation and nowhere else
+      is fused with it. Where that is not certain, the activation stays by itself.
+    * Every linear and convolution layer is initialised as the constants assume, trained ones and
+      frozen ones too: load weights afterwards, or pass ``init=None``.
+
+    Parameters stay the same objects under the same state_dict keys, and devices, dtypes, modes and
+    requires_grad what they were. Convert before wrapping or compiling the model. If anything
+    raises, the model is as it was. A model is converted once; parts of one can be converted one
+    by one, each with its own constants.
+
+    Args:
+        model: the model.
+        method: "TAT", "DKS" or "EOC", case-insensitive; see `fusedshape.theory`.
+        activation: φ, a name of `fusedshape.ACTIVATIONS`.
+        depth: nonlinear layers of a plain chain; default: the wiring is read off the model, see
+            `fusedshape.theory.trace_wiring`.
+        subnet_max: the network's wiring, as in `fusedshape.theory.solve`, in place of depth.
+        zeta: target of DKS.
+        eta: target of TAT for leaky_relu.
+        tau: target of TAT for smooth activations.
+        clamp: take the nearest reachable target instead of raising.
+        sigma_b: EOC's standard deviation of biases; default: the theory's choice.
+        spec: constants to use as they are; nothing is solved.
+        init: "suo", "suo_full", "delta_orthogonal", "gaussian", or None to keep the weights. Even
+            kernels have no centre tap and take "suo_full".
+        generator: source of randomness for `init`; None takes torch's default.
+        fuse: whether to fuse at all.
+        replace: the classes to replace, with their functional forms; none that has parameters.
+        filter_fn: called with each activation module and its qualified name, and for functional
+            calls with the module that makes them; False leaves it alone.
+        strip_batchnorm: replace BatchNorm by nn.Identity. Its state_dict keys vanish, and layers
+            made without a bias stay without.
+        on_untraceable: what to do about a module whose forward may call such an activation but
+            cannot be traced faithfully (it branches on values or shapes, takes optional arguments,
+            draws random numbers, keeps state, switches gradients or autocast): "error", or
+            "report" to leave that call as it is.
+        dry_run: change nothing, only report.
+        backend: as in `fusedshape.ops.shaped_act`.
+        chain: whether nn.Sequential containers that hold fused layers in a row become
+            `fusedshape.nn.ShapedChain`, in place; a number is the layers of one autograd node at
+            most. The report says which layers are in a row, and why others are not.
+
+    Returns:
+        What was done, row by row; print it.
+
+    Raises:
+        TypeError: model is no nn.Module, or spec no ActSpec.
+        ValueError: a model that cannot be converted, or targets that cannot be met (see the
+            message for the way out).
+
+    Example:
+        >>> layers = [layer for _ in range(16) for layer in (nn.Linear(8, 8), nn.ReLU())]
+        >>> report = convert(nn.Sequential(*layers, nn.Linear(8, 2)))
+        >>> report.depth, report.counts["fused"], report.counts["initialised"]
+        (16, 16, 17)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
+    if on_untraceable not in ("error", "report"):
+        raise ValueError(f"convert: on_untraceable={on_untraceable!r}; known: 'error', 'report'")
+    if not isinstance(chain, int) or (chain is not False and chain < 1):
+        raise ValueError(f"convert: chain={chain!r} must be True, False or a positive integer")
+    _refuse(model, replace, strip_batchnorm, init)
+    for device in sorted({p.device.type for p in model.parameters()} or {"cpu"}):
+        reason = None if backend == "auto" else why_not(backend, device)
+        if reason is not None:
+            raise reason
+    calls = Calls(model, tuple(replace), filter_fn)
+    calls.check(strict=on_untraceable == "error")
+    stripped = frozenset(m for m in model.modules() if isinstance(m, _BatchNorm))
+    calls.check_stripped(stripped)
+    fusion = Fusion(calls, fuse, stripped)
+    wired = theory.trace_wiring(model, strip_batchnorm=strip_batchnorm)
+    constants = _constants(
+        method, activation, depth, subnet_max, zeta, eta, tau, clamp, sigma_b, spec, wired
+    )
+    plan = Plan(calls, fusion, constants, init, backend, chain)
+    if not dry_run:
+        plan.apply(generator)
+    return plan.report(dry_run)
+
+
+def _refuse(
+    model: nn.Module, replace: Sequence[type[nn.Module]], strip: bool, init: str | None
+) -> None:
+    """Raise if the model is of a kind that cannot be converted."""
+    for wanted in replace:
+        if not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
+            raise TypeError(f"convert: replace must hold nn.Module classes, got {wanted!r}")
+    if isinstance(model, tuple(replace)):
+        raise ValueError(
+            f"convert: the model is itself an {type(model).__name__} and cannot be replaced in "
+            "place; make a fusedshape.nn.ShapedActivation of theory.solve's spec instead"
+        )
+    for path, module in model.named_modules():
+        where = f"{path!r} is" if path else "the model is"
+        kind = type(module).__name__
+        if kind in _WRAPPERS:
+            raise ValueError(
+                f"convert: {where} a {kind}; convert the module inside, its .{_WRAPPERS[kind]}, "
+                "before wrapping it"
+            )
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            raise ValueError(f"convert: {where} compiled already; convert first, then compile")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"convert: {where} a ScriptModule; convert the module it was made of")
+        written = isinstance(module, Rewritten) and module.written_by == "Shaped"
+        if written or isinstance(module, _SHAPED):
+            raise ValueError(
+                f"convert: {where} a {kind} already; a model is converted once (build it anew)"
+            )
+        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantiz")):
+            raise ValueError(f"convert: {where} quantised ({kind}); convert the float model")
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        if isinstance(module, LazyModuleMixin) or any(map(nn.parameter.is_lazy, tensors)):
+            raise ValueError(
+                f"convert: {where} a lazy {kind} without shape yet; run the model once first"
+            )
+        if any(t is not None and t.is_meta for t in tensors):
+            raise ValueError(
+                f"convert: {where} on the meta device; call model.to_empty(device=...) first"
+            )
+        if type(module) in replace and any(True for _ in module.parameters()):
+            raise ValueError(f"convert: {where} a {kind}, whose parameters would be lost")
+        _refuse_norm(path, module, strip)
+
+
+def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
+    kind = type(module).__name__
+    if isinstance(module, _BatchNorm) and not strip:
+        raise ValueError(
+            f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
+            "Pass strip_batchnorm=True to replace BatchNorm by nn.Identity, or build the model "
+            "without"
+        )
+    if isinstance(module, _BatchNorm) and not is_plain(module):
+        raise ValueError(
+            f"convert: {path!r} is a {kind}, a BatchNorm with a forward of its own, which may hold "
+            "an activation too; replace it by what it does besides normalising"
+        )
+    look_alike = "batchnorm" in kind.lower() and not isinstance(module, _BatchNorm)
+    if isinstance(module, (_InstanceNorm, nn.GroupNorm)) or look_alike:
+        raise ValueError(
+            f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
+            "Replace it by nn.Identity() and convert again"
+        )
+
+
+def _constants(
+    method: str,
+    activation: str,
+    depth: int | None,
+    subnet_max: Callable[[float, Callable[[float], float]], float] | None,
+    zeta: float,
+    eta: float,
+    tau: float,
+    clamp: bool,
+    sigma_b: float | None,
+    spec: ActSpec | None,
+    wired: theory.Wiring,
+) -> Constants:
+    """Solve for the constants, for the wiring read off the model where none is given."""
+    name = str(method).upper()
+    if name not in _METHODS:
+        raise ValueError(f"convert: unknown method {method!r}; known: {', '.join(_METHODS)}")
+    unread = any(wired.nodes[i].op == "unknown" for i in wired.live)
+    counted = None if unread else wired.depth
+    has_wiring = depth is not None or subnet_max is not None
+    if spec is not None:
+        if not isinstance(spec, ActSpec):
+            raise TypeError(f"convert: spec must be an ActSpec, got {type(spec).__name__}")
+        if has_wiring or sigma_b is not None:
+            raise ValueError("convert: spec is ready; drop depth, subnet_max and sigma_b")
+        return Constants("given", spec, depth=counted)
+    if name == "EOC":
+        if has_wiring:
+            raise ValueError("convert: EOC knows no depth; drop depth and subnet_max")
+        edge = theory.eoc(activation, sigma_b=sigma_b)
+        return Constants(name, edge.spec, edge.sigma_w, edge.sigma_b, counted)
+    if sigma_b is not None:
+        raise ValueError(f"convert: sigma_b={sigma_b} belongs to EOC; {name} starts biases at 0")
+    notes: tuple[str, ...] = ()
+    if not has_wiring:
+        if wired.problems:
+            raise ValueError(f"convert: cannot read the model's wiring: {wired.problems[0]}")
+        subnet_max, notes = wired, wired.notes
+    elif counted is not None and depth not in (None, counted):
+        notes = (f"depth={depth} was given; the model's longest path has {counted}",)
+    solved = theory.solve(
+        name,
+        activation,
+        depth=depth,
+        subnet_max=subnet_max,
+        zeta=zeta,
+        eta=eta,
+        tau=tau,
+        clamp=clamp,
+    )
+    return Constants(name, solved, depth=counted if depth is None else depth, notes=notes)

@@ -1,0 +1,141 @@
+"""Which activation joins which layer: `Fusion`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from fusedshape.convert.calls import Calls, Site
+from fusedshape.nn import ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear
+
+TWINS: dict[type[nn.Module], Any] = {
+    nn.Conv1d: ShapedConv1d,
+    nn.Conv2d: ShapedConv2d,
+    nn.Conv3d: ShapedConv3d,
+    nn.Linear: ShapedLinear,
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fusion:
+    """Which activation joins which layer.
+
+    Attributes:
+        layers: the layers to fuse.
+        merged: activation modules all of whose calls are fused, so that nothing is left to do.
+        rewritten: modules whose forward must be written anew.
+    """
+
+    def __init__(self, calls: Calls, fuse: bool, stripped: frozenset[nn.Module]) -> None:
+        self.calls = calls
+        self.stripped = stripped
+        self.merged: set[nn.Module] = set()
+        self.of_module: dict[nn.Module | None, list[Site]] = {}
+        by_node = {site.node: site for site in calls.sites}
+        of_layer: dict[nn.Module, list[Site]] = {}
+        rejected: dict[nn.Module, str] = {}
+        for site in calls.sites:
+            self.of_module.setdefault(site.module, []).append(site)
+            site.layer, site.why = self._layer_before(site)
+            if site.layer is not None and not fuse:
+                rejected[site.layer] = "fuse=False"
+        for layer in {site.layer for site in calls.sites if site.layer is not None}:
+            reason = rejected.get(layer) or self._why_never(layer)
+            of_layer[layer] = []
+            for owner, node in calls.calls[layer]:
+                after = self._consumer(owner, node)
+                if after in by_node and by_node[after].input is self._last(owner, node):
+                    of_layer[layer].append(by_node[after])
+                else:
+                    reason = reason or "another call or use of the layer wants its plain output"
+            if reason:
+                rejected[layer] = reason
+        live = set(of_layer) - set(rejected)
+        while True:
+            self.merged = {m for m in calls.acts if self._all_fused(m, live)}
+            stuck = {
+                layer: why
+                for layer in live
+                for why in [next(filter(None, map(self._why_kept, of_layer[layer])), "")]
+                if why
+            }
+            if not stuck:
+                break
+            rejected |= stuck
+            live -= set(stuck)
+        self.layers = live
+        for site in calls.sites:
+            if site.layer is not None and site.layer not in live:
+                site.why = rejected[site.layer]
+        self.rewritten = {
+            site.owner
+            for site in calls.sites
+            if site.module is None or (not site.why and site.module not in self.merged)
+        }
+
+    def _passes(self, owner: nn.Module, node: fx.Node) -> bool:
+        """Whether a node is, or will be, an identity that nobody watches."""
+        called = self.calls.called(owner, node)
+        if called is None or hooked(called):
+            return False
+        return type(called) is nn.Identity or called in self.stripped
+
+    def _layer_before(self, site: Site) -> tuple[nn.Module | None, str]:
+        node = site.input
+        while self._passes(site.owner, node):
+            node = node.all_input_nodes[0]
+        called = self.calls.called(site.owner, node)
+        if isinstance(called, (nn.Linear, _ConvNd)):
+            return called, ""
+        if node.op == "placeholder":
+            return None, "its input comes from outside the module that calls it"
+        what = type(called).__name__ if called is not None else node.name
+        return None, f"its input comes from {what}"
+
+    def _last(self, owner: nn.Module, node: fx.Node) -> fx.Node:
+        """The last of the identities after a layer's call."""
+        while len(node.users) == 1 and self._passes(owner, next(iter(node.users))):
+            node = next(iter(node.users))
+        return node
+
+    def _consumer(self, owner: nn.Module, node: fx.Node) -> fx.Node | None:
+        users = list(self._last(owner, node).users)
+        return users[0] if len(users) == 1 else None
+
+    def _why_never(self, layer: nn.Module) -> str:
+        kind = type(layer)
+        if kind not in TWINS:
+            return f"{kind.__name__} has no fused form"
+        if hooked(layer):
+            return "the layer has hooks, which would see the activated output"
+        if "forward" in vars(layer) or layer._parameters.get("weight") is None:
+            return "the layer's forward or weight is not the plain one"
+        if layer in self.calls.unknown:
+            return "a module that cannot be traced may use the layer's plain output"
+        return ""
+
+    def _all_fused(self, module: nn.Module, live: set[nn.Module]) -> bool:
+        sites = self.of_module.get(module, [])
+        known = module not in self.calls.unknown and not hooked(module)
+        return bool(sites) and known and all(site.layer in live for site in sites)
+
+    def _why_kept(self, site: Site) -> str:
+        """Why a call of an activation cannot be dropped; "" if it can."""
+        if site.module is None or site.module in self.merged:
+            return ""
+        if hooked(site.module):
+            return "the activation has hooks"
+        if _is_sequential(site.owner):
+            return "the activation is shared with other places"
+        return ""
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody watches a module's calls."""
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward

@@ -1,0 +1,283 @@
+"""All that will be done to a model, made before anything is: `Plan`; its `apply` does it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from fusedshape.convert.calls import FUNCTIONAL, Calls
+from fusedshape.convert.fusion import HOOKS, TWINS, Fusion
+from fusedshape.convert.report import Change, Report
+from fusedshape.init import Method, init_module_
+from fusedshape.nn import ShapedActivation, ShapedChain, chain_rows, why_not_chained
+from fusedshape.ops.dispatch import Backend
+from fusedshape.rewriting import source, subclass
+from fusedshape.spec import ActSpec
+
+_HOOK_FLAGS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What goes into the model: the spec, and how its layers start."""
+
+    method: str
+    spec: ActSpec
+    gain: float = 1.0
+    bias_std: float = 0.0
+    depth: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Rewrite:
+    cls: type[nn.Module]
+    children: dict[str, nn.Module]
+
+
+class Plan:
+    """All that will be done to a model, made before anything is."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        fusion: Fusion,
+        constants: Constants,
+        init: Method | None,
+        backend: Backend,
+        chain: bool | int,
+    ) -> None:
+        self.calls = calls
+        self.fusion = fusion
+        self.constants = constants
+        self.init = init
+        self.backend = backend
+        self.swaps: dict[nn.Module, nn.Module] = {}
+        self.rewrites: dict[nn.Module, _Rewrite] = {}
+        self.rows: list[Change] = []
+        self.notes = list(constants.notes)
+        self.layers: list[tuple[nn.Module, Method]] = []
+        names = "fused", "shaped", "rewritten", "stripped", "chained"
+        self.counts = Counter(dict.fromkeys(names, 0))
+        for module in calls.names:
+            self._plan_module(module)
+        self.chain = chain
+        self.chains: list[nn.Sequential] = []
+        if chain:
+            self._plan_chains()
+        self._plan_init()
+        self._check_held()
+        order = {name: i for i, name in enumerate(calls.names.values())}
+        self.rows.sort(key=lambda row: order[row.path])
+
+    def _plan_module(self, module: nn.Module) -> None:
+        fusion, calls, spec = self.fusion, self.calls, self.constants.spec
+        if module in fusion.layers:
+            self._swap(module, TWINS[type(module)].from_plain(module, spec, self.backend))
+            self.counts["fused"] += 1
+        elif module in fusion.merged:
+            self._swap(module, _like(module, nn.Identity()), "fused into the layer before")
+        elif module in calls.acts:
+            whys = dict.fromkeys(s.why for s in fusion.of_module.get(module, []) if s.why)
+            why = "; ".join(whys) or "no call of it was traced"
+            self._swap(module, _like(module, self._activation()), f"not fused: {why}")
+            self.counts["shaped"] += 1
+        elif module in fusion.stripped:
+            self._swap(module, _like(module, nn.Identity()), "BatchNorm stripped")
+            self.counts["stripped"] += 1
+        elif module in fusion.rewritten:
+            self._rewrite(module)
+        elif module in calls.opaque:
+            left = " and may call activations that stay as they are"
+            note = f"not traced: {calls.opaque[module]}"
+            self._skip(module, note + (left if calls.may_call(module) else ""))
+        elif module not in calls.graphs and calls.may_call(module):
+            self._skip(module, "torch's own forward may call activations, which stay as they are")
+        elif calls.kept.get(module):
+            self._skip(module, "left alone by filter_fn")
+        elif type(module) in FUNCTIONAL:
+            self._skip(module, "not among the classes to replace")
+
+    def _activation(self) -> ShapedActivation:
+        return ShapedActivation(self.constants.spec, self.backend)
+
+    def _swap(self, old: nn.Module, new: nn.Module, note: str = "") -> None:
+        self.swaps[old] = new
+        names = type(old).__name__, type(new).__name__
+        self.rows.append(Change(self.calls.names[old], *names, note))
+
+    def _skip(self, module: nn.Module, note: str) -> None:
+        kind = type(module).__name__
+        self.rows.append(Change(self.calls.names[module], kind, kind, note))
+
+    def _rewrite(self, owner: nn.Module) -> None:
+        """Write an owner's forward without its fused calls, and functional ones as modules."""
+        children: dict[str, nn.Module] = {}
+        whys: list[str] = []
+        for graph in self.calls.graphs[owner]:
+            names = (f"shaped_{i}" for i in range(10**6))
+            free = (name for name in names if not hasattr(owner, name))
+            for site in [s for s in self.calls.sites if s.node.graph is graph]:
+                node = site.node
+                if not site.why:
+                    new = site.input
+                elif site.module is None:
+                    name = next(free)
+                    if name not in children:
+                        children[name] = self._activation().train(owner.training)
+                        whys.append(f".{name} not fused: {site.why}")
+                    with graph.inserting_before(node):
+                        new = graph.call_module(name, (site.input,))
+                else:
+                    continue
+                node.replace_all_uses_with(new)
+                graph.erase_node(node)
+        sources = tuple(source(graph) for graph in self.calls.graphs[owner])
+        base: Any = type(owner)
+        cls = subclass(base, sources)
+        self.rewrites[owner] = _Rewrite(cls, children)
+        self.counts["rewritten"] += 1
+        self.counts["shaped"] += len(children)
+        kinds = type(owner).__name__, cls.__name__
+        note = "; ".join(["forward rewritten", *whys])
+        self.rows.append(Change(self.calls.names[owner], *kinds, note))
+
+    def _plan_chains(self) -> None:
+        """Find the containers with layers in a row, and say why the other fused layers are not."""
+        whys = {old: "" for old, new in self.swaps.items() if old in self.fusion.layers}
+        for owner in self.calls.names:
+            children = {
+                name: self.swaps.get(child, child)
+                for name, child in owner._modules.items()
+                if child is not None
+            }
+            if type(owner) is not nn.Sequential:
+                for child in owner._modules.values():
+                    if child in whys:
+                        why = f"it stands in {self.calls.describe(owner)}, no nn.Sequential"
+                        whys[child] = whys[child] or why
+                continue
+            rows = [row for row in chain_rows(children) if len(row) > 1]
+            chained = {name for row in rows for name in row}
+            for name, child in owner._modules.items():
+                if child in whys and name not in chained:
+                    alone = "no layer of its kind next to it"
+                    whys[child] = why_not_chained(children[name]) or alone
+            if rows:
+                self.chains.append(owner)
+                self.counts["chained"] += len(chained)
+                parts = (f"{row[0]} … {row[-1]} ({len(row)} layers)" for row in rows)
+                note = "in a row: " + ", ".join(parts)
+                path = self.calls.names[owner]
+                self.rows.append(Change(path, "Sequential", "ShapedChain", note))
+        notes = {self.calls.names[old]: why for old, why in whys.items() if why}
+        for i, row in enumerate(self.rows):
+            if row.path in notes:
+                self.rows[i] = replace(row, note=f"not chained: {notes[row.path]}")
+
+    def _plan_init(self) -> None:
+        no_bias = even = 0
+        for module in self.calls.names:
+            if not isinstance(module, (nn.Linear, _ConvNd)):
+                continue
+            no_bias += module.bias is None
+            if self.init is None:
+                continue
+            if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
+                self._skip(module, "not initialised: its weight is computed from other tensors")
+                continue
+            method = self.init
+            if method in ("suo", "delta_orthogonal") and _lacks_centre(module, method):
+                method = "suo_full"
+                even += 1
+            self.layers.append((module, method))
+        self.counts["initialised"] = len(self.layers)
+        self.counts["skipped"] = sum(row.now == row.was for row in self.rows)
+        if even:
+            self.notes.append(f"{even} layer(s) with an even kernel took suo_full, not {self.init}")
+        if self.counts["stripped"]:
+            self.notes.append(
+                f"{self.counts['stripped']} BatchNorm layer(s) are nn.Identity now: their keys are "
+                f"gone from the state_dict, and {no_bias} layer(s) have no bias (make them with "
+                "bias=True to have one)"
+            )
+
+    def _check_held(self) -> None:
+        """Raise where replacing a module would leave the old one in use."""
+        for module in self.calls.names:
+            for name, value in vars(module).items():
+                if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+                    continue
+                held = value.values() if isinstance(value, dict) else value
+                if any(isinstance(item, nn.Module) and item in self.swaps for item in held):
+                    raise ValueError(
+                        f"convert: {self.calls.describe(module)} keeps modules in a plain "
+                        f"{type(value).__name__}, .{name}, which would go on holding the old "
+                        "ones; make it an nn.ModuleList or nn.ModuleDict"
+                    )
+
+    def apply(self, generator: Generator | None) -> None:
+        """Change the model; if initialising fails, put its weights back and raise."""
+        saved: list[tuple[Tensor, Tensor]] = []
+        try:
+            for module, method in self.layers:
+                saved += [(p, p.detach().clone()) for p in module.parameters(recurse=False)]
+                gain, bias_std = self.constants.gain, self.constants.bias_std
+                init_module_(module, method, gain, bias_std, generator)
+        except Exception:
+            with torch.no_grad():
+                for parameter, value in reversed(saved):
+                    parameter.copy_(value)
+            raise
+        for parent in self.calls.names:
+            for name, child in parent._modules.items():
+                if child in self.swaps:
+                    parent._modules[name] = self.swaps[child]
+        for owner, rewrite in self.rewrites.items():
+            for name, child in rewrite.children.items():
+                owner.add_module(name, child)
+            owner.__class__ = rewrite.cls
+        for container in self.chains:
+            container.__class__ = ShapedChain
+            container.max_length = None if self.chain is True else self.chain  # type: ignore[assignment]
+
+    def report(self, dry_run: bool) -> Report:
+        """Say what was planned."""
+        return Report(
+            method=self.constants.method,
+            spec=self.constants.spec,
+            depth=self.constants.depth,
+            init=self.init,
+            dry_run=dry_run,
+            changes=tuple(self.rows),
+            notes=tuple(self.notes),
+            counts=dict(self.counts),
+        )
+
+
+def _like(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give a replacement the mode and the hooks of what it replaces."""
+    new.training = old.training
+    for name in (*HOOKS, *_HOOK_FLAGS):
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
+    return new
+
+
+def _lacks_centre(module: nn.Linear | _ConvNd, method: str) -> bool:
+    if isinstance(module, nn.Linear):
+        return False
+    spread = isinstance(module, _ConvTransposeNd) and method == "suo"
+    pairs = zip(module.kernel_size, module.stride, strict=True)
+    return any(k % 2 == 0 and not (spread and s > 1) for k, s in pairs)

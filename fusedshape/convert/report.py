@@ -1,0 +1,75 @@
+"""What convert did to a model: `Report`, and its rows, `Change`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fusedshape.spec import ActSpec
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of a `Report`.
+
+    Attributes:
+        path: qualified name of the module ("" is the model itself).
+        was: what stood there.
+        now: what stands there after conversion; the same as `was` where nothing changed.
+        note: why, and why not fused.
+    """
+
+    path: str
+    was: str
+    now: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `convert` did to a model, or would do.
+
+    Attributes:
+        method: "TAT", "DKS", "EOC", or "given" for a ready spec.
+        spec: the constants put in.
+        depth: nonlinear layers on the longest path, as given or counted; None if neither.
+        init: the initialiser, or None.
+        dry_run: whether the model was left alone.
+        changes: one row for each activation and layer changed or left, in the model's order.
+        notes: what else the user should know.
+        counts: "fused", "shaped", "rewritten", "stripped", "chained", "initialised", "skipped".
+    """
+
+    method: str
+    spec: ActSpec
+    depth: int | None
+    init: str | None
+    dry_run: bool
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+    counts: dict[str, int]
+
+    @property
+    def skipped(self) -> tuple[Change, ...]:
+        """The rows that say what was left alone, and why."""
+        return tuple(c for c in self.changes if c.now == c.was)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for JSON."""
+        rows = [vars(c).copy() for c in self.changes]
+        data = {**vars(self), "spec": self.spec.to_dict(), "changes": rows}
+        return {**data, "notes": list(self.notes), "counts": dict(self.counts)}
+
+    def __str__(self) -> str:
+        depth = "" if self.depth is None else f", depth {self.depth}"
+        verb = "would change" if self.dry_run else "changed"
+        counts = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
+        head = [f"convert ({self.method}{depth}) {verb}: {counts}", f"  {self.spec}"]
+        rows = [("module", "was", "now", "")]
+        rows += [(c.path or "(model)", c.was, c.now, c.note) for c in self.changes]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        body = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in [*head, "", *body, *self.notes])
