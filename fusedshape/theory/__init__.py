@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from fusedshape.theory.maps import c_curve, c_map, c_slope, q_map, q_slope
-from fusedshape.theory.network import SubnetMax, chain, resnet
+from fusedshape.theory.network import Node, SubnetMax, UnreadableError, Wiring, chain, resnet
 from fusedshape.theory.solve import EdgeOfChaos, Unreachable, dks, eoc, solve, tat
+from fusedshape.theory.trace import trace_wiring
 
 __all__ = [
     "EdgeOfChaos",
+    "Node",
     "SubnetMax",
     "Unreachable",
+    "UnreadableError",
+    "Wiring",
     "c_curve",
     "c_map",
     "c_slope",
@@ -21,4 +25,5 @@ __all__ = [
     "resnet",
     "solve",
     "tat",
+    "trace_wiring",
 ]

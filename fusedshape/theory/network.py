@@ -1,22 +1,47 @@
-r"""Networks as the theory sees them: callables ``subnet_max(x, r)``.
+r"""Networks as the theory sees them: callables ``subnet_max(x, r)``, and `Wiring`, made of nodes.
 
 Push a number x through the wiring, with every nonlinear layer replaced by r, every normalised sum
-Σ wᵢuᵢ (Σ wᵢ² = 1) by Σ wᵢ²vᵢ, and affine layers, pooling and dropout left out; the largest value
-that the net or any of its subnetworks reaches is M(x). It is M_{f,r}(x) of Zhang, Botev and
-Martens, "Deep Learning without Shortcuts: Shaping the Kernel with Tailored Rectifiers",
-arXiv 2203.08120. One recursion serves every method: r(y) = C(y) gives C_f, r(y) = s·y the slope
-C_f′(1), and r(y) = t + y the curvature C_f″(1).
+Σ wᵢuᵢ (Σ wᵢ² = 1) by Σ wᵢ²vᵢ, every concatenation of nᵢ channels by Σ (nᵢ/n)vᵢ, and affine layers,
+pooling and dropout left out; the largest value that the net or any of its subnetworks reaches is
+M(x). It is M_{f,r}(x) of Zhang, Botev and Martens, "Deep Learning without Shortcuts: Shaping the
+Kernel with Tailored Rectifiers", arXiv 2203.08120. One recursion serves every method: r(y) = C(y)
+gives C_f, r(y) = s·y the slope C_f′(1), and r(y) = t + y the curvature C_f″(1).
+
+A subnetwork is what lies between two connections of the graph if nothing else leads in or out. All
+three r are increasing with r(y) ≥ y, so a subnetwork that can be made longer is never the largest;
+what remains is the whole net and, between every fork and the place where it joins, each branch by
+itself, started at x.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral
+from typing import Literal, get_args
+
+from fusedshape.spec import ActSpec
 
 LayerMap = Callable[[float], float]
 SubnetMax = Callable[[float, LayerMap], float]
+Op = Literal[
+    "input",
+    "affine",
+    "nonlinear",
+    "sum",
+    "concat",
+    "pool",
+    "reshape",
+    "dropout",
+    "norm",
+    "unknown",
+]
 
+# Weights may come from float32, or be written by hand: q drifts by as much a sum.
+_OFF_ONE = 1e-4
 _BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -25,6 +50,375 @@ _BLOCKS = {
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
 }
+
+
+class UnreadableError(ValueError):
+    """A wiring whose map is not known; the message names the place, and what to do."""
+
+
+@dataclass(frozen=True)
+class Node:
+    r"""One step of a network.
+
+    Attributes:
+        op: "input" (x), "affine", "nonlinear" (r), "sum" (Σ wᵢ²vᵢ), "concat" (Σ (nᵢ/n)vᵢ), "norm"
+            (a normalisation that keeps q at 1, such as LayerNorm), "pool", "reshape", "dropout", or
+            "unknown", which may stand in a wiring but not be evaluated.
+        inputs: indices of the nodes whose values it takes.
+        weights: wᵢ of a sum, or nᵢ of a concat, one for each input; of a concat also none at all,
+            where they are not known.
+        path: where it stands in the model: a module's qualified name; for what is no module, the
+            name of the module that computes it, a colon, and what it computes ("layer1.0:add").
+        spec: φ of a nonlinear node, where the activation table has it.
+        note: what `path` does not say. Of an unknown node, why it is unknown and what to do.
+    """
+
+    op: Op
+    inputs: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    path: str = ""
+    spec: ActSpec | None = None
+    note: str = ""
+
+
+# (terms, count): Σ coefficient · slot over terms, then r, count times. Slot 0 is x, slot i + 1 the
+# result of step i. And the slots that leave.
+_Step = tuple[tuple[tuple[int, float], ...], int]
+_Program = tuple[tuple[_Step, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    r"""A network as a graph, and as its own ``subnet_max``: see the top of this file.
+
+    Args:
+        nodes: in an order in which every node comes after its inputs.
+        outputs: indices of the nodes that leave the network; default the last.
+        notes: what the reader of the model wants to say.
+
+    Raises:
+        ValueError: a graph with a cycle or loose ends, or a node that does not fit its op.
+
+    Example:
+        >>> block = (Node("input"), Node("nonlinear", (0,)), Node("sum", (0, 1), (0.6, 0.8)))
+        >>> net = Wiring((*block, Node("nonlinear", (2,))))
+        >>> net.depth, round(net(1.0, lambda y: 2 * y), 12)
+        (2, 3.28)
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[int, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise ValueError("Wiring: needs at least one node")
+        if not self.outputs:
+            object.__setattr__(self, "outputs", (len(self.nodes) - 1,))
+        for i in self.outputs:
+            if not 0 <= i < len(self.nodes):
+                raise ValueError(f"Wiring: there is no node {i} to leave by")
+        for i, node in enumerate(self.nodes):
+            _check(i, node)
+
+    def __call__(self, x: float, r: LayerMap) -> float:
+        """M(x): the largest value that the network or a subnetwork reaches.
+
+        Args:
+            x: the value that enters.
+            r: increasing, with r(y) ≥ y for y ≥ x.
+
+        Raises:
+            UnreadableError: an unknown node, a sum that is not normalised, or a concat of unknown
+                proportions.
+        """
+        self.check()
+        return _largest([v for program in self._programs for v in _run(program, x, r)])
+
+    def whole(self, x: float, r: LayerMap) -> float:
+        """What the whole network makes of x; for any r, increasing or not.
+
+        With r the C map of its layers and x the correlation of two inputs, it is the correlation
+        of their outputs: of the largest, where there are several outputs.
+
+        Args:
+            x: the value that enters.
+            r: what a nonlinear layer does to a value.
+
+        Raises:
+            UnreadableError: as for a call.
+        """
+        self.check()
+        return _largest(_run(self._programs[0], x, r))
+
+    @cached_property
+    def live(self) -> tuple[int, ...]:
+        """Indices of the nodes from which an output can be reached, with a weight other than 0."""
+        alive = set(self.outputs)
+        for i in range(len(self.nodes) - 1, -1, -1):
+            if i in alive:
+                alive.update(j for j, _ in _weighted(self.nodes[i]))
+        return tuple(sorted(alive))
+
+    @cached_property
+    def depth(self) -> int:
+        """Nonlinear layers on the longest path."""
+        depths: dict[int, int] = {}
+        for i in self.live:
+            node = self.nodes[i]
+            before = max((depths[j] for j, _ in _weighted(node)), default=0)
+            depths[i] = before + (node.op == "nonlinear")
+        return max(depths[i] for i in self.outputs)
+
+    @property
+    def label(self) -> str:
+        """A few words for messages and for `ActSpec.origin`."""
+        if not self.depth:
+            return "a wiring without nonlinear layers"
+        is_chain = len(self._programs) == 1 and len(self._programs[0][0]) == 1
+        return f"depth={self.depth}" if is_chain else f"wiring of depth {self.depth}"
+
+    @cached_property
+    def problems(self) -> tuple[str, ...]:
+        """Why the wiring cannot be evaluated, one message for each node at fault."""
+        return tuple(filter(None, (_problem(self.nodes[i]) for i in self.live)))
+
+    def check(self) -> None:
+        """Raise if the wiring cannot be evaluated.
+
+        Raises:
+            UnreadableError: see `problems`.
+        """
+        if self.problems:
+            first, *more = self.problems
+            others = f" (and {len(more)} more like this, see Wiring.problems)" if more else ""
+            raise UnreadableError(first + others)
+
+    def normalized(self) -> Wiring:
+        """The wiring with every sum's weights scaled until their squares add up to 1.
+
+        For a model whose sums are not normalised yet, if they are to be.
+
+        Example:
+            >>> layers = Node("input"), Node("nonlinear", (0,))
+            >>> plain = Wiring((*layers, Node("sum", (0, 1), (1.0, 1.0))))
+            >>> round(plain.normalized()(0.0, lambda y: y + 1), 12)
+            1.0
+        """
+
+        def scaled(node: Node) -> Node:
+            total = math.sqrt(math.fsum(w * w for w in node.weights))
+            if node.op != "sum" or total == 0:
+                return node
+            return replace(node, weights=tuple(w / total for w in node.weights))
+
+        return replace(self, nodes=tuple(map(scaled, self.nodes)))
+
+    @cached_property
+    def _programs(self) -> tuple[_Program, ...]:
+        """The whole net, and every branch by itself."""
+        mixes = self._contracted()
+        leaving = [self._alias[i] for i in self.outputs]
+        whole = _program(sorted(mixes), mixes, self._is_nonlinear, leaving)
+        branches = [
+            _program(sorted(inside), mixes, self._is_nonlinear, [last])
+            for inside, last in _branches(mixes, leaving)
+        ]
+        return tuple(dict.fromkeys([whole, *branches]))
+
+    def _is_nonlinear(self, i: int) -> bool:
+        return self.nodes[i].op == "nonlinear"
+
+    @cached_property
+    def _alias(self) -> dict[int, int]:
+        """The node whose value each live node has."""
+        alias: dict[int, int] = {}
+        for i in self.live:
+            mix = _weighted(self.nodes[i])
+            same = len(mix) == 1 and not self._is_nonlinear(i)
+            alias[i] = alias[mix[0][0]] if same else i
+        return alias
+
+    def _contracted(self) -> dict[int, list[tuple[int, float]]]:
+        """Nodes that make a value of their own: what they take, and with which coefficients."""
+        alias = self._alias
+        return {
+            i: [(alias[j], c) for j, c in _weighted(self.nodes[i])] for i in alias if alias[i] == i
+        }
+
+
+def _weighted(node: Node) -> list[tuple[int, float]]:
+    """What a node takes, and the coefficients, which add up to 1; without those that are 0."""
+    if len(node.inputs) == 1:
+        return [(node.inputs[0], 1.0)]
+    shares = [w * w for w in node.weights] if node.op == "sum" else list(node.weights)
+    # An infinite value times 0 would make the whole sum nan.
+    total = math.fsum(shares) or 1.0
+    shares = shares or [1.0] * len(node.inputs)
+    return [(j, s / total) for j, s in zip(node.inputs, shares, strict=True) if s]
+
+
+def _check(i: int, node: Node) -> None:
+    where = f"Wiring: node {i} ({node.op}{f' {node.path!r}' if node.path else ''})"
+    if node.op not in get_args(Op):
+        raise ValueError(f"{where}: unknown op; known: {', '.join(get_args(Op))}")
+    for j in node.inputs:
+        if not 0 <= j < i:
+            raise ValueError(
+                f"{where} takes from node {j}, which does not come before it: a wiring has no "
+                "cycles, unroll what is recurrent"
+            )
+    many = node.op in ("sum", "concat")
+    if node.op != "unknown" and not (node.inputs if many else len(node.inputs) == _arity(node)):
+        raise ValueError(f"{where} takes {len(node.inputs)} inputs; it needs {_arity(node)}")
+    known = node.weights or node.op == "sum"
+    if many and known and len(node.weights) != len(node.inputs):
+        raise ValueError(f"{where} has {len(node.weights)} weights for {len(node.inputs)} inputs")
+    if not all(map(math.isfinite, node.weights)):
+        raise ValueError(f"{where}: weights must be finite, got {node.weights}")
+    if node.op == "concat" and node.weights and min(node.weights) <= 0:
+        raise ValueError(f"{where}: numbers of channels must be positive, got {node.weights}")
+
+
+def _arity(node: Node) -> int:
+    return 0 if node.op == "input" else 1
+
+
+def _problem(node: Node) -> str:
+    """Why a node's map is not known; "" if it is."""
+    if node.op == "unknown":
+        why = node.note or "nothing is known about it"
+        return f"{_at(node)} cannot be read: {why}"
+    if node.op == "concat" and not node.weights:
+        return (
+            f"{_at(node)} joins channels in proportions that cannot be read off the model; pass "
+            "trace_wiring an example input"
+        )
+    total = math.fsum(w * w for w in node.weights)
+    if node.op != "sum" or abs(total - 1) <= _OFF_ONE:
+        return ""
+    if len(node.weights) == 1:
+        return (
+            f"{_at(node)} multiplies by {node.weights[0]:.6g}, which takes the mean square away "
+            "from 1; leave the factor out, or take wiring.normalized(), which does"
+        )
+    shown = ", ".join(f"{w:.6g}" for w in node.weights)
+    return (
+        f"{_at(node)} is a sum with weights ({shown}), whose squares add up to {total:.6g}, not to "
+        "1; use fusedshape.nn.NormalizedSum there, or "
+        "fusedshape.shortcuts.reweight_shortcuts(model, shortcut_weight), or take "
+        "wiring.normalized() if you will scale the weights yourself"
+    )
+
+
+def _at(node: Node) -> str:
+    return repr(node.path) if node.path else f"a node ({node.op}) without a path"
+
+
+def _program(
+    nodes: Iterable[int],
+    mixes: dict[int, list[tuple[int, float]]],
+    is_nonlinear: Callable[[int], bool],
+    leaving: list[int],
+) -> _Program:
+    """Steps that compute some nodes in order; what they take from elsewhere is x."""
+    order = list(nodes)
+    slots: dict[int, int] = {}
+    terms: list[tuple[tuple[int, float], ...]] = []
+    counts: list[int] = []
+    users: dict[int, int] = defaultdict(int)
+    for i in order:
+        for j in {j for j, _ in mixes[i]}:
+            users[j] += 1
+    for i in leaving:
+        users[i] += 1
+    for i in order:
+        if not mixes[i]:
+            slots[i] = 0
+            continue
+        taken = [(slots.get(j, 0), c) for j, c in mixes[i]]
+        (before, _), source = taken[0], mixes[i][0][0]
+        if is_nonlinear(i) and before and users[source] == 1:
+            # Nobody else wants the value before, so r is applied in place.
+            counts[before - 1] += 1
+            slots[i] = before
+            continue
+        terms.append(tuple(taken))
+        counts.append(int(is_nonlinear(i)))
+        slots[i] = len(terms)
+    steps = tuple(zip(terms, counts, strict=True))
+    return steps, tuple(dict.fromkeys(slots[i] for i in leaving))
+
+
+def _run(program: _Program, x: float, r: LayerMap) -> list[float]:
+    """The values that leave a program."""
+    steps, leaving = program
+    slots = [x]
+    for terms, count in steps:
+        (slot, coefficient), *more = terms
+        value = slots[slot] if coefficient == 1 else coefficient * slots[slot]
+        for slot, coefficient in more:
+            value += coefficient * slots[slot]
+        for _ in range(count):
+            value = r(value)
+        slots.append(value)
+    return [slots[slot] for slot in leaving]
+
+
+def _largest(values: list[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _branches(
+    mixes: dict[int, list[tuple[int, float]]], leaving: list[int]
+) -> list[tuple[set[int], int]]:
+    """All largest parts of the graph with one way in and one way out, but for the whole.
+
+    Each as its nodes and the one by which its value leaves. Two connections enclose such a part if
+    every way through the graph takes both or neither: with the output tied to the input, they lie
+    on the same cycles (Johnson, Pearson and Pingali, "The program structure tree", PLDI 1994). A
+    spanning tree makes a basis of the cycles, one for each connection outside of it, and each
+    connection is labelled by the set of basis cycles that it lies on, as the bits of an int.
+    """
+    source, sink = -1, max(mixes) + 1
+    edges = [(j, i) for i, mix in mixes.items() for j, _ in mix or [(source, 1.0)]]
+    edges += [(i, sink) for i in dict.fromkeys(leaving)]
+    tree: dict[int, int] = {}
+    cycles: dict[int, int] = defaultdict(int)
+    labels = [0] * len(edges)
+    cycles[source] = cycles[sink] = whole = 1
+    bit = 1
+    for e, (i, j) in enumerate(edges):
+        if j not in tree:
+            tree[j] = e
+            continue
+        bit <<= 1
+        labels[e] = bit
+        cycles[i] ^= bit
+        cycles[j] ^= bit
+    for j in sorted(tree, reverse=True):
+        labels[tree[j]] = cycles[j]
+        cycles[edges[tree[j]][0]] ^= cycles[j]
+    classes: dict[int, list[int]] = defaultdict(list)
+    for e in sorted(range(len(edges)), key=lambda e: edges[e][0]):
+        classes[labels[e]].append(e)
+    classes.pop(whole, None)
+    return [
+        (_between(edges[es[0]][1], edges[es[-1]][0], mixes), edges[es[-1]][0])
+        for es in classes.values()
+        if len(es) > 1
+    ]
+
+
+def _between(first: int, last: int, mixes: dict[int, list[tuple[int, float]]]) -> set[int]:
+    """All nodes on ways from first, which all of them come through, to last."""
+    found, stack = {first}, [last]
+    while stack:
+        i = stack.pop()
+        if i not in found:
+            found.add(i)
+            stack += [j for j, _ in mixes[i]]
+    return found
 
 
 def chain(depth: int) -> SubnetMax:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from fusedshape.activations import Activation, get_activation
 from fusedshape.spec import ActSpec
 from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
-from fusedshape.theory.network import SubnetMax, chain
+from fusedshape.theory.network import SubnetMax, Wiring, chain
 
 Array = NDArray[np.float64]
 
@@ -384,6 +384,8 @@ class _Net:
             subnet_max = chain(depth)
         elif not callable(subnet_max):
             raise TypeError(f"subnet_max must be called as subnet_max(x, r), got {subnet_max!r}")
+        if isinstance(subnet_max, Wiring):
+            return cls(subnet_max, subnet_max.label)
         name = getattr(subnet_max, "__name__", type(subnet_max).__name__)
         return cls(subnet_max, name if depth is not None else f"subnet_max={name}")
 

@@ -1,0 +1,797 @@
+"""trace_wiring: reads a model's `Wiring` off the model.
+
+Every module's forward is followed by itself, with torch.fx, its children as leaves (see
+`fusedshape.tracing`), so that nodes keep their qualified names and no example input is needed.
+Linear arithmetic is kept as sums Σ wᵢ·nodeᵢ until something else takes the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fusedshape.activations import ACTIVATIONS
+from fusedshape.spec import ActSpec
+from fusedshape.theory.network import Node, Op, Wiring
+from fusedshape.tracing import Slot, UntraceableError, is_plain, is_query, read
+
+# A factor before these is a factor after them, or, for norm, none at all.
+_LINEAR = ("affine", "pool", "reshape", "dropout", "norm")
+_BY_HAND = "pass depth= or subnet_max= by hand"
+# The name under which torch knows what a module computes; its attributes are the arguments there.
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
+    nn.SELU: "selu",
+    nn.CELU: "celu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.Softplus: "softplus",
+    nn.Softsign: "softsign",
+    nn.PReLU: "prelu",
+    nn.RReLU: "rrelu",
+    nn.ReLU6: "relu6",
+    nn.Mish: "mish",
+    nn.Hardtanh: "hardtanh",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardshrink: "hardshrink",
+    nn.Softshrink: "softshrink",
+    nn.Tanhshrink: "tanhshrink",
+    nn.LogSigmoid: "logsigmoid",
+    nn.Threshold: "threshold",
+}
+_OTHER_NAMES = {
+    "silu": "swish",
+    "arctan": "atan",
+    "arcsinh": "asinh",
+    "special_expit": "sigmoid",
+    "special_erf": "erf",
+}
+# Arguments of torch's functions after the tensor, in order, with their defaults.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "leaky_relu": {"negative_slope": 0.01},
+    "elu": {"alpha": 1.0},
+    "celu": {"alpha": 1.0},
+    "gelu": {"approximate": "none"},
+    "softplus": {"beta": 1.0},
+    "prelu": {"weight": None},
+}
+_ACTIVATIONS = {*_MODULES.values(), *_OTHER_NAMES, *ACTIVATIONS}
+_SAME = {"contiguous", "detach", "to", "type_as", "float", "double", "half", "bfloat16", "cpu"}
+_SAME |= {"cuda", "requires_grad_", "alias", "identity", "checkpoint"}
+_VIEWS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze"}
+_VIEWS |= {"unsqueeze", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t"}
+_VIEWS |= {"T", "mT", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "getitem"}
+_VIEWS |= {"expand", "expand_as", "broadcast_to", "rearrange", "unfold", "real"}
+_RESHAPES = {"clone", "roll", "flip", "rot90", "repeat", "tile", "repeat_interleave", "pad"}
+_RESHAPES |= {"interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
+_RESHAPES |= {"fold", "index_select", "gather"}
+_POOLS = {"mean", "amax", "amin", "sum", "max", "adaptive_avg_pool", "adaptive_max_pool"}
+_POOLS |= {"avg_pool", "max_pool", "lp_pool", "fractional_max_pool"}
+_DROPOUTS = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
+_DROPOUTS |= {"stochastic_depth", "drop_path"}
+_NORMS = {"layer_norm", "rms_norm", "normalize"}
+_AFFINE = {"linear", "conv", "conv_transpose", "matmul", "mm", "addmm", "einsum", "embedding"}
+_SOFTMAX = {"softmax", "log_softmax"}
+_NEW = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_full"}
+_NEW |= {"new_zeros", "new_ones", "new_empty", "new_tensor"}
+# By the file of torch.nn.modules in which a forward stands.
+_FILES: dict[str, Op] = {
+    "dropout": "dropout",
+    "pooling": "pool",
+    "padding": "reshape",
+    "pixelshuffle": "reshape",
+    "channelshuffle": "reshape",
+    "fold": "reshape",
+    "upsampling": "reshape",
+    "flatten": "reshape",
+}
+_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module"}
+_WRAPPERS |= {"OptimizedModule": "_orig_mod"}
+
+
+class _Cell:
+    """A piece of memory: what it holds as Σ weight · node, and where that was computed."""
+
+    def __init__(self, terms: dict[int, float], path: str = "") -> None:
+        self.terms = terms
+        self.path = path
+
+
+@dataclass(frozen=True, eq=False)
+class _Signal:
+    """A tensor that depends on the model's input.
+
+    Views share the cell of what they are views of, so that work in place is seen by all.
+
+    Attributes:
+        cell: its values.
+        channels: how many there are, if known.
+        axes: the dimensions in which the channels may be asked for, if known.
+    """
+
+    cell: _Cell
+    channels: int | None = None
+    axes: frozenset[int] = frozenset()
+
+
+class _Unsized:
+    """A value that does not depend on the input's content, but is not known before the run."""
+
+
+_UNSIZED = _Unsized()
+
+
+def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool = False) -> Wiring:
+    r"""Read a model's wiring: what the theory must know of it, and nothing by hand.
+
+    Understood are the layers, activations, pools and normalisations of torch.nn and
+    torch.nn.functional and this library's; sums with constant or learnt weights, whose present
+    values count; concatenations of channels; modules called more than once. What cannot be read
+    (data-dependent flow, BatchNorm, attention) becomes an "unknown" node, and a sum whose squared
+    weights do not add up to 1 stays as it is; evaluating the wiring then raises, naming the place.
+
+    Args:
+        model: the model; it is not changed. It is read in training mode.
+        example: an input, or a tuple of them, to be run once, without gradients and in evaluation
+            mode; needed only to see how many channels a concatenation joins, where the layers
+            before it do not tell.
+        strip_batchnorm: read BatchNorm as the identity, as `convert` with this flag leaves it.
+
+    Returns:
+        The wiring, itself a ``subnet_max``; `Wiring.notes` says what was taken for granted.
+
+    Raises:
+        TypeError: model is no nn.Module.
+        ValueError: no output depends on an input.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())
+        >>> wiring = trace_wiring(net)
+        >>> wiring.depth, [node.op for node in wiring.nodes]
+        (2, ['input', 'affine', 'nonlinear', 'affine', 'nonlinear'])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"trace_wiring: model must be an nn.Module, got {type(model).__name__}")
+    return _Trace(model, example, strip_batchnorm).wiring()
+
+
+class _Trace:
+    """The nodes found so far."""
+
+    def __init__(self, model: nn.Module, example: Any, strip: bool) -> None:
+        self.model = model
+        self.strip = strip
+        self.nodes: list[Node] = []
+        self.notes: dict[str, None] = {}
+        self.running: list[nn.Module] = []
+        self.seen: set[nn.Module] = set()
+        self.opaque: set[nn.Module] = set()
+        self.softmax: set[int] = set()
+        self.origins: list[int] = []  # of every node the first one with the same weights
+        self.weights: dict[Any, int] = {}
+        self.joined = {} if example is None else _joined(model, example)
+
+    def wiring(self) -> Wiring:
+        """Read the whole model."""
+        arguments = _required(self.model)
+        inputs = [self.emit("input", [], "" if len(arguments) == 1 else name) for name in arguments]
+        found = _signals(self.call(self.model, "", tuple(inputs), {}))
+        if not found:
+            raise ValueError("trace_wiring: no output of the model depends on its input")
+        outputs = tuple(dict.fromkeys(self.bare(signal)[0] for signal in found))
+        for i in outputs:
+            self._leave_out_softmax(i)
+        self._note_uncalled()
+        return Wiring(tuple(self.nodes), outputs, tuple(self.notes))
+
+    def _leave_out_softmax(self, i: int) -> None:
+        while self.nodes[i].op in ("reshape", "pool", "dropout"):
+            (i,) = self.nodes[i].inputs
+        if i in self.softmax:
+            self.nodes[i] = replace(self.nodes[i], op="reshape", note="a softmax at the output")
+
+    def _note_uncalled(self) -> None:
+        called = self.seen | self.opaque
+        for path, module in self.model.named_modules():
+            own = next(module.parameters(recurse=False), None) is not None
+            if (own or type(module) in _MODULES) and module not in called:
+                self.notes[f"{path!r} ({type(module).__name__}) is never called"] = None
+
+    # Nodes and signals.
+
+    def append(self, node: Node) -> int:
+        """Add a node; its index."""
+        self.nodes.append(node)
+        self.origins.append(len(self.origins))
+        return len(self.nodes) - 1
+
+    def emit(
+        self,
+        op: Op,
+        taken: Sequence[_Signal],
+        path: str,
+        *,
+        weights: tuple[float, ...] = (),
+        spec: ActSpec | None = None,
+        note: str = "",
+        channels: int | None = None,
+        axes: frozenset[int] = frozenset(),
+    ) -> _Signal:
+        """Add a node, and return its value."""
+        factor = 1.0
+        inputs: tuple[int, ...]
+        if op in _LINEAR:
+            i, factor = self.bare(taken[0])
+            inputs = (i,)
+        else:
+            inputs = tuple(self.index(signal) for signal in taken)
+        i = self.append(Node(op, inputs, weights, path, spec, note))
+        terms = {i: 1.0 if op == "norm" else factor}
+        return _Signal(_Cell(terms, taken[0].cell.path if taken else ""), channels, axes)
+
+    def like(self, op: Op, signal: _Signal, path: str, **kwargs: Any) -> _Signal:
+        """Add a node that keeps the channels."""
+        return self.emit(op, [signal], path, channels=signal.channels, axes=signal.axes, **kwargs)
+
+    def unknown(self, taken: Sequence[_Signal], path: str, note: str) -> _Signal:
+        """Add a node that cannot be read."""
+        return self.emit("unknown", taken, path or type(self.model).__name__, note=note)
+
+    def bare(self, signal: _Signal) -> tuple[int, float]:
+        """The node that a signal is a multiple of, and the factor."""
+        if len(signal.cell.terms) != 1:
+            self.index(signal)
+        ((i, factor),) = signal.cell.terms.items()
+        return i, factor
+
+    def index(self, signal: _Signal) -> int:
+        """The node that holds a signal's value, a sum made for it if need be."""
+        cell = signal.cell
+        if list(cell.terms.values()) != [1.0]:
+            inputs, weights = tuple(cell.terms), tuple(cell.terms.values())
+            node = Node("sum", inputs, weights, cell.path)
+            why = self._dependent(inputs)
+            if why:
+                node = replace(node, op="unknown", weights=(), note=why)
+            cell.terms = {self.append(node): 1.0}
+        return next(iter(cell.terms))
+
+    def _dependent(self, inputs: tuple[int, ...]) -> str:
+        """Why the terms of a sum are not independent of one another; "" if they are.
+
+        Fresh weights make a term independent of the others, so only the layers after the last
+        affine one of each need be compared. From the latest term to the first, as no term can lead
+        to a node later than itself, which keeps the search short.
+        """
+        owner: dict[int, int] = {}
+        earliest = 0
+        for term in sorted(inputs, reverse=True):
+            stack, own = [term], set()
+            while stack:
+                i = stack.pop()
+                if i in own or i < earliest:
+                    continue
+                own.add(i)
+                if owner.setdefault(self.origins[i], term) != term:
+                    return (
+                        "it adds up values that are not independent: more than one comes from "
+                        f"{self.nodes[i].path!r} without weights of its own in between; {_BY_HAND}"
+                    )
+                if self.nodes[i].op != "affine":
+                    stack += self.nodes[i].inputs
+            earliest = min(owner)
+        return ""
+
+    # Modules.
+
+    def call(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The value that a module returns."""
+        kind = type(module).__name__
+        self.seen.add(module)
+        if kind in _WRAPPERS:
+            inside = getattr(module, _WRAPPERS[kind])
+            return self.call(inside, _join(path, _WRAPPERS[kind]), args, kwargs)
+        if module._forward_hooks or module._forward_pre_hooks:
+            self.notes[f"{path!r} ({kind}) has forward hooks, which were not read"] = None
+        taken = _signals((args, kwargs))
+        if not taken:
+            return _UNSIZED
+        if _is_sequential(module):
+            (value,) = args
+            for name, child in module._modules.items():
+                if child is None:
+                    continue
+                value = self.call(child, _join(path, name), (value,), {})
+            return value
+        known = self._layer(module, path, taken)
+        if known is not None:
+            return known
+        if module in self.running:
+            return self.unknown(taken, path, f"{kind} calls itself; {_BY_HAND}")
+        if is_plain(module):
+            self.opaque.update(module.modules())
+            return self.unknown(taken, path, _why_not(module))
+        self.running.append(module)
+        try:
+            return self._follow(module, path, args, kwargs)
+        except UntraceableError as error:
+            self.opaque.update(module.modules())
+            return self.unknown(
+                taken,
+                path,
+                f"the forward of {kind} cannot be followed: {error}; make that a decision of the "
+                f"constructor, or {_BY_HAND}",
+            )
+        finally:
+            self.running.pop()
+
+    def _layer(self, module: nn.Module, path: str, taken: list[_Signal]) -> _Signal | None:
+        """The value of a module that computes something known by name; None if it does not."""
+        x = taken[0]
+        spec = getattr(module, "spec", None)
+        spec = spec if isinstance(spec, ActSpec) else None
+        if not is_plain(module):
+            return None
+        if spec is not None or isinstance(module, (nn.Linear, _ConvNd, nn.Embedding)):
+            y = x
+            if isinstance(module, (nn.Linear, _ConvNd, nn.Embedding)):
+                weight = module._parameters.get("weight")
+                y = self._affine(x, module if weight is None else weight, path, module)
+            return y if spec is None else self.like("nonlinear", y, path, spec=spec)
+        name = next((name for cls, name in _MODULES.items() if isinstance(module, cls)), None)
+        if name is not None:
+            options = {k: getattr(module, k, v) for k, v in _OPTIONS.get(name, {}).items()}
+            y = self._activate(name, options, x, path)
+            return self._in_place(x, y) if getattr(module, "inplace", False) else y
+        if _is_ours(module, "NormalizedSum"):
+            weights = getattr(module, "weights", ())
+            total = _add(list(zip(taken, weights, strict=True)), path)
+            self.index(total)
+            return total
+        if _is_ours(module, "PerLocationNorm"):
+            more = int(getattr(module, "homog_mode", "off") != "off")
+            channels = None if x.channels is None else x.channels + more
+            return self.emit("norm", [x], path, channels=channels, axes=x.axes)
+        if isinstance(module, nn.Identity) or (self.strip and isinstance(module, _BatchNorm)):
+            return x
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return self.like("norm", x, path)
+        if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)):
+            return self._softmax(x, path)
+        op = _FILES.get(_file(module))
+        if op is None:
+            return None
+        return self.emit(op, [x], path) if op == "reshape" else self.like(op, x, path)
+
+    def _affine(self, x: _Signal, weight: Any, path: str, layer: Any) -> _Signal:
+        channels, axes = _channels(layer)
+        y = self.emit("affine", [x], path, channels=channels, axes=axes)
+        if weight is not None:
+            self.origins[-1] = self.weights.setdefault(weight, self.origins[-1])
+        return y
+
+    def _activate(self, name: str, options: dict[str, Any], x: _Signal, path: str) -> _Signal:
+        spec = _spec(name, options)
+        y = self.like("nonlinear", x, path, spec=spec, note="" if spec else name)
+        if name == "prelu":
+            self.notes[f"{path!r} learns its negative slope; its present value was read"] = None
+        return y
+
+    def _softmax(self, x: _Signal, path: str) -> _Signal:
+        y = self.unknown([x], path, f"softmax couples the channels; {_BY_HAND}")
+        self.softmax.add(self.index(y))
+        return y
+
+    def _in_place(self, old: _Signal, new: _Signal) -> _Signal:
+        old.cell.terms, old.cell.path = new.cell.terms, new.cell.path
+        return replace(new, cell=old.cell)
+
+    # Forwards.
+
+    def _follow(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        """Run a module's forward on signals."""
+        given = _signals((args, kwargs))
+        for signal in given:
+            self.bare(signal)
+        slots = pytree.tree_map(lambda v: Slot() if isinstance(v, _Signal) else v, (args, kwargs))
+        reading = read(module, *slots[0], **slots[1])
+        queue = iter(given)
+        env: dict[fx.Node, Any] = {}
+
+        def value_of(tree: Any) -> Any:
+            return fx.node.map_arg(tree, lambda node: env[node])
+
+        for node in reading.graph.nodes:
+            at = f"{path}:{node.name}"
+            if node.op == "placeholder":
+                env[node] = next(queue)
+            elif node.op == "get_attr":
+                env[node] = reading.constants[str(node.target)]
+            elif node.op == "output":
+                result = value_of(node.args[0])
+                for signal in _signals(result):
+                    self.bare(signal)
+                return result
+            elif node.op == "call_module":
+                called = reading.modules[node]
+                where = _join(path, str(node.target))
+                env[node] = self.call(called, where, value_of(node.args), value_of(node.kwargs))
+            else:
+                args, kwargs = value_of(node.args), value_of(node.kwargs)
+                env[node] = self._function(node, args, kwargs, at)
+            if len(node.users) > 1 and isinstance(env[node], _Signal):
+                self.bare(env[node])
+        raise AssertionError("a graph without an output")
+
+    def _function(self, node: fx.Node, args: Any, kwargs: Any, at: str) -> Any:
+        """The value of a function or method."""
+        taken = _signals((args, kwargs))
+        if not taken:
+            return _computed(node, args, kwargs)
+        target = node.target
+        if isinstance(target, type):
+            return (*args, *kwargs.values())  # a named tuple or a dataclass
+        name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
+        if target is getattr:
+            name = str(args[1])
+        if is_query(node) or name in _NEW or name.startswith(("_assert", "size")):
+            return _UNSIZED
+        in_place = name.endswith("_") and not name.endswith("__")
+        name = name.rstrip("_") if in_place else name
+        result = self._computation(name.lstrip("_"), list(args), kwargs, taken, at)
+        if (in_place or kwargs.get("inplace")) and isinstance(result, _Signal):
+            return self._in_place(taken[0], result)
+        return result
+
+    def _computation(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], taken: list[_Signal], at: str
+    ) -> Any:
+        """The value of a function or method that takes signals."""
+        if not args:
+            args = [kwargs.get("input", taken[0])]
+        x = args[0]
+        base = name[:-2] if name.endswith(("1d", "2d", "3d")) else name
+        if name == "getitem" and not isinstance(x, _Signal):
+            return operator.getitem(*args)
+        if name in ("cat", "concat", "concatenate"):
+            return self._concat(args, kwargs, taken, at)
+        if name in ("add", "iadd", "sub", "isub", "subtract", "rsub"):
+            return self._sum(name, args, kwargs, at)
+        if name in ("mul", "imul", "multiply", "truediv", "itruediv", "div", "divide", "neg"):
+            return self._product(name, args, kwargs, taken, at)
+        if base in _AFFINE and len(taken) == 1:
+            return self._affine_function(base, args, kwargs, x, at)
+        if len(taken) > 1 or x is not taken[0]:
+            return self.unknown(taken, at, _why_not_function(name))
+        if name in ("clamp", "clip", "clamp_min") or name in _ACTIVATIONS:
+            return self._activate(*_activation(name, args, kwargs), x, at)
+        if name == "pow" and args[1] == 2:
+            return self._activate("square", {}, x, at)
+        if name in _SAME:
+            return x
+        if name == "chunk":
+            return self._chunks(x, *args[1:], **kwargs)
+        if name in _VIEWS:
+            return replace(x, channels=None, axes=frozenset())
+        if base in _RESHAPES:
+            return self.emit("reshape", [x], at)
+        if name in _SOFTMAX:
+            return self._softmax(x, at)
+        ops: dict[Op, set[str]] = {"pool": _POOLS, "dropout": _DROPOUTS, "norm": _NORMS}
+        op = next((op for op, names in ops.items() if base in names), None)
+        return (
+            self.unknown(taken, at, _why_not_function(name)) if op is None else self.like(op, x, at)
+        )
+
+    def _chunks(self, x: _Signal, chunks: Any, dim: Any = 0) -> Any:
+        """The parts of a tensor, and of its channels if it is cut along them."""
+        if not isinstance(chunks, int):
+            return replace(x, channels=None, axes=frozenset())
+        whole = dim in x.axes and x.channels is not None and x.channels % chunks == 0
+        channels = x.channels // chunks if whole and x.channels else None
+        if dim not in x.axes and x.axes:
+            channels = x.channels
+        return [replace(x, channels=channels) for _ in range(chunks)]
+
+    def _affine_function(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], x: Any, at: str
+    ) -> _Signal:
+        given = [*args, *kwargs.values()]
+        weight = next((v for v in given if isinstance(v, Tensor) and v.ndim > 1), None)
+        signal = next(v for v in pytree.tree_leaves(given) if isinstance(v, _Signal))
+        if name != "einsum" and (
+            weight is None or (signal is not x and name not in ("matmul", "mm", "addmm"))
+        ):
+            return self.unknown(
+                [signal], at, f"{name} takes weights that are not known; {_BY_HAND}"
+            )
+        return self._affine(signal, weight, at, weight if name in ("linear", "conv") else None)
+
+    def _sum(self, name: str, args: list[Any], kwargs: dict[str, Any], at: str) -> Any:
+        a, b = (*args, kwargs.get("other"))[:2]
+        alpha = kwargs.get("alpha", 1)
+        sign = -1.0 if "sub" in name else 1.0
+        weights = (sign, 1.0) if name == "rsub" else (1.0, sign)
+        if not isinstance(alpha, (int, float)):
+            return self.unknown(_signals((a, b)), at, f"alpha={alpha} is not known; {_BY_HAND}")
+        terms = []
+        for value, weight in zip((a, b), (weights[0], weights[1] * alpha), strict=True):
+            if isinstance(value, _Signal):
+                terms.append((value, weight))
+            elif not isinstance(value, (int, float)) or value != 0:
+                self.notes[
+                    f"{at!r} adds what does not depend on the input; read as 0, like biases"
+                ] = None
+        return _add(terms, at)
+
+    def _product(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], taken: list[_Signal], at: str
+    ) -> _Signal:
+        divides = "div" in name
+        if len(taken) == 2:
+            swish = None if divides else self._swish(taken)
+            if swish is not None:
+                return self._activate("silu", {}, swish, at)
+            return self.unknown(
+                taken,
+                at,
+                f"it {'divides' if divides else 'multiplies'} values that all depend on the input; "
+                f"{_BY_HAND}",
+            )
+        others = [v for v in (*args, *kwargs.values()) if not isinstance(v, (_Signal, str))]
+        factor = -1.0 if name == "neg" else self._factor(others[0], at)
+        if factor is None or (divides and (args[0] is not taken[0] or factor == 0)):
+            return self.unknown(taken, at, f"its factor is not known before the run; {_BY_HAND}")
+        return _add([(taken[0], 1 / factor if divides else factor)], at)
+
+    def _factor(self, value: Any, at: str) -> float | None:
+        """A constant factor; of a tensor of many, their root mean square."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        if not isinstance(value, Tensor) or value.is_meta or not value.numel():
+            return None
+        numbers = value.detach().double()
+        factor = numbers.item() if numbers.numel() == 1 else numbers.square().mean().sqrt().item()
+        if value.requires_grad:
+            self.notes[f"{at!r} has a learnt weight; its present value, {factor:.6g}, was read"] = (
+                None
+            )
+        return factor
+
+    def _swish(self, taken: list[_Signal]) -> _Signal | None:
+        """x, if it is multiplied by sigmoid(x)."""
+        for x, gate in (taken, taken[::-1]):
+            node = self.nodes[self.index(gate)]
+            if node.spec == ActSpec("sigmoid") and node.inputs == (self.index(x),):
+                return x
+        return None
+
+    def _concat(
+        self, args: list[Any], kwargs: dict[str, Any], taken: list[_Signal], at: str
+    ) -> _Signal:
+        parts = kwargs.get("tensors", args[0])
+        dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+        seen = self.joined.get(self.running[-1] if self.running else self.model)
+        sizes = seen.pop(0) if seen else None
+        if len(taken) < len(parts):
+            return self.unknown(
+                taken, at, f"it joins what does not depend on the input; {_BY_HAND}"
+            )
+        axes = frozenset.intersection(*(s.axes for s in taken)) or taken[0].axes
+        if dim not in axes and (dim == 0 or (axes and axes != {-1})):
+            return self.unknown(
+                taken, at, f"it joins along dimension {dim}, not along that of channels; {_BY_HAND}"
+            )
+        if dim not in axes:
+            self.notes[f"{at!r} joins along dimension {dim}, taken for that of channels"] = None
+        known = [s.channels for s in taken if s.channels is not None]
+        counts = sizes or (known if len(known) == len(taken) else [])
+        return self.emit(
+            "concat",
+            taken,
+            at,
+            weights=tuple(map(float, counts)),
+            channels=sum(counts) if counts else None,
+            axes=axes or frozenset((dim,)),
+        )
+
+
+def _add(terms: list[tuple[_Signal, float]], path: str) -> _Signal:
+    """Σ weight · signal; nothing is emitted until somebody takes it."""
+    total: dict[int, float] = defaultdict(float)
+    for signal, weight in terms:
+        for i, w in signal.cell.terms.items():
+            total[i] += weight * w
+    known = next((s for s, _ in terms if s.channels is not None), terms[0][0])
+    return _Signal(_Cell(dict(total), path), known.channels, known.axes)
+
+
+def _signals(tree: Any) -> list[_Signal]:
+    """All signals in a structure, in order."""
+    if isinstance(tree, _Signal):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [signal for item in tree for signal in _signals(item)]
+
+
+def _computed(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """The value of a function of constants alone."""
+    in_place = str(node.target).endswith("_")
+    if in_place or any(isinstance(leaf, _Unsized) for leaf in pytree.tree_leaves((args, kwargs))):
+        return _UNSIZED
+    try:
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+    except Exception:  # whatever it was, its value is not known
+        return _UNSIZED
+
+
+def _activation(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """An activation's name and options, from a call."""
+    if name.startswith("cl"):
+        low, high = (*args[1:], None, None)[:2]
+        low, high = kwargs.get("min", low), kwargs.get("max", high)
+        return ("relu" if (low, high) == (0, None) else "hardtanh"), {}
+    options = _OPTIONS.get(name, {})
+    given = dict(zip(options, args[1:], strict=False))
+    return name, {**options, **given, **{k: v for k, v in kwargs.items() if k in options}}
+
+
+def _spec(name: str, options: dict[str, Any]) -> ActSpec | None:
+    """The spec of one of torch's activations, if the table has it."""
+    numbers = {k: v for k, v in options.items() if isinstance(v, (int, float))}
+    if name == "prelu":
+        weight = options["weight"]
+        if not isinstance(weight, Tensor) or weight.min() != weight.max():
+            return None
+        return ActSpec("leaky_relu", negative_slope=weight.flatten()[0].item())
+    if len(numbers) < len(options) and name != "gelu":
+        return None
+    if name == "leaky_relu":
+        return ActSpec("leaky_relu", negative_slope=numbers["negative_slope"])
+    if name == "gelu":
+        return ActSpec("gelu" if options["approximate"] == "tanh" else "gelu_exact")
+    if name == "elu":
+        return ActSpec("elu") if numbers["alpha"] == 1 else None
+    if name == "celu":
+        return ActSpec("elu", 1 / numbers["alpha"], output_scale=numbers["alpha"])
+    if name == "softplus":
+        return ActSpec("softplus", numbers["beta"], output_scale=1 / numbers["beta"])
+    name = _OTHER_NAMES.get(name, name)
+    return ActSpec(name) if name in ACTIVATIONS else None
+
+
+def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
+    """How many channels a layer, or a function with such a weight, gives, and where."""
+    if isinstance(layer, _ConvNd):
+        return layer.out_channels, frozenset((1, -1 - len(layer.kernel_size)))
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, frozenset((-1,))
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, frozenset((-1,))
+    if isinstance(layer, Tensor):
+        axes = frozenset((-1,)) if layer.ndim == 2 else frozenset((1, 1 - layer.ndim))
+        return layer.shape[0], axes
+    return None, frozenset()
+
+
+def _file(module: nn.Module) -> str:
+    return str(inspect.unwrap(type(module).forward).__module__).rpartition(".")[2]
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    """Whether a module calls its children one after the other."""
+    return isinstance(module, nn.Sequential) and (
+        type(module).forward is nn.Sequential.forward or is_plain(module)
+    )
+
+
+def _is_ours(module: nn.Module, name: str) -> bool:
+    """Whether a module is one of `fusedshape.nn`, which stands above this file."""
+    return any((c.__module__, c.__name__) == ("fusedshape.nn", name) for c in type(module).__mro__)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _why_not(module: nn.Module) -> str:
+    """Why a module of torch cannot be read."""
+    kind = type(module).__name__
+    if isinstance(module, _BatchNorm):
+        return (
+            f"{kind} normalises over the batch, which undoes what shaped activations set up; build "
+            "the model without, or pass strip_batchnorm=True"
+        )
+    if _file(module) in ("normalization", "instancenorm"):
+        return (
+            f"{kind} normalises over locations, which undoes what shaped activations set up; "
+            "replace it by nn.Identity() or nn.LayerNorm"
+        )
+    if "Attention" in kind or "Transformer" in kind:
+        return (
+            f"{kind} holds attention, which mixes locations in a way that depends on the data; "
+            f"{_BY_HAND}"
+        )
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return f"{kind} is recurrent, a wiring has no cycles; {_BY_HAND}"
+    return f"{kind} is not understood; {_BY_HAND}"
+
+
+def _why_not_function(name: str) -> str:
+    """Why a function of torch cannot be read."""
+    if name in ("batch_norm", "instance_norm", "group_norm"):
+        return (
+            f"{name} undoes what shaped activations set up; build the model without, or use "
+            "F.layer_norm"
+        )
+    if name in ("scaled_dot_product_attention", "multi_head_attention_forward", "bmm", "matmul"):
+        return (
+            f"{name} of values that all depend on the input is attention or the like, which mixes "
+            f"locations in a way that depends on the data; {_BY_HAND}"
+        )
+    return f"{name} is not understood here; {_BY_HAND}"
+
+
+def _required(model: nn.Module) -> list[str]:
+    """The tensors that a forward cannot do without."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in fixed and p.default is p.empty]
+    return names or [p.name for p in parameters[:1]] or ["input"]
+
+
+def _joined(model: nn.Module, example: Any) -> dict[nn.Module, list[list[int]]]:
+    """Run a model; the sizes that every concatenation joins, by the module it stands in."""
+    found: dict[nn.Module, list[list[int]]] = defaultdict(list)
+    running: list[nn.Module] = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in (torch.cat, torch.concat, torch.concatenate):
+                parts = kwargs.get("tensors", args[0] if args else ())
+                dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
+                found[running[-1]].append([part.shape[dim] for part in parts])
+            return func(*args, **kwargs)
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [m.register_forward_pre_hook(lambda m, _: running.append(m)) for m in modes]
+    hooks += [m.register_forward_hook(lambda m, *_: void(running.pop())) for m in modes]
+    try:
+        model.eval()
+        with torch.no_grad(), Recorder():
+            model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return found
+
+
+def void(_: object) -> None:
+    """Nothing, for hooks whose result would replace the output."""
