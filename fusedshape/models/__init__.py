@@ -1,7 +1,14 @@
-"""Builders of vanilla networks: plain torch modules, ready for `fusedshape.convert`."""
+"""Builders of vanilla and rescaled networks of plain layers, ready for `fusedshape.convert`."""
 
 from __future__ import annotations
 
+from fusedshape.models.residual import rescaled_resnet
 from fusedshape.models.vanilla import vanilla_convnet, vanilla_mlp, vanilla_resnet, vanilla_vgg16
 
-__all__ = ["vanilla_convnet", "vanilla_mlp", "vanilla_resnet", "vanilla_vgg16"]
+__all__ = [
+    "rescaled_resnet",
+    "vanilla_convnet",
+    "vanilla_mlp",
+    "vanilla_resnet",
+    "vanilla_vgg16",
+]

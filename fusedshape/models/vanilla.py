@@ -37,8 +37,8 @@ def vanilla_convnet(
         >>> sum(isinstance(m, nn.ReLU) for m in net), net(torch.zeros(5, 2, 8, 8)).shape
         (3, torch.Size([5, 10]))
     """
-    _positive("vanilla_convnet", depth=depth, width=width, in_channels=in_channels)
-    _positive("vanilla_convnet", num_classes=num_classes)
+    positive("vanilla_convnet", depth=depth, width=width, in_channels=in_channels)
+    positive("vanilla_convnet", num_classes=num_classes)
     pool_after = max(depth // 3, 1) if pool_after is None else pool_after
     if not 0 <= pool_after <= depth:
         raise ValueError(f"vanilla_convnet: pool_after={pool_after} is outside 0 … depth={depth}")
@@ -74,8 +74,8 @@ def vanilla_mlp(
         >>> vanilla_mlp(2, width=4, in_features=6)(torch.zeros(5, 6)).shape
         torch.Size([5, 10])
     """
-    _positive("vanilla_mlp", depth=depth, width=width, in_features=in_features)
-    _positive("vanilla_mlp", num_classes=num_classes)
+    positive("vanilla_mlp", depth=depth, width=width, in_features=in_features)
+    positive("vanilla_mlp", num_classes=num_classes)
     layers: list[nn.Module] = [nn.Flatten()]
     for i in range(depth):
         layers += [nn.Linear(width if i else in_features, width), nn.ReLU()]
@@ -112,7 +112,7 @@ def vanilla_resnet(
     """
     if depth not in RESNET_STAGES:
         raise ValueError(f"vanilla_resnet: depth={depth}; known: {sorted(RESNET_STAGES)}")
-    _positive("vanilla_resnet", num_classes=num_classes, in_channels=in_channels, width=width)
+    positive("vanilla_resnet", num_classes=num_classes, in_channels=in_channels, width=width)
     layers: list[nn.Module] = [
         nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
         nn.MaxPool2d(3, stride=2, padding=1),
@@ -153,7 +153,7 @@ def vanilla_vgg16(num_classes: int = 1000, in_channels: int = 3) -> nn.Sequentia
         >>> sum(isinstance(m, nn.ReLU) for m in net), sum(p.numel() for p in net.parameters())
         (15, 138357544)
     """
-    _positive("vanilla_vgg16", num_classes=num_classes, in_channels=in_channels)
+    positive("vanilla_vgg16", num_classes=num_classes, in_channels=in_channels)
     layers: list[nn.Module] = []
     channels = in_channels
     for width, convolutions in VGG16_STAGES:
@@ -165,7 +165,8 @@ def vanilla_vgg16(num_classes: int = 1000, in_channels: int = 3) -> nn.Sequentia
     return nn.Sequential(*layers, nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, num_classes))
 
 
-def _positive(name: str, **sizes: int) -> None:
+def positive(name: str, **sizes: int) -> None:
+    """Raise ValueError for a size below 1."""
     for key, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}: {key}={value} must be at least 1")
