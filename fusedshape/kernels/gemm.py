@@ -1,0 +1,800 @@
+"""Linear layers and 1×1 convolutions of stride 1 in Triton: one GEMM, three directions.
+
+These kernels have been interpreted and compiled, but not yet run on a GPU.
+
+A layer is y = φ̂(x wᵀ + b) on row-major matrices x (M, C), w (K, C), y (M, K). Forward, dgrad and
+wgrad are the same kernel over operands that lie differently in memory:
+
+    forward   (M, K) = x · wᵀ    rows of both run along the reduction    ends with φ̂
+    dgrad     (M, C) = dz · w    rows of w run along the output          ends with the φ̂′ before it
+    wgrad     (K, C) = dzᵀ · x   rows of both run along the output       split over M
+
+In the code a product is (m, n) = (m, k) · (k, n), whatever it is for. A program does one tile of
+it, or with `Config.persistent` walks over many, so that loading the next overlaps finishing the
+last. Operands are read through pointers, or with `Config.tma` through tensor descriptors (sm_90 and
+later). Channel sums and the splits of wgrad go through buffers of partial sums, added up in a fixed
+order: the same bits in every run.
+
+The launchers allocate with torch.empty, read nothing from the device and never wait for it, so that
+CUDA graphs can capture them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusedshape.kernels import epilogue, pointwise
+from fusedshape.kernels.epilogue import IDENTITY
+
+Direction = Literal["forward", "dgrad", "wgrad"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: Bytes of shared memory that one block may have, where it is not the least, 99 KiB.
+SHARED = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
+LEAST_SHARED = 101_376
+#: Elements that one program of the second stage of wgrad adds up.
+SUM_TILE = 1024
+#: Steps below which a part of wgrad's reduction is not worth its partial sums.
+MIN_STEPS = 4
+
+
+_SIZES = ["m_vectors", "n_vectors", "k_vectors", "a_vectors", "b_vectors", "aux_vectors"]
+_SIZES += ["splits", "chunk"]
+
+
+class Gpu(NamedTuple):
+    """What the choice of a configuration depends on.
+
+    Attributes:
+        arch: compute capability, 80 for 8.0.
+        processors: number of multiprocessors.
+    """
+
+    arch: int
+    processors: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of one block."""
+        return SHARED.get(self.arch, LEAST_SHARED)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One product (m, n) = (m, k) · (k, n).
+
+    Attributes:
+        direction: which of a layer's three.
+        m, n, k: sizes.
+        dtype: of the operands.
+        precision: of products of float32: "ieee" or "tf32"; "ieee" for other dtypes.
+        access: bytes of the narrowest access to memory, 16 where all rows are aligned to that.
+        describable: whether tensor descriptors can address the operands.
+        reads: whether the epilogue reads a tensor of the output's size: residual or saved.
+    """
+
+    direction: Direction
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    precision: str = "ieee"
+    access: int = 16
+    describable: bool = True
+    reads: bool = False
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether products run on tensor cores."""
+        return self.dtype != torch.float32 or self.precision == "tf32"
+
+    @property
+    def along_k(self) -> tuple[bool, bool]:
+        """Whether the rows of either operand run along the reduction."""
+        # Tensor cores take tf32 along the reduction only: `linear_dgrad` turns the weight for it.
+        turned = self.direction == "dgrad" and self.dtype == torch.float32
+        return self.direction != "wgrad", self.direction == "forward" or turned
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel cuts up a product.
+
+    Attributes:
+        block_m, block_n: the tile of the output, powers of two, 16 or more.
+        bytes_k: of the reduction in one step: a power of two.
+        num_warps: warps of one program.
+        num_stages: steps in flight.
+        group_m: rows of tiles that are done together, to share operands in L2.
+        tma: read and write through tensor descriptors.
+        persistent: as many programs as multiprocessors, each walking over tiles.
+        splits: parts of the reduction in wgrad; 0 takes as many as fill the GPU.
+    """
+
+    block_m: int
+    block_n: int
+    bytes_k: int = 128
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+    tma: bool = False
+    persistent: bool = False
+    splits: int = 0
+
+    @property
+    def slices(self) -> int:
+        """Parts in which a tile is finished: 32 numbers a thread, more would not fit beside it."""
+        return max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
+
+    def shared(self, problem: Problem) -> int:
+        """Upper bound of the bytes of shared memory that the kernel takes."""
+        part = self.block_m * self.block_n // self.slices
+        # The operands of tf32 that run along the output are turned around on their way.
+        turned = problem.direction == "wgrad" and problem.dtype == torch.float32
+        operands = (self.num_stages + turned) * (self.block_m + self.block_n) * self.bytes_k
+        staged = (self.tma + self.persistent) * part * problem.dtype.itemsize
+        return max(operands, 4 * part) + staged + 9_216
+
+    def tiles(self, problem: Problem) -> int:
+        """Tiles of the output."""
+        return triton.cdiv(problem.m, self.block_m) * triton.cdiv(problem.n, self.block_n)
+
+    def steps(self, problem: Problem) -> int:
+        """Steps along the reduction."""
+        return triton.cdiv(problem.k, self.bytes_k // problem.dtype.itemsize)
+
+
+@triton.jit
+def _tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of the index-th tile: down GROUP_M of them, then to the right."""
+    width = GROUP_M * tiles_n
+    first = (index // width) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (index % width) % height, (index % width) // height
+
+
+@triton.jit
+def _operand(
+    ptr,
+    first_j,
+    first_k,
+    size,
+    k,
+    stride,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALONG_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Tile (BLOCK_J, BLOCK_K) of an operand, whose rows in memory run along k or along j.
+
+    Beyond k it is 0; beyond `size` it is anything, for no element there is kept.
+    """
+    if TMA:
+        at_j, at_k = first_j.to(tl.int32), first_k.to(tl.int32)
+        tile = ptr.load([at_j, at_k]) if ALONG_K else ptr.load([at_k, at_j]).T
+    else:
+        i = first_k + tl.arange(0, BLOCK_K)
+        j = first_j + tl.arange(0, BLOCK_J)
+        if ALONG_K:
+            pointers = ptr + (tl.minimum(j, size - 1) * stride)[:, None] + i[None, :]
+            if EVEN_K:
+                tile = tl.load(pointers)
+            else:
+                tile = tl.load(pointers, mask=(i < k)[None, :], other=0.0)
+        else:
+            pointers = ptr + (i * stride)[:, None] + j[None, :]
+            inside = (j < size)[None, :]
+            if not EVEN_K:
+                inside &= (i < k)[:, None]
+            tile = tl.load(pointers, mask=inside, other=0.0).T
+    return tile
+
+
+@triton.jit
+def _finish(
+    z,
+    out_ptr,
+    bias_ptr,
+    aux_ptr,
+    sums_ptr,
+    tile_m,
+    first_m,
+    first_n,
+    m,
+    n,
+    aux_stride,
+    negative_slope,
+    input_scale,
+    input_shift,
+    output_shift,
+    output_scale,
+    sixth,
+    seventh,
+    GRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_AUX: tl.constexpr,
+    SUMS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Take part of a tile, as the product left it, through the activation to memory."""
+    row = first_m + tl.arange(0, z.shape[0])
+    col = first_n + tl.arange(0, z.shape[1])
+    inside = (row < m)[:, None] & (col < n)[None, :]
+    if HAS_AUX:
+        aux = tl.load(aux_ptr + (row * aux_stride)[:, None] + col[None, :], inside, 0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + col, col < n, 0.0).to(tl.float32)[None, :]
+    if GRAD:
+        if ACTIVATION != epilogue.IDENTITY:
+            if HAS_BIAS:
+                aux = aux.to(tl.float32) + bias
+            z = epilogue.act_grad(
+                *(z, aux, negative_slope, input_scale, input_shift, output_shift),
+                *(output_scale, sixth, seventh, ACTIVATION, SAVE_OUTPUT),
+            )
+        if SUMS:
+            total = tl.sum(tl.where((row < m)[:, None], z, 0.0), 0)
+            tl.store(sums_ptr + tile_m * n + col, total, col < n)
+    else:
+        if HAS_BIAS:
+            z += bias
+        if HAS_AUX:
+            z = epilogue.mix(z, aux, sixth, seventh)
+        if ACTIVATION != epilogue.IDENTITY:
+            z = epilogue.act(
+                *(z, negative_slope, input_scale, input_shift, output_shift),
+                *(output_scale, ACTIVATION),
+            )
+    if TMA:
+        out_ptr.store([first_m.to(tl.int32), first_n.to(tl.int32)], z.to(out_ptr.dtype))
+    else:
+        index = (row * n)[:, None] + col[None, :]
+        tl.store(out_ptr + index, z.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _gemm_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    bias_ptr,
+    aux_ptr,
+    sums_ptr,
+    m_vectors,
+    n_vectors,
+    k_vectors,
+    a_vectors,
+    b_vectors,
+    aux_vectors,
+    splits,
+    chunk,
+    negative_slope: tl.float64,
+    input_scale: tl.float64,
+    input_shift: tl.float64,
+    output_shift: tl.float64,
+    output_scale: tl.float64,
+    sixth: tl.float64,
+    seventh: tl.float64,
+    A_ALONG_K: tl.constexpr,
+    B_ALONG_K: tl.constexpr,
+    GRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_AUX: tl.constexpr,
+    SUMS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VECTOR_M: tl.constexpr,
+    VECTOR_N: tl.constexpr,
+    VECTOR_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    # Products with the width of a vector show the compiler that rows start at multiples of it.
+    m = m_vectors.to(INDEX) * VECTOR_M
+    n = n_vectors.to(INDEX) * VECTOR_N
+    k = k_vectors.to(INDEX) * VECTOR_K
+    a_stride = a_vectors.to(INDEX) * (VECTOR_K if A_ALONG_K else VECTOR_M)
+    b_stride = b_vectors.to(INDEX) * (VECTOR_K if B_ALONG_K else VECTOR_N)
+    tiles_m = tl.cdiv(m, BLOCK_M).to(tl.int32)
+    tiles_n = tl.cdiv(n, BLOCK_N).to(tl.int32)
+    steps = tl.cdiv(k, BLOCK_K).to(tl.int32)
+    tiles = tiles_m * tiles_n * splits
+
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
+        place = tile
+        begin = 0
+        end = steps
+        if SPLIT:
+            place = tile % (tiles_m * tiles_n)
+            split = tile // (tiles_m * tiles_n)
+            begin = split * chunk
+            end = tl.minimum(begin + chunk, steps)
+        tile_m, tile_n = _tile(place, tiles_m, tiles_n, GROUP_M)
+        first_m = tile_m.to(INDEX) * BLOCK_M
+        first_n = tile_n.to(INDEX) * BLOCK_N
+        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(begin, end):
+            first_k = tl.full((), BLOCK_K, INDEX) * step
+            a = _operand(
+                *(a_ptr, first_m, first_k, m, k, a_stride),
+                *(BLOCK_M, BLOCK_K, A_ALONG_K, EVEN_K, TMA),
+            )
+            b = _operand(
+                *(b_ptr, first_n, first_k, n, k, b_stride),
+                *(BLOCK_N, BLOCK_K, B_ALONG_K, EVEN_K, TMA),
+            )
+            z = tl.dot(a, b.T, z, input_precision=PRECISION)
+
+        if SPLIT:
+            row = first_m + tl.arange(0, BLOCK_M)
+            col = first_n + tl.arange(0, BLOCK_N)
+            index = ((split * m + row) * n)[:, None] + col[None, :]
+            tl.store(out_ptr + index, z, (row < m)[:, None] & (col < n)[None, :])
+        else:
+            parts = epilogue.slices(z, SLICES)
+            for s in tl.static_range(SLICES):
+                _finish(
+                    *(parts[s], out_ptr, bias_ptr, aux_ptr, sums_ptr),
+                    *(tile_m, first_m, first_n + s * (BLOCK_N // SLICES), m, n),
+                    *(aux_vectors.to(INDEX) * VECTOR_N, negative_slope, input_scale, input_shift),
+                    *(output_shift, output_scale, sixth, seventh),
+                    *(GRAD, ACTIVATION, SAVE_OUTPUT, HAS_BIAS, HAS_AUX, SUMS, TMA),
+                )
+
+
+@triton.jit(do_not_specialize=["vectors", "parts"])
+def _sum_kernel(
+    parts_ptr,
+    out_ptr,
+    vectors,
+    parts,
+    VECTOR: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    size = vectors.to(INDEX) * VECTOR
+    i = tl.program_id(0).to(INDEX) * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for part in range(parts):
+        total += tl.load(parts_ptr + part * size + i, i < size, 0.0)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), i < size)
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: float,
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+    *,
+    tf32: bool | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """φ̂(√(1 − w²)(x weightᵀ + bias) + w · residual); without residual φ̂(x weightᵀ + bias).
+
+    Args:
+        x: (M, C); rows may be strided.
+        weight: (K, C), of x's dtype.
+        bias: (K,) or None.
+        residual: (M, K) or None.
+        residual_weight: w, between -1 and 1; means nothing without residual.
+        activation: id of the row in `fusedshape.activations`.
+        negative_slope: of leaky_relu.
+        input_scale: α.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ.
+        tf32: whether products of float32 may be rounded; None asks torch.backends.cuda.matmul.
+        config: one of `configs_for`; None takes `config_for`'s.
+
+    Returns:
+        (M, K), contiguous, of x's dtype.
+
+    Raises:
+        ValueError: `why_not` has a reason, shapes do not fit, or `config` cannot run here.
+    """
+    constants = epilogue.constants(
+        *(negative_slope, input_scale, input_shift, output_shift, output_scale),
+        residual_weight if residual is not None else 0.0,
+    )
+    _require("linear_act", x, weight, residual)
+    (m, k), n = x.shape, weight.shape[0]
+    _fit("linear_act", weight=(weight, (n, k)), residual=(residual, (m, n)), bias=(bias, (n,)))
+    y = x.new_empty(m, n)
+    problem = _problem("forward", x, weight, y, k, tf32, residual)
+    _multiply(problem, config, x, weight, y, bias, residual, activation, constants)
+    return y
+
+
+def linear(
+    x: Tensor, weight: Tensor, *, tf32: bool | None = None, config: Config | None = None
+) -> Tensor:
+    """X weightᵀ, as `linear_act` takes and returns them."""
+    _require("linear", x, weight)
+    (m, k), n = x.shape, weight.shape[0]
+    _fit("linear", weight=(weight, (n, k)))
+    y = x.new_empty(m, n)
+    _multiply(_problem("forward", x, weight, y, k, tf32), config, x, weight, y)
+    return y
+
+
+def linear_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    bias: Tensor | None,
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+    save_output: bool,
+    bias_grad: bool,
+    *,
+    tf32: bool | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dz weight, times φ̂′ of the layer before if `saved` is given, and its sums over channels.
+
+    Args:
+        dz: (M, K), gradient of this layer's pre-activation.
+        weight: (K, C), of dz's dtype.
+        saved: (M, C), the output of the layer before if `save_output`, else its pre-activation
+            without bias; None leaves φ̂′ and the constants out.
+        bias: (C,) of the layer before; used only where the pre-activation was saved.
+        activation: id of the row in `fusedshape.activations`, of the layer before.
+        negative_slope: of leaky_relu.
+        input_scale: α.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ.
+        save_output: what `saved` is.
+        bias_grad: whether the sums are wanted.
+        tf32: as in `linear_act`.
+        config: as in `linear_act`.
+
+    Returns:
+        (M, C), contiguous, of dz's dtype; and float32 (C,), the sums of the unrounded gradient,
+        empty unless `bias_grad`.
+
+    Raises:
+        ValueError: as `linear_act`.
+    """
+    _require("linear_dgrad", dz, weight, saved)
+    (m, k), n = dz.shape, weight.shape[1]
+    if saved is None or save_output:
+        bias = None
+    _fit("linear_dgrad", weight=(weight, (k, n)), saved=(saved, (m, n)), bias=(bias, (n,)))
+    if dz.dtype == torch.float32:
+        weight = weight.t().contiguous()  # see Problem.along_k
+    dx = dz.new_empty(m, n)
+    constants = epilogue.grad_constants(
+        negative_slope, input_scale, input_shift, output_shift, output_scale
+    )
+    sums = _multiply(
+        _problem("dgrad", dz, weight, dx, k, tf32, saved),
+        *(config, dz, weight, dx, bias, saved),
+        *(IDENTITY.value if saved is None else activation, constants, save_output, bias_grad),
+    )
+    return dx, sums
+
+
+def linear_wgrad(
+    dz: Tensor, x: Tensor, *, tf32: bool | None = None, config: Config | None = None
+) -> Tensor:
+    """Dzᵀ x, the gradient of the weight.
+
+    Args:
+        dz: (M, K), gradient of the pre-activation.
+        x: (M, C), the layer's input, of dz's dtype.
+        tf32: as in `linear_act`.
+        config: as in `linear_act`.
+
+    Returns:
+        (K, C), contiguous, of x's dtype; accumulated in float32 and rounded once.
+
+    Raises:
+        ValueError: as `linear_act`.
+    """
+    _require("linear_wgrad", dz, x)
+    (k, m), n = dz.shape, x.shape[1]
+    _fit("linear_wgrad", x=(x, (k, n)))
+    dw = x.new_empty(m, n)
+    _multiply(_problem("wgrad", dz, x, dw, k, tf32), config, dz, x, dw)
+    return dw
+
+
+def why_not(*matrices: Tensor | None) -> str | None:
+    """Why these kernels cannot run on such operands, or None if they can.
+
+    Args:
+        matrices: x, weight, dz, residual, saved: what is to be passed; None is skipped.
+    """
+    given = [t for t in matrices if t is not None]
+    for t in given:
+        what = f"of shape {tuple(t.shape)} and strides {t.stride()}"
+        if t.ndim != 2:
+            return f"a tensor {what} has {t.ndim} dimensions, a GEMM takes 2: (rows, channels)"
+        if t.dtype not in DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            return f"{t.dtype} has no Triton GEMM, only {names}; use another engine"
+        if t.shape[1] > 1 and t.numel() and t.stride(1) != 1:
+            return f"a matrix {what} has channels {t.stride(1)} apart, not 1; pass .contiguous()"
+    if len({t.device for t in given}) > 1:
+        return f"operands are on {' and '.join(sorted({str(t.device) for t in given}))}"
+    first = given[0]
+    if first.device.type != "cuda" and not pointwise._INTERPRETED:
+        return (
+            f"Triton serves CUDA tensors, got one on {first.device}; on the CPU it only runs in "
+            "its interpreter (TRITON_INTERPRET=1, set before Python starts)"
+        )
+    if pointwise._INTERPRETED and first.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 in it"
+    arch = gpu_of(first.device).arch
+    if arch < 80:
+        return f"needs compute capability 8.0, {first.device} has {arch / 10}; use another engine"
+    return None
+
+
+@lru_cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU behind a device; in the interpreter a small one of compute capability 9.0."""
+    if device.type != "cuda":
+        return Gpu(90, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+#: Everything that `config_for` chooses from: what it likes better stands first.
+CONFIGS: tuple[Config, ...] = (
+    Config(128, 256, tma=True, persistent=True),
+    Config(128, 128, num_stages=4, tma=True, persistent=True),
+    Config(128, 64, num_warps=4, num_stages=4, tma=True, persistent=True),
+    Config(64, 64, num_warps=4, num_stages=4, tma=True),
+    Config(64, 32, num_warps=4, num_stages=6, tma=True),
+    Config(128, 128, tma=True),
+    Config(128, 64, num_warps=4, tma=True),
+    Config(128, 128),
+    Config(128, 64, num_warps=4),
+    Config(64, 64, num_warps=4, num_stages=4),
+    Config(64, 32, num_warps=4, num_stages=6),
+    Config(128, 64, bytes_k=64),
+    Config(64, 64, bytes_k=64, num_warps=4),
+    Config(64, 32, bytes_k=64, num_warps=4),
+)
+
+
+def runs(config: Config, problem: Problem, gpu: Gpu) -> bool:
+    """Whether a configuration, one's own perhaps, can run."""
+    if config.tma and (gpu.arch < 90 or not problem.describable):
+        return False
+    return config.shared(problem) <= gpu.shared
+
+
+def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
+    """Those of `CONFIGS` that run without spilling registers, for a search among them."""
+
+    def suits(config: Config) -> bool:
+        # Without tensor cores, a longer step is unrolled into too many registers.
+        if (config.bytes_k == 64) == problem.tensor_cores:
+            return False
+        each = config.block_m * config.block_n // (32 * config.num_warps)
+        if each > 64:
+            mixes = problem.direction == "forward" and problem.reads
+            return gpu.arch == 90 and problem.dtype.itemsize == 2 and not mixes
+        # Rows that are not aligned take more addresses.
+        return problem.access == 16 or each < 64 or config.num_warps == 8
+
+    return tuple(c for c in CONFIGS if suits(c) and runs(c, problem, gpu))
+
+
+@lru_cache(maxsize=4096)
+def config_for(problem: Problem, gpu: Gpu) -> Config:
+    """The configuration taken without a search.
+
+    Of those that pad the output least (an eighth is allowed for a larger tile) the first that has
+    work for every multiprocessor, or else the one with most programs.
+    """
+
+    def padded(config: Config) -> int:
+        return config.tiles(problem) * config.block_m * config.block_n
+
+    def programs(config: Config) -> int:
+        splits = 1 + config.steps(problem) // MIN_STEPS if problem.direction == "wgrad" else 1
+        return config.tiles(problem) * splits
+
+    configs = configs_for(problem, gpu)
+    limit = max(problem.m * problem.n * 9 // 8, min(map(padded, configs)))
+    configs = tuple(config for config in configs if padded(config) <= limit)
+    filling = (config for config in configs if programs(config) >= gpu.processors)
+    return next(filling, None) or max(configs, key=programs)
+
+
+def _require(op: str, *matrices: Tensor | None) -> None:
+    reason = why_not(*matrices)
+    if reason is not None:
+        raise ValueError(f"{op}: {reason}")
+
+
+def _fit(op: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, must have {shape}")
+
+
+def _stride(matrix: Tensor) -> int:
+    """Elements from row to row, of which a matrix of one row has no say."""
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
+def _access(matrix: Tensor) -> int:
+    """Bytes of the widest access that suits all rows, 16 at most."""
+    if matrix.data_ptr() % 16:
+        return matrix.itemsize
+    return math.gcd(16, _stride(matrix) * matrix.itemsize, matrix.shape[1] * matrix.itemsize)
+
+
+def _problem(
+    direction: Direction,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    k: int,
+    tf32: bool | None,
+    aux: Tensor | None = None,
+) -> Problem:
+    if a.dtype != b.dtype:
+        raise ValueError(f"operands must share a dtype, got {a.dtype} and {b.dtype}")
+    if tf32 is None:
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and a.dtype == torch.float32 else "ieee"
+    operands = a, b, out
+    access = min(_access(t) for t in (*operands, aux) if t is not None)
+    describable = all(
+        _access(t) == 16 and 0 < t.shape[0] < 2**31 and 0 < t.shape[1] <= _stride(t)
+        for t in operands
+    )
+    return Problem(
+        direction, *out.shape, k, a.dtype, precision, access, describable, aux is not None
+    )
+
+
+def _multiply(
+    problem: Problem,
+    config: Config | None,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    aux: Tensor | None = None,
+    activation: int = IDENTITY.value,
+    constants: tuple[float, ...] = (0.0,) * 7,
+    save_output: bool = False,
+    column_sums: bool = False,
+) -> Tensor:
+    """Fill `out`; return the sums of its columns, or an empty tensor."""
+    m, n, k = problem.m, problem.n, problem.k
+    if not out.numel():
+        return out.new_zeros(n if column_sums else 0, dtype=torch.float32)
+    gpu = gpu_of(out.device)
+    if config is None:
+        config = config_for(problem, gpu)
+    elif not runs(config, problem, gpu):
+        raise ValueError(
+            f"{config} cannot run {problem} on {gpu}; take one of gemm.configs_for(problem, gpu)"
+        )
+    block_k = config.bytes_k // a.itemsize
+    a_along_k, b_along_k = problem.along_k
+    a_stride, b_stride, aux_stride = _stride(a), _stride(b), n if aux is None else _stride(aux)
+    vector = 16 // a.itemsize
+    vector_m = 1 if a_along_k else math.gcd(vector, m, a_stride)
+    vector_n = math.gcd(vector, n, aux_stride, 0 if b_along_k else b_stride)
+    vector_k = math.gcd(vector, k, a_stride if a_along_k else 0, b_stride if b_along_k else 0)
+    splits, chunk = _splits(problem, config, gpu)
+    programs = config.tiles(problem) * splits
+    if config.persistent:
+        programs = min(programs, gpu.processors)
+    reach = [(t.shape[0] - 1) * _stride(t) + t.shape[1] for t in (a, b, out, aux) if t is not None]
+    wide = max(*reach, splits * m * n) >= pointwise.WIDE
+    with pointwise._on_device(out):
+        target = out if splits == 1 else out.new_empty(splits * m, n, dtype=torch.float32)
+        parts = triton.cdiv(m, config.block_m) if column_sums else 0
+        sums = out.new_empty(parts, n if parts else 0, dtype=torch.float32)
+        described = config.tma and splits == 1
+        _gemm_kernel[(programs,)](
+            _describe(a, config.block_m, block_k, a_along_k) if config.tma else a,
+            _describe(b, config.block_n, block_k, b_along_k) if config.tma else b,
+            _describe(out, config.block_m, config.block_n // config.slices)
+            if described
+            else target,
+            None if bias is None else bias.contiguous(),
+            aux,
+            sums,
+            m // vector_m,
+            n // vector_n,
+            k // vector_k,
+            a_stride // (vector_k if a_along_k else vector_m),
+            b_stride // (vector_k if b_along_k else vector_n),
+            aux_stride // vector_n,
+            splits,
+            chunk,
+            *constants,
+            A_ALONG_K=a_along_k,
+            B_ALONG_K=b_along_k,
+            GRAD=problem.direction == "dgrad",
+            ACTIVATION=activation,
+            SAVE_OUTPUT=save_output,
+            HAS_BIAS=bias is not None,
+            HAS_AUX=aux is not None,
+            SUMS=column_sums,
+            SPLIT=splits > 1,
+            PRECISION=problem.precision,
+            VECTOR_M=vector_m,
+            VECTOR_N=vector_n,
+            VECTOR_K=vector_k,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=block_k,
+            GROUP_M=config.group_m,
+            EVEN_K=k % block_k == 0,
+            SLICES=config.slices,
+            TMA=config.tma,
+            PERSISTENT=config.persistent,
+            WIDE=wide,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if splits > 1:
+            vector = math.gcd(4, m * n)
+            _sum_kernel[(triton.cdiv(m * n, SUM_TILE),)](
+                target, out, m * n // vector, splits, VECTOR=vector, TILE=SUM_TILE, WIDE=wide
+            )
+        return pointwise._reduce(sums) if column_sums else sums.view(-1)
+
+
+def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
+    """Parts of the reduction, none of them empty, and the steps of each."""
+    steps = config.steps(problem)
+    if problem.direction != "wgrad" or steps < 2:
+        return 1, steps
+    filling = 2 * gpu.processors // config.tiles(problem)
+    splits = config.splits or min(filling, steps // MIN_STEPS)
+    chunk = triton.cdiv(steps, max(1, min(splits, steps)))
+    return triton.cdiv(steps, chunk), chunk
+
+
+def _describe(matrix: Tensor, block_j: int, block_i: int, rows: bool = True) -> TensorDescriptor:
+    """Descriptor of tiles (block_j, block_i), or of their transposes if not `rows`."""
+    block = [block_j, block_i] if rows else [block_i, block_j]
+    return TensorDescriptor(matrix, list(matrix.shape), [_stride(matrix), 1], block)

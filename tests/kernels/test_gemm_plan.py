@@ -1,0 +1,84 @@
+"""Which configuration a product gets, and how its reduction is split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedshape.kernels import gemm
+from fusedshape.kernels.gemm import CONFIGS, Config, Gpu, Problem
+
+BF16, F32 = torch.bfloat16, torch.float32
+H200, A100 = Gpu(90, 132), Gpu(80, 108)
+sizes = st.integers(1, 100_000)
+problems = st.builds(
+    Problem,
+    st.sampled_from(["forward", "dgrad", "wgrad"]),
+    *(sizes, sizes, st.integers(0, 10_000_000)),
+    st.sampled_from([torch.float16, BF16, F32]),
+    st.sampled_from(["ieee", "tf32"]),
+    *(st.sampled_from([2, 4, 8, 16]), st.booleans(), st.booleans()),
+)
+gpus = st.builds(Gpu, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1, 200))
+
+
+@given(problem=problems, gpu=gpus)
+def test_there_is_always_one_that_runs(problem: Problem, gpu: Gpu) -> None:
+    config = gemm.config_for(problem, gpu)
+    assert config in gemm.configs_for(problem, gpu)
+    assert set(gemm.configs_for(problem, gpu)) <= set(CONFIGS)
+    assert config.shared(problem) <= gpu.shared
+    assert not config.tma or (gpu.arch >= 90 and problem.describable)
+
+
+@given(problem=problems, gpu=gpus, splits=st.integers(0, 50))
+def test_splits_cover_the_reduction_and_none_is_empty(
+    problem: Problem, gpu: Gpu, splits: int
+) -> None:
+    config = replace(gemm.config_for(problem, gpu), splits=splits)
+    parts, chunk = gemm._splits(problem, config, gpu)
+    steps = config.steps(problem)
+    assert parts == 1 or problem.direction == "wgrad"
+    assert (parts - 1) * chunk < max(steps, 1)
+    assert parts * chunk >= steps
+    assert parts <= max(splits, 2 * gpu.processors)
+
+
+@pytest.mark.parametrize(
+    ("direction", "m", "n", "k", "tile"),
+    [
+        ("forward", 64 * 56 * 56, 256, 64, (128, 256)),
+        ("forward", 64 * 56 * 56, 64, 256, (128, 64)),
+        ("forward", 64 * 7 * 7, 2048, 512, (128, 256)),
+        ("forward", 32, 4096, 25088, (64, 32)),
+        ("forward", 4096, 4096, 4096, (128, 256)),
+        ("dgrad", 64 * 28 * 28, 512, 128, (128, 256)),
+        ("dgrad", 64 * 28 * 28, 128, 512, (128, 128)),
+        ("wgrad", 256, 64, 64 * 56 * 56, (128, 64)),
+        ("wgrad", 2048, 512, 64 * 7 * 7, (128, 256)),
+    ],
+)
+def test_pinned(direction: str, m: int, n: int, k: int, tile: tuple[int, int]) -> None:
+    config = gemm.config_for(Problem(direction, m, n, k, BF16), H200)
+    assert (config.block_m, config.block_n) == tile
+    small = gemm.config_for(Problem(direction, m, n, k, BF16), A100)
+    assert not small.tma
+    assert small.block_n <= 128
+
+
+def test_wgrad_fills_the_gpu() -> None:
+    for channels in (64, 256, 1024):
+        problem = Problem("wgrad", channels, channels, 64 * 14 * 14 * 16, BF16)
+        config = gemm.config_for(problem, H200)
+        parts, _ = gemm._splits(problem, config, H200)
+        assert H200.processors / 2 < parts * config.tiles(problem) <= 2 * H200.processors
+        assert parts * problem.m * problem.n * 4 <= 2**26
+
+
+def test_configurations_are_not_repeated() -> None:
+    assert len(set(CONFIGS)) == len(CONFIGS)
+    assert Config(128, 256, tma=True, persistent=True).slices == 4
