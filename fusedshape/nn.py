@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ from typing_extensions import Self
 from fusedshape import ops
 from fusedshape.init import init_module_
 from fusedshape.ops.dispatch import Backend
+from fusedshape.ops.engine import Engine
 from fusedshape.spec import ActSpec
 
 
@@ -46,20 +49,36 @@ class _Shaped:
 
     spec: ActSpec
     backend: Backend
+    engine: Engine = "auto"  # also that of modules pickled before there were engines
 
-    def __init__(self, *args: Any, spec: ActSpec, backend: Backend = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        spec: ActSpec,
+        backend: Backend = "auto",
+        engine: Engine = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.spec = spec
         self.backend = backend
+        self.engine = engine
 
     @classmethod
-    def from_plain(cls, module: nn.Module, spec: ActSpec, backend: Backend = "auto") -> Self:
+    def from_plain(
+        cls,
+        module: nn.Module,
+        spec: ActSpec,
+        backend: Backend = "auto",
+        engine: Engine = "auto",
+    ) -> Self:
         """Make the shaped twin of a plain layer, around the very same parameters and hooks.
 
         Args:
             module: an instance of this class' plain parent.
             spec: the constants of the activation to fuse.
             backend: as in `fusedshape.ops.shaped_act`.
+            engine: as in `fusedshape.ops.conv_act`.
 
         Raises:
             TypeError: module is of another class.
@@ -73,6 +92,7 @@ class _Shaped:
         twin.__dict__.update(module.__dict__)
         twin.spec = spec
         twin.backend = backend
+        twin.engine = engine
         return twin
 
     def reset_parameters(self) -> None:
@@ -104,6 +124,7 @@ class _ShapedConv(_Shaped):
             groups=self.groups,
             padding_mode=self.padding_mode,
             backend=self.backend,
+            engine=self.engine,
         )
 
 
@@ -114,12 +135,13 @@ class ShapedConv1d(_ShapedConv, nn.Conv1d):
 class ShapedConv2d(_ShapedConv, nn.Conv2d):
     """nn.Conv2d fused with its activation, y = γ(φ(α(x ⋆ W + b) + β) + δ).
 
-    Takes nn.Conv2d's arguments, and `spec` and `backend` by name. Parameters, state_dict keys and
+    Takes nn.Conv2d's arguments, and `spec`, `backend` and `engine` by name. Parameters, keys and
     attributes are nn.Conv2d's; weights start scaled uniform orthogonal in Delta form, biases zero.
 
     Args:
         spec: the constants.
         backend: as in `fusedshape.ops.shaped_act`.
+        engine: as in `fusedshape.ops.conv_act`.
 
     Example:
         >>> spec = ActSpec("leaky_relu", negative_slope=0.4, output_scale=1.3)
@@ -146,7 +168,240 @@ class ShapedLinear(_Shaped, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) → (..., out_features)."""
-        return ops.linear_act(x, self.weight, self.bias, self.spec, backend=self.backend)
+        return ops.linear_act(
+            x, self.weight, self.bias, self.spec, backend=self.backend, engine=self.engine
+        )
+
+
+class ShapedChain(nn.Sequential):
+    r"""nn.Sequential that runs each row of shaped layers in it as one autograd node.
+
+    The numbers are nn.Sequential's, and so are the parameters and the state_dict keys. A row is
+    what `fusedshape.ops.conv_chain` can take: ShapedConv1d/2d/3d of one kind or ShapedLinear, one
+    after the other, with nothing but nn.Identity in between. Whatever else stands here is called as
+    nn.Sequential calls it, and ends the row before it: so do shaped layers that carry hooks, are
+    compiled by themselves, are of a subclass, or pad other than with zeros on both sides alike
+    (`why_not_chained` tells). No hook is ever skipped.
+
+    Args:
+        modules: as nn.Sequential's: modules, or one OrderedDict of them.
+        max_length: layers of one node at most. A node's gradients arrive together; with
+            DistributedDataParallel, shorter nodes let it send them while backward goes on.
+
+    Raises:
+        ValueError: max_length below 1.
+
+    Example:
+        >>> spec = ActSpec("leaky_relu", negative_slope=0.4, output_scale=1.3)
+        >>> layers = [ShapedConv2d(3, 8, 3, spec=spec), ShapedConv2d(8, 8, 3, spec=spec)]
+        >>> chain = ShapedChain(*layers, nn.Flatten(), ShapedLinear(8, 2, spec=spec))
+        >>> chain(torch.zeros(1, 3, 5, 5)).shape, list(chain.state_dict())[:2]
+        (torch.Size([1, 2]), ['0.weight', '0.bias'])
+    """
+
+    max_length: int | None
+
+    def __init__(self, *modules: Any, max_length: int | None = None) -> None:
+        super().__init__(*modules)
+        self.max_length = _checked_length(max_length)
+
+    def forward(self, x: Any) -> Any:
+        """What nn.Sequential's forward takes and gives."""
+        if not isinstance(x, Tensor):  # torch.fx traces with something else
+            return super().forward(x)
+        for row in chain_rows(self._modules):
+            if len(row) == 1:
+                x = self._modules[row[0]](x)
+            else:
+                layers = [_chain_layer(self._modules[name]) for name in row]
+                x = ops.conv_chain(x, layers, max_length=self.max_length)
+        return x
+
+    def __getitem__(self, index: Any) -> Any:
+        part: Any = super().__getitem__(index)
+        if isinstance(index, slice):
+            part.max_length = self.max_length
+        return part
+
+    def extra_repr(self) -> str:
+        """max_length, where there is one."""
+        return "" if self.max_length is None else f"max_length={self.max_length}"
+
+
+def _checked_length(max_length: int | None) -> int | None:
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(
+            f"ShapedChain: max_length={max_length!r} must be a positive integer or None"
+        )
+    return max_length
+
+
+def chain_rows(children: Mapping[str, nn.Module | None]) -> list[list[str]]:
+    """The names of an nn.Sequential's children, those that a `ShapedChain` runs together in a list.
+
+    Others are in a list by themselves, and idle ones in none.
+
+    Example:
+        >>> spec = ActSpec("relu")
+        >>> layers = [ShapedLinear(2, 2, spec=spec) for _ in range(3)]
+        >>> net = nn.Sequential(*layers[:2], nn.Dropout(), layers[2])
+        >>> chain_rows(net._modules)
+        [['0', '1'], ['2'], ['3']]
+    """
+    rows: list[list[str]] = []
+    kind = 0  # dimensions of the weights in the row that is open; 0 where none is
+    for name, module in children.items():
+        assert module is not None
+        if why_not_chained(module):
+            if type(module) is not nn.Identity or _is_watched(module):
+                rows.append([name])
+                kind = 0
+            continue
+        layer: Any = module
+        if layer.weight.ndim == kind:
+            rows[-1].append(name)
+        else:
+            rows.append([name])
+        kind = layer.weight.ndim
+    return rows
+
+
+def why_not_chained(module: nn.Module) -> str:
+    """Why a `ShapedChain` must call a module by itself; empty if it need not.
+
+    Example:
+        >>> why_not_chained(nn.MaxPool2d(2))
+        'MaxPool2d is no shaped layer'
+    """
+    kind = type(module)
+    if kind not in _CHAINED:
+        return f"{kind.__name__} is no shaped layer"
+    if _is_watched(module):
+        return "it has hooks, or a forward or compiled code of its own"
+    if kind is not ShapedLinear:
+        conv: Any = module
+        if conv.padding_mode != "zeros":
+            return f"padding_mode={conv.padding_mode!r}"
+        reaches = zip(conv.dilation, conv.kernel_size, strict=True)
+        if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in reaches):
+            return "padding='same' of an even kernel pads more at the end"
+    return ""
+
+
+_CHAINED = (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    everywhere = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
+
+
+def _chain_layer(layer: Any) -> ops.ChainLayer:
+    geometry = {}
+    if not isinstance(layer, nn.Linear):
+        geometry = {name: getattr(layer, name) for name in _GEOMETRY}
+    tensors = layer.weight, layer.bias
+    return ops.ChainLayer(
+        *tensors, layer.spec, engine=layer.engine, backend=layer.backend, **geometry
+    )
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+
+
+class NormalizedSum(nn.Module):
+    r"""Normalised sum of branches, y = Σ wᵢ·uᵢ with Σ wᵢ² = 1: keeps q = 1 where branches join.
+
+    The module to write instead of ``x + f(x)``, for which see `shortcut`. At initialisation
+    q(y) = Σ wᵢ²·q(uᵢ), for independent branches. A branch of weight 0 takes no part, so that its
+    inf and nan do not either. No parameters. In bfloat16 and float16 each branch costs at most one
+    rounding of the result's precision, as in ``a + b``; torch.compile rounds once.
+
+    Args:
+        weights: one number for each branch, of either sign.
+
+    Raises:
+        TypeError: a weight that is not a number.
+        ValueError: no weights, one that is not finite, or Σ wᵢ² off 1 by more than 1e-9.
+
+    Source: Martens et al. 2021, arXiv 2110.01765 (normalised sums).
+
+    Example:
+        >>> add = NormalizedSum((0.6, 0.8))
+        >>> add(torch.tensor([5.0]), torch.tensor([10.0]))
+        tensor([11.])
+    """
+
+    weights: tuple[float, ...]
+
+    def __init__(self, weights: Iterable[float]) -> None:
+        super().__init__()
+        numbers = list(weights)
+        for w in numbers:
+            if isinstance(w, (bool, str)) or not hasattr(w, "__float__"):
+                raise TypeError(f"NormalizedSum: weights must be numbers, got {w!r}")
+        self.weights = tuple(map(float, numbers))
+        total = sum(w * w for w in self.weights)
+        if not math.isfinite(total):
+            raise ValueError(f"NormalizedSum: weights must be finite, got {self.weights}")
+        if total == 0:
+            raise ValueError(f"NormalizedSum: needs a weight other than 0, got {self.weights}")
+        if abs(total - 1) > 1e-9:
+            fixed = tuple(w / math.sqrt(total) for w in self.weights)
+            raise ValueError(
+                f"NormalizedSum: the squares of weights {self.weights} add up to {total:.9g}, not "
+                f"to 1; divide them by its root, which gives {fixed}"
+            )
+
+    @classmethod
+    def shortcut(cls, weight: float) -> Self:
+        r"""The sum of a skip connection, (x, f(x)) ↦ w·x + √(1−w²)·f(x).
+
+        Args:
+            weight: w, from 0 (no skip) to 1.
+
+        Raises:
+            ValueError: a weight outside 0 … 1.
+
+        Example:
+            >>> NormalizedSum.shortcut(0.8)
+            NormalizedSum(0.8, 0.6)
+        """
+        if not 0 <= weight <= 1:
+            raise ValueError(f"NormalizedSum.shortcut: weight={weight} is outside 0 … 1")
+        return cls((weight, math.sqrt((1 - weight) * (1 + weight))))
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """As many tensors of one shape as there are weights → a new tensor of that shape."""
+        if len(branches) != len(self.weights):
+            raise ValueError(
+                f"NormalizedSum: got {len(branches)} branches for {len(self.weights)} weights"
+            )
+        total: Tensor | None = None
+        for u, w in zip(branches, self.weights, strict=True):
+            if u.shape != branches[0].shape:
+                shapes = ", ".join(str(tuple(b.shape)) for b in branches)
+                raise ValueError(f"NormalizedSum: branches must have one shape, got {shapes}")
+            if w != 0:
+                total = u * w if total is None else torch.add(total, u, alpha=w)
+        assert total is not None
+        return total
+
+    def extra_repr(self) -> str:
+        """The weights, to six digits."""
+        return ", ".join(f"{w:.6g}" for w in self.weights)
 
 
 class PerLocationNorm(nn.Module):
@@ -190,10 +445,11 @@ class PerLocationNorm(nn.Module):
         if self.homog_mode != "off":
             h = torch.full_like(x[:, :1], self.homog_scale)
             if self.homog_mode == "avg_q":
-                h = h * x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
+                rms = x.flatten(1).square().mean(1, keepdim=True).sqrt()
+                h = (h.flatten(1) * rms).reshape_as(h)
             x = torch.cat([x, h], 1)
         scale = x.square().mean(1, keepdim=True).sqrt()
-        return x / torch.where(scale > 0, scale, 1.0)
+        return x / scale.where(scale > 0, 1.0)
 
     def extra_repr(self) -> str:
         """The arguments."""

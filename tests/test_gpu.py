@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from conftest import SPECS, assert_as_good_as, shaped
 from torch import Tensor
 
 from fusedshape import ActSpec, reference
-from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
+from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -109,3 +111,80 @@ def test_non_finite_numbers() -> None:
         got = shaped_act(x, shaped(name))
         want = reference.shaped_act(x.double(), shaped(name)).float()
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+CHAIN = [((32, 16, 3, 3), 1, 1), ((64, 32, 1, 1), 1, 0), ((16, 64, 3, 3), 2, 1)]
+
+SPECS_OF_CHAIN = (LEAKY, SWISH, LEAKY)
+
+
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """Multiply float32 as such."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def chain(engine: str, x: Tensor, *params: Tensor) -> Tensor:
+    layers = [
+        ChainLayer(*params[2 * i : 2 * i + 2], spec, stride, padding, engine=engine)
+        for i, (spec, (_, stride, padding)) in enumerate(zip(SPECS_OF_CHAIN, CHAIN, strict=True))
+    ]
+    return conv_chain(x, layers)
+
+
+def chain_step(engine: str, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    y = chain(engine, *leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+def chain_tensors(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    tensors = [draw(4, 16, 15, 14, dtype=dtype)]
+    for i, (shape, _, _) in enumerate(CHAIN):
+        tensors += [draw(*shape, dtype=dtype, seed=2 * i + 1) / (shape[1] * shape[2] ** 2) ** 0.5]
+        tensors += [draw(shape[0], dtype=dtype, seed=2 * i + 2)]
+    tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+    return tensors, draw(4, 16, 8, 7, dtype=dtype, seed=9)
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_chain_of_triton_convolutions(dtype: torch.dtype) -> None:
+    tensors, grad = chain_tensors(dtype)
+    got = chain_step("triton", tensors, grad)
+    want = chain_step("aten", [t.double() for t in tensors], grad.double())
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        assert (g.double() - w).abs().max() <= 32 * torch.finfo(dtype).eps * w.abs().max()
+    for again, first in zip(chain_step("triton", tensors, grad), got, strict=True):
+        assert torch.equal(again, first), "the same bits in every run"
+
+
+@pytest.mark.parametrize("engine", ["auto", "triton"])
+def test_compiled_chain(engine: str) -> None:
+    tensors, grad = chain_tensors(torch.bfloat16)
+    compiled = torch.compile(lambda *a: chain(engine, *a), fullgraph=True)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    got = torch.autograd.grad(compiled(*leaves), leaves, grad)
+    for g, w in zip(got, chain_step(engine, tensors, grad)[1:], strict=True):
+        torch.testing.assert_close(g, w, rtol=0.02, atol=0.02 * w.abs().max().item())
+
+
+def test_chain_in_a_cuda_graph() -> None:
+    tensors, grad = chain_tensors(torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            chain_step("triton", tensors, grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain_step("triton", tensors, grad)
+    tensors[0].copy_(draw(4, 16, 15, 14, dtype=torch.bfloat16, seed=20))
+    graph.replay()
+    for got, want in zip(captured, chain_step("triton", tensors, grad), strict=True):
+        assert torch.equal(got, want)

@@ -12,8 +12,10 @@ from conftest import shaped
 from torch import Tensor, nn
 
 from fusedshape import (
+    NormalizedSum,
     PerLocationNorm,
     ShapedActivation,
+    ShapedChain,
     ShapedConv1d,
     ShapedConv2d,
     ShapedConv3d,
@@ -89,11 +91,13 @@ def test_weights_start_as_the_constants_assume() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_net_trains(compiled: bool) -> None:
+@pytest.mark.parametrize("container", [nn.Sequential, ShapedChain])
+def test_a_net_trains(container: type[nn.Sequential], compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(
+    net = container(
         PerLocationNorm(),
         ShapedConv2d(3, 8, 3, padding=1, spec=SPEC),
+        ShapedConv2d(8, 8, 3, padding=1, spec=SPEC),
         nn.Flatten(),
         ShapedLinear(8 * 16, 8, spec=SPEC),
         ShapedActivation(SPEC),
@@ -138,3 +142,84 @@ def test_per_location_norm_matches_dks() -> None:
 def test_per_location_norm_refuses(kwargs, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         PerLocationNorm(**kwargs)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.6, 0.8), (0.6, -0.8), (0.5,) * 4, (0.0, 1.0, 0.0)])
+def test_normalized_sum(weights: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    branches = [torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in weights]
+    module = NormalizedSum(weights)
+    want = sum(w * u for w, u in zip(weights, branches, strict=True))
+    got = module(*branches)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+    assert all(got is not u and got.data_ptr() != u.data_ptr() for u in branches)
+    assert not list(module.parameters())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin.weights == weights
+
+
+def test_normalized_sum_keeps_q() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(3, 100_000, generator=generator)
+    for w in (0.0, 0.3, 0.9, 1.0):
+        q = NormalizedSum.shortcut(w)(u[0], u[1]).square().mean().item()
+        assert q == pytest.approx(1, abs=0.03)  # 5 √(2 / 100,000)
+
+
+def test_normalized_sum_leaves_branches_of_weight_0_out() -> None:
+    x, bad = torch.ones(2, requires_grad=True), torch.full((2,), torch.inf, requires_grad=True)
+    y = NormalizedSum((0, 1, 0))(bad, x, bad)
+    y.sum().backward()
+    assert torch.equal(y, x)
+    assert bad.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalized_sum_in_half_precision_rounds_as_plain_sums_do(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, f = torch.randn(2, 1 << 16, generator=generator).to(dtype)
+    eps = torch.finfo(dtype).eps
+    for w in (0.3, 0.8, 0.95):
+        module = NormalizedSum.shortcut(w)
+        error = (module(x, f).double() - module(x.double(), f.double())).abs()
+        # half a unit for each product and for the sum
+        bound = 0.5 * eps * (2 * x.double().abs() + 2 * f.double().abs())
+        assert (error <= bound).all()
+
+
+def test_normalized_sum_compiles() -> None:
+    net = nn.ModuleList(NormalizedSum.shortcut(w) for w in (0.1, 0.5, 0.0, 1.0))
+    x, f = torch.ones(3, requires_grad=True), torch.full((3,), 2.0)
+
+    def run(x: Tensor) -> Tensor:
+        for module in net:
+            x = module(x, f)
+        return x
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ((), ValueError, "needs a weight other than 0"),
+        ((0, 0), ValueError, "needs a weight other than 0"),
+        ((1, 1), ValueError, r"add up to 2, not to 1; .* \(0.707106\d*, 0.707106\d*\)"),
+        ((0.7071, 0.7071), ValueError, "add up to 0.99998"),
+        ((float("nan"), 1), ValueError, "must be finite"),
+        (("1",), TypeError, "must be numbers, got '1'"),
+    ],
+)
+def test_normalized_sum_refuses(weights, error, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        NormalizedSum(weights)
+
+
+def test_normalized_sum_refuses_calls() -> None:
+    with pytest.raises(ValueError, match=r"weight=-0.1 is outside"):
+        NormalizedSum.shortcut(-0.1)
+    module = NormalizedSum.shortcut(0.5)
+    with pytest.raises(ValueError, match="got 1 branches for 2 weights"):
+        module(torch.ones(2))
+    with pytest.raises(ValueError, match=r"one shape, got \(2,\), \(1,\)"):
+        module(torch.ones(2), torch.ones(1))

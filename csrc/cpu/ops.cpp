@@ -234,12 +234,8 @@ void native_bias_act_(Tensor x, MaybeTensor bias, int64_t dim, int64_t activatio
                output_scale);
 }
 
-std::tuple<Tensor, Tensor> native_act_grad(Tensor grad, Tensor saved, MaybeTensor bias,
-                                           int64_t dim, int64_t activation, double slope,
-                                           double input_scale, double input_shift,
-                                           double output_shift, double output_scale,
-                                           bool save_output, bool bias_grad) {
-  const char* op = "native_act_grad";
+void check_act_grad(const char* op, const Tensor& grad, const Tensor& saved, int64_t activation,
+                    bool save_output) {
   check_x(op, "saved", saved);
   check_x(op, "grad", grad);
   check_activation(op, activation);
@@ -253,12 +249,14 @@ std::tuple<Tensor, Tensor> native_act_grad(Tensor grad, Tensor saved, MaybeTenso
   STD_TORCH_CHECK(!save_output || grad_row<float>(activation, true, Along::run) != nullptr, op,
                   ": activation=", activation,
                   " has no derivative from its output; save the input");
-  const bool dense = is_dense(saved);
-  if (!dense) {
-    saved = copy_like(saved, saved, false);
-  }
-  const bool alike = same_order(grad, saved);
-  const Tensor dx = alike ? empty_like(saved, true) : copy_like(grad, saved, true);
+}
+
+// grad, saved and dx lie in memory alike; grad and dx may be the same. Returns the sums.
+Tensor run_act_grad(const char* op, const Tensor& grad, const Tensor& saved, const Tensor& dx,
+                    const MaybeTensor& bias, int64_t dim, int64_t activation, double slope,
+                    double input_scale, double input_shift, double output_shift,
+                    double output_scale, bool save_output, bool bias_grad) {
+  const ScalarType type = saved.scalar_type();
   const Layout layout = layout_of(op, saved, save_output ? MaybeTensor() : bias, dim, bias_grad);
   const int64_t channels = bias_grad ? layout.channels : 0;
   const int64_t one = 1;
@@ -267,20 +265,51 @@ std::tuple<Tensor, Tensor> native_act_grad(Tensor grad, Tensor saved, MaybeTenso
       type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   if (layout.numel == 0) {
     torch::stable::fill_(sums, 0);
-    return {dx, sums};
+    return sums;
   }
   with_type(type, [&](auto number) {
     using T = decltype(number);
     using A = typename Opmath<T>::type;
     const Bias<T> vector(save_output ? MaybeTensor() : bias);
-    act_grad<T>(static_cast<const T*>((alike ? grad : dx).const_data_ptr()),
+    act_grad<T>(static_cast<const T*>(grad.const_data_ptr()),
                 static_cast<const T*>(saved.const_data_ptr()), vector.data(),
                 static_cast<T*>(dx.mutable_data_ptr()),
                 bias_grad ? static_cast<A*>(sums.mutable_data_ptr()) : nullptr, layout,
                 activation, save_output,
                 constants_of<A>(slope, input_scale, input_shift, output_shift, output_scale));
   });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> native_act_grad(Tensor grad, Tensor saved, MaybeTensor bias,
+                                           int64_t dim, int64_t activation, double slope,
+                                           double input_scale, double input_shift,
+                                           double output_shift, double output_scale,
+                                           bool save_output, bool bias_grad) {
+  const char* op = "native_act_grad";
+  check_act_grad(op, grad, saved, activation, save_output);
+  if (!is_dense(saved)) {
+    saved = copy_like(saved, saved, false);
+  }
+  const bool alike = same_order(grad, saved);
+  const Tensor dx = alike ? empty_like(saved, true) : copy_like(grad, saved, true);
+  const Tensor sums = run_act_grad(op, alike ? grad : dx, saved, dx, bias, dim, activation, slope,
+                                   input_scale, input_shift, output_shift, output_scale,
+                                   save_output, bias_grad);
   return {dx, sums};
+}
+
+Tensor native_act_grad_(Tensor grad, Tensor saved, MaybeTensor bias, int64_t dim,
+                        int64_t activation, double slope, double input_scale, double input_shift,
+                        double output_shift, double output_scale, bool save_output,
+                        bool bias_grad) {
+  const char* op = "native_act_grad_";
+  check_act_grad(op, grad, saved, activation, save_output);
+  STD_TORCH_CHECK(is_dense(saved) && same_order(grad, saved), op,
+                  ": grad and saved of shape ", shape_of(grad),
+                  " must lie in memory alike, without gaps or overlaps; use native_act_grad");
+  return run_act_grad(op, grad, saved, grad, bias, dim, activation, slope, input_scale,
+                      input_shift, output_shift, output_scale, save_output, bias_grad);
 }
 
 }  // namespace
@@ -290,4 +319,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedshape, CPU, m) {
   m.impl("native_bias_act", TORCH_BOX(&fusedshape::native_bias_act));
   m.impl("native_bias_act_", TORCH_BOX(&fusedshape::native_bias_act_));
   m.impl("native_act_grad", TORCH_BOX(&fusedshape::native_act_grad));
+  m.impl("native_act_grad_", TORCH_BOX(&fusedshape::native_act_grad_));
 }

@@ -1,4 +1,4 @@
-"""bias_act, bias_act_ and act_grad in Triton: the kernels and their launchers.
+"""bias_act, act_grad and their in-place forms in Triton: the kernels and their launchers.
 
 These kernels have been interpreted and compiled, but not yet run on a GPU.
 
@@ -382,21 +382,68 @@ def act_grad(
         ValueError: a device that Triton does not serve, shapes that differ, or bias has not a
             number a channel.
     """
-    if grad.shape != saved.shape:
-        raise ValueError(
-            f"act_grad: grad has shape {tuple(grad.shape)}, saved {tuple(saved.shape)}; "
-            "they must be the same"
-        )
+    _check_alike("act_grad", grad, saved)
     dx = torch.empty_like(saved, dtype=grad.dtype)
-    sum_dtype = opmath_dtype(saved.dtype)
-    if save_output:
-        bias = None
-    bias = _check("act_grad", saved, bias, dim)
-    if not saved.numel():
-        return dx, saved.new_zeros(saved.shape[dim] if bias_grad else 0, dtype=sum_dtype)
     if not _is_dense(saved):
         saved = torch.empty_like(saved).copy_(saved)
+    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
     grad = _laid_out_like(dx, grad)
+    return dx, _act_grad(grad, saved, bias, dim, activation, constants, save_output, bias_grad, dx)
+
+
+def act_grad_(
+    grad: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+    save_output: bool,
+    bias_grad: bool,
+) -> Tensor:
+    """`act_grad` that overwrites grad; returns the sums.
+
+    Raises:
+        ValueError: as `act_grad`, or grad and saved do not lie in memory alike, without gaps.
+    """
+    _check_alike("act_grad_", grad, saved)
+    if not _is_dense(saved) or _strides(grad) != _strides(saved):
+        raise ValueError(
+            f"act_grad_: grad of shape {tuple(grad.shape)} has strides {grad.stride()}, saved "
+            f"{saved.stride()}; both must be dense and the same, or use act_grad"
+        )
+    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
+    return _act_grad(grad, saved, bias, dim, activation, constants, save_output, bias_grad, grad)
+
+
+def _check_alike(op: str, grad: Tensor, saved: Tensor) -> None:
+    if grad.shape != saved.shape:
+        raise ValueError(
+            f"{op}: grad has shape {tuple(grad.shape)}, saved {tuple(saved.shape)}; "
+            "they must be the same"
+        )
+
+
+def _act_grad(
+    grad: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    activation: int,
+    constants: tuple[float, float, float, float, float],
+    save_output: bool,
+    bias_grad: bool,
+    dx: Tensor,
+) -> Tensor:
+    """Write dx, which may be grad, and return the sums; all three lie in memory alike."""
+    sum_dtype = opmath_dtype(saved.dtype)
+    bias = _check("act_grad", saved, None if save_output else bias, dim)
+    if not saved.numel():
+        return saved.new_zeros(saved.shape[dim] if bias_grad else 0, dtype=sum_dtype)
     itemsize = min(saved.element_size(), grad.element_size())
     channels, inner = _channels(saved, dim, bias is not None or bias_grad)
     plan = make_plan(saved.numel(), channels, inner, itemsize, bias_grad)
@@ -412,13 +459,9 @@ def act_grad(
             plan.cols // plan.vector,
             channels,
             plan.steps,
-            negative_slope,
-            input_scale,
-            input_shift,
-            output_shift,
-            output_scale,
-            1 / output_scale,
-            input_scale * output_scale,
+            *constants,
+            1 / constants[4],
+            constants[1] * constants[4],
             ACTIVATION=activation,
             HAS_BIAS=bias is not None,
             SAVE_OUTPUT=save_output,
@@ -430,7 +473,7 @@ def act_grad(
             WIDE=plan.wide,
             num_warps=NUM_WARPS,
         )
-        return dx, _reduce(sums) if bias_grad else sums
+        return _reduce(sums) if bias_grad else sums
 
 
 def _bias_act(

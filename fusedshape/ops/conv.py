@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,15 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape import reference
+from fusedshape.ops import chain
+from fusedshape.ops.checks import (
+    Geometry,
+    Size,
+    check_bias,
+    check_conv,
+    check_reach,
+    check_spec,
+    expand,
+    match,
+    padding_of,
+    transformed,
+)
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.ops.linear import activate, match
-from fusedshape.ops.pointwise import act_grad, check_bias, check_spec, remember, transformed
+from fusedshape.ops.engine import Engine, only_aten
+from fusedshape.ops.linear import activate
+from fusedshape.ops.pointwise import act_grad, remember
 from fusedshape.spec import ActSpec
-
-Size = int | Sequence[int]
-#: Stride, padding, dilation, transposed, output padding, groups, as torch.convolution takes them.
-Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
-_PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def conv_act(
@@ -33,6 +41,7 @@ def conv_act(
     groups: int = 1,
     padding_mode: str = "zeros",
     backend: Backend = "auto",
+    engine: Engine = "auto",
 ) -> Tensor:
     r"""Convolution and affine-transformed activation, y = γ(φ(α(x ⋆ W + b) + β) + δ).
 
@@ -51,14 +60,18 @@ def conv_act(
         dilation: the same as stride.
         groups: number of groups.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
-        backend: as in `shaped_act`, for the activation; the convolution is torch's.
+        backend: as in `shaped_act`, for a pass of the activation by itself.
+        engine: who convolves. "aten" is torch, with a pass of the activation after it; "triton" one
+            kernel for both, for x in channels_last layout; "auto" the faster one where that has
+            been measured, else "aten".
 
     Returns:
         (N, K, *out) or (K, *out).
 
     Raises:
         TypeError: dtypes that are not supported or do not match.
-        ValueError: shapes, devices or sizes that do not match, or a backend that cannot run.
+        ValueError: shapes, devices or sizes that do not match, or a backend or engine that cannot
+            run.
         RuntimeError: the backend named is not built or not installed.
 
     Example:
@@ -68,17 +81,8 @@ def conv_act(
         tensor([10., 14., 14., 10.])
     """
     spec = check_spec("conv_act", spec)
-    x, weight = match("conv_act", x, weight, bias)
-    n = weight.ndim - 2
-    if not 1 <= n <= 3:
-        raise ValueError(
-            f"conv_act: weight must have 3, 4 or 5 dimensions, got {tuple(weight.shape)}"
-        )
-    if x.ndim not in (n + 1, n + 2):
-        raise ValueError(
-            f"conv_act: x has shape {tuple(x.shape)}; a weight of shape {tuple(weight.shape)} "
-            f"wants {n + 2} dimensions, or {n + 1} without a batch"
-        )
+    x, weight = match("conv_act", x, weight)
+    n = check_conv("conv_act", x.shape, weight, groups)
     if x.ndim == n + 1:
         y = conv_act(
             x.unsqueeze(0),
@@ -91,36 +95,25 @@ def conv_act(
             groups=groups,
             padding_mode=padding_mode,
             backend=backend,
+            engine=engine,
         )
         return y.squeeze(0)
-    out, per_group = weight.shape[:2]
-    if not isinstance(groups, int) or groups < 1 or out % groups:
-        raise ValueError(
-            f"conv_act: groups={groups!r} must be a positive divisor of the {out} output channels"
-        )
-    if x.shape[1] != per_group * groups:
-        raise ValueError(
-            f"conv_act: weight has {per_group} input channels per group, input has {x.shape[1]} "
-            f"and groups={groups}; weight.shape[1] * groups must equal the input's channels"
-        )
     if bias is not None:
+        out = weight.shape[0]
         check_bias("conv_act", bias, x, out, f"weight has {out} output channels")
-    strides = _expand("stride", stride, n, 1)
-    dilations = _expand("dilation", dilation, n, 1)
+    strides = expand("conv_act", "stride", stride, n, 1)
+    dilations = expand("conv_act", "dilation", dilation, n, 1)
     kernel = weight.shape[2:]
-    x, pads = _pad(x, kernel, strides, padding, dilations, padding_mode)
-    for d in range(n):
-        reach = dilations[d] * (kernel[d] - 1) + 1
-        if kernel[d] < 1 or x.shape[2 + d] + 2 * pads[d] < reach:
-            raise ValueError(
-                f"conv_act: a kernel of {kernel[d]} with dilation {dilations[d]} reaches over "
-                f"{reach}, but the padded input has {x.shape[2 + d] + 2 * pads[d]} in spatial "
-                f"dimension {d}; pad more or use a smaller kernel"
-            )
+    pads, extra = padding_of("conv_act", kernel, strides, padding, dilations, padding_mode)
+    if padding_mode != "zeros" or any(extra):
+        x, pads = _pad(x, pads, extra, padding_mode)
+    check_reach("conv_act", x.shape[2:], kernel, pads, dilations)
     kernels = choose(backend, x)
+    geometry = (strides, pads, dilations, False, [0] * n, groups)
+    if not only_aten(engine, x):
+        return chain.run(x, (chain.Step(spec, geometry, kernels, engine),), (weight, bias))
     if transformed():
         return reference.conv_act(x, weight, bias, spec, strides, pads, dilations, groups)
-    geometry = (strides, pads, dilations, False, [0] * n, groups)
     return ConvAct.apply(x, weight, bias, spec, geometry, kernels)
 
 
@@ -159,52 +152,12 @@ class ConvAct(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None
 
 
-def _expand(name: str, value: Size, n: int, least: int) -> list[int]:
-    values = [value] * n if isinstance(value, int) else list(value)
-    if len(values) == 1:
-        values *= n
-    if len(values) != n or any(not isinstance(v, int) or v < least for v in values):
-        raise ValueError(
-            f"conv_act: {name}={value!r} must be an integer of at least {least}, or {n} of them"
-        )
-    return values
-
-
-def _pad(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: list[int],
-    padding: Size | str,
-    dilation: list[int],
-    mode: str,
-) -> tuple[Tensor, list[int]]:
-    """Split padding into what the convolution does itself and what must be done before."""
-    if mode not in _PAD_MODES:
-        raise ValueError(
-            f"conv_act: padding_mode={mode!r} is unknown; known: {', '.join(_PAD_MODES)}"
-        )
-    n = len(kernel)
-    extra = [0] * n
-    if isinstance(padding, str):
-        if padding == "valid":
-            pads = [0] * n
-        elif padding == "same":
-            if any(s != 1 for s in stride):
-                raise ValueError(
-                    f"conv_act: padding='same' needs stride 1, got {tuple(stride)}; "
-                    "give the padding as numbers"
-                )
-            totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            pads, extra = [t // 2 for t in totals], [t % 2 for t in totals]
-        else:
-            raise ValueError(f"conv_act: padding={padding!r}; known words: 'valid', 'same'")
-    else:
-        pads = _expand("padding", padding, n, 0)
-    if mode == "zeros":
-        if any(extra):
-            x = F.pad(x, [p for e in reversed(extra) for p in (0, e)])
-        return x, pads
-    if any(pads) or any(extra):
-        both = zip(reversed(pads), reversed(extra), strict=True)
-        x = F.pad(x, [p for pad, e in both for p in (pad, pad + e)], mode=mode)
-    return x, [0] * n
+def _pad(x: Tensor, pads: list[int], extra: list[int], mode: str) -> tuple[Tensor, list[int]]:
+    """Pad by what a convolution cannot: returns x and the padding that is left for it to do."""
+    none = [0] * len(pads)
+    before, left = (none, pads) if mode == "zeros" else (pads, none)
+    if any(before) or any(extra):
+        sides = zip(reversed(before), reversed(extra), strict=True)
+        widths = [p for pad, more in sides for p in (pad, pad + more)]
+        x = F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+    return x, left

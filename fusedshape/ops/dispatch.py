@@ -38,6 +38,17 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gradient of x + b, and its sum over all but the channel if `bias_grad`."""
 
+    def act_grad_(
+        self,
+        grad: Tensor,
+        saved: Tensor,
+        bias: Tensor | None,
+        spec: ActSpec,
+        dim: int,
+        bias_grad: bool,
+    ) -> Tensor | None:
+        """Overwrite grad with the gradient of x + b, and return its sums."""
+
 
 class _Reference:
     name = "reference"
@@ -60,6 +71,19 @@ class _Reference:
         dx = reference.act_grad(grad, saved, bias, spec, dim)
         return dx, reference.channel_sum(dx, dim) if bias_grad else None
 
+    def act_grad_(
+        self,
+        grad: Tensor,
+        saved: Tensor,
+        bias: Tensor | None,
+        spec: ActSpec,
+        dim: int,
+        bias_grad: bool,
+    ) -> Tensor | None:
+        dx, total = self.act_grad(grad, saved, bias, spec, dim, bias_grad)
+        grad.copy_(dx)
+        return total
+
 
 class _Library:
     def __init__(self, name: str) -> None:
@@ -68,6 +92,7 @@ class _Library:
         self._bias_act = getattr(ops, f"{name}_bias_act").default
         self._bias_act_ = getattr(ops, f"{name}_bias_act_").default
         self._act_grad = getattr(ops, f"{name}_act_grad").default
+        self._act_grad_ = getattr(ops, f"{name}_act_grad_").default
 
     def bias_act(self, x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int) -> Tensor:
         return self._bias_act(x, bias, dim, *spec.kernel_args)
@@ -88,14 +113,27 @@ class _Library:
         dx, total = self._act_grad(*args)
         return dx, total if bias_grad else None
 
+    def act_grad_(
+        self,
+        grad: Tensor,
+        saved: Tensor,
+        bias: Tensor | None,
+        spec: ActSpec,
+        dim: int,
+        bias_grad: bool,
+    ) -> Tensor | None:
+        args = (grad, saved, bias, dim, *spec.kernel_args, spec.saves_output, bias_grad)
+        total = self._act_grad_(*args)
+        return total if bias_grad else None
+
 
 _KERNELS: dict[str, Kernels] = {
     "reference": _Reference(),
     **{name: _Library(name) for name in schema.KERNEL_BACKENDS},
 }
 BACKENDS: tuple[str, ...] = ("auto", *_KERNELS)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(backend: str, x: Tensor) -> Kernels:
@@ -112,7 +150,7 @@ def choose(backend: str, x: Tensor) -> Kernels:
     if backend == "auto":
         if device == "cpu" and native.available():
             return _KERNELS["native"]
-        if device == "cuda" and _HAS_TRITON:
+        if device == "cuda" and HAS_TRITON:
             return _KERNELS["triton"]
         return _KERNELS["reference"]
     reason = why_not(backend, device)
@@ -131,9 +169,9 @@ def why_not(backend: str, device: str) -> Exception | None:
         if not native.available():
             return RuntimeError(f"backend 'native' is not to be had: {native.why_not()}")
     if backend == "triton":
-        if not _HAS_TRITON:
+        if not HAS_TRITON:
             return RuntimeError("backend 'triton' needs the triton package, which is not installed")
-        if device != "cuda" and not (device == "cpu" and _INTERPRET):
+        if device != "cuda" and not (device == "cpu" and INTERPRET):
             return ValueError(
                 f"backend 'triton' serves CUDA tensors, got one on {device}; on the CPU it runs "
                 "only in Triton's interpreter (TRITON_INTERPRET=1, set before Python starts)"

@@ -9,15 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape import reference
+from fusedshape.ops import chain
+from fusedshape.ops.checks import check_bias, check_linear, check_spec, match, transformed
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.ops.pointwise import (
-    act_grad,
-    check_bias,
-    check_spec,
-    check_tensor,
-    remember,
-    transformed,
-)
+from fusedshape.ops.engine import Engine, only_aten
+from fusedshape.ops.pointwise import act_grad, remember
 from fusedshape.spec import ActSpec
 
 
@@ -28,6 +24,7 @@ def linear_act(
     spec: ActSpec,
     *,
     backend: Backend = "auto",
+    engine: Engine = "auto",
 ) -> Tensor:
     r"""Linear layer and affine-transformed activation, y = γ(φ(α(x Wᵀ + b) + β) + δ).
 
@@ -40,14 +37,15 @@ def linear_act(
         weight: (out_features, in_features), x's dtype.
         bias: (out_features,) or None; x's dtype or float32.
         spec: the constants.
-        backend: as in `shaped_act`, for the activation; the product is torch's.
+        backend: as in `shaped_act`, for a pass of the activation by itself.
+        engine: as in `conv_act`.
 
     Returns:
         (..., out_features).
 
     Raises:
         TypeError: dtypes that are not supported or do not match.
-        ValueError: shapes or devices that do not match, or a backend that cannot run.
+        ValueError: shapes or devices that do not match, or a backend or engine that cannot run.
         RuntimeError: the backend named is not built or not installed.
 
     Example:
@@ -56,18 +54,14 @@ def linear_act(
         tensor([[8.]])
     """
     spec = check_spec("linear_act", spec)
-    x, weight = match("linear_act", x, weight, bias)
-    if weight.ndim != 2:
-        raise ValueError(f"linear_act: weight must have 2 dimensions, got {tuple(weight.shape)}")
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"linear_act: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; "
-            f"x's last dimension must be {weight.shape[1]}"
-        )
+    x, weight = match("linear_act", x, weight)
+    check_linear("linear_act", x.shape, weight)
     if bias is not None:
         out = weight.shape[0]
         check_bias("linear_act", bias, x, out, f"weight has {out} output features")
     kernels = choose(backend, x)
+    if not only_aten(engine, x):
+        return chain.run(x, (chain.Step(spec, None, kernels, engine),), (weight, bias))
     if transformed():
         return reference.linear_act(x, weight, bias, spec)
     return LinearAct.apply(x, weight, bias, spec, kernels)
@@ -111,19 +105,3 @@ def activate(
         return kernels.bias_act(z, bias, spec, dim), z
     kernels.bias_act_(z, bias, spec, dim)
     return z, z
-
-
-def match(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Check x against weight, and cast both under autocast."""
-    check_tensor(op, "x", x)
-    check_tensor(op, "weight", weight)
-    if weight.device != x.device:
-        raise ValueError(f"{op}: weight is on {weight.device}, x on {x.device}; move one of them")
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return x.to(dtype), weight.to(dtype)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"{op}: weight has dtype {weight.dtype}, x {x.dtype}; convert one of them")
-    return x, weight

@@ -1,4 +1,4 @@
-"""shaped_act and bias_act: checks, autograd, and the backward that all fused ops share."""
+"""shaped_act and bias_act, and the backward that one layer's ops share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fusedshape import reference
+from fusedshape.ops.checks import check_bias, check_spec, check_tensor, transformed
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.spec import ActSpec, static
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fusedshape.spec import ActSpec
 
 
 def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor:
@@ -130,41 +128,3 @@ def act_grad(
     else:
         dx, dbias = ctx.kernels.act_grad(grad, saved, bias, ctx.spec, ctx.dim, need_bias)
     return dx, None if dbias is None else dbias.to(ctx.bias_dtype)
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is active, which Functions do not serve."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def check_tensor(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x is a tensor of a supported dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {name} has dtype {x.dtype}; supported are float32, float64, bfloat16 and "
-            "float16: convert it with .to() first"
-        )
-
-
-def check_spec(op: str, spec: ActSpec) -> ActSpec:
-    """Raise TypeError unless spec is an ActSpec; return it, constant under torch.compile."""
-    if not isinstance(spec, ActSpec):
-        raise TypeError(f"{op}: spec must be an ActSpec, got {type(spec).__name__}")
-    return static(spec)
-
-
-def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> None:
-    """Raise unless bias is a vector of `channels` numbers beside x."""
-    check_tensor(op, "bias", bias)
-    if bias.ndim != 1 or bias.shape[0] != channels:
-        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, {why}; pass ({channels},)")
-    if bias.device != x.device:
-        raise ValueError(f"{op}: bias is on {bias.device}, x on {x.device}; move one of them")
-    if bias.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: bias has dtype {bias.dtype}, x {x.dtype}; make it {x.dtype} or float32"
-        )

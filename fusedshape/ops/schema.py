@@ -4,12 +4,17 @@
 under ``TRITON_INTERPRET=1``) by `fusedshape.kernels`. The contract is in ARCHITECTURE.md. They are
 for the autograd functions beside this file: by themselves they neither differentiate nor count the
 versions of what they overwrite.
+
+The convolutions (`triton_conv*`) take and give tensors (N, C, H, W) or (N, C, L) whose channels are
+innermost in memory, or contiguous matrices (M, C) where the weight is one: a linear layer.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +36,23 @@ _SCHEMAS = {
         f"(Tensor grad, Tensor saved, Tensor? bias, int dim, {_CONSTANTS}, "
         "bool save_output, bool bias_grad) -> (Tensor, Tensor)"
     ),
+    "act_grad_": (
+        f"(Tensor(a!) grad, Tensor saved, Tensor? bias, int dim, {_CONSTANTS}, "
+        "bool save_output, bool bias_grad) -> Tensor"
+    ),
+}
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+_CONV_SCHEMAS = {
+    "conv_act": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float residual_weight, "
+        f"{_GEOMETRY}, {_CONSTANTS}) -> Tensor"
+    ),
+    "conv": f"(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor",
+    "conv_dgrad": (
+        "(Tensor dz, Tensor weight, Tensor? saved, Tensor? bias, SymInt[] input_size, "
+        f"{_GEOMETRY}, {_CONSTANTS}, bool save_output, bool bias_grad) -> (Tensor, Tensor)"
+    ),
+    "conv_wgrad": f"(Tensor dz, Tensor x, SymInt[] weight_size, {_GEOMETRY}) -> Tensor",
 }
 
 
@@ -53,30 +75,94 @@ def _fake_act_grad(
     )
 
 
+def _fake_act_grad_(
+    grad: Tensor, saved: Tensor, bias: Tensor | None, dim: int, *rest: Any
+) -> Tensor:
+    return saved.new_empty(saved.shape[dim] if rest[-1] else 0, dtype=opmath_dtype(saved.dtype))
+
+
+def _channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    batch, channels, *spatial = shape
+    return like.new_empty(batch, *spatial, channels).movedim(-1, 1)
+
+
+def _fake_conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return _channels_last(x, [x.shape[0], weight.shape[0], *spatial])
+
+
+def _fake_conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *constants: float,
+) -> Tensor:
+    return _fake_conv(x, weight, stride, padding, dilation)
+
+
+def _fake_conv_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    bias: Tensor | None,
+    input_size: Sequence[int],
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    channels = weight.shape[1] if rest[-1] else 0
+    return _channels_last(dz, input_size), dz.new_empty(channels, dtype=torch.float32)
+
+
+def _fake_conv_wgrad(
+    dz: Tensor, x: Tensor, weight_size: Sequence[int], *geometry: Sequence[int]
+) -> Tensor:
+    return _channels_last(x, weight_size)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "bias_act": _fake_bias_act,
     "bias_act_": _fake_bias_act_,
     "act_grad": _fake_act_grad,
+    "act_grad_": _fake_act_grad_,
+    "conv_act": _fake_conv_act,
+    "conv": _fake_conv,
+    "conv_dgrad": _fake_conv_dgrad,
+    "conv_wgrad": _fake_conv_wgrad,
 }
 
 
-def _triton(name: str) -> Callable[..., Any]:
+def _triton(module: str, name: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        from fusedshape.kernels import pointwise  # Triton is imported by the first call, not before
-
-        return getattr(pointwise, name)(*args)
+        # Triton is imported by the first call, not before.
+        return getattr(importlib.import_module(f"fusedshape.kernels.{module}"), name)(*args)
 
     return kernel
 
 
+def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fusedshape::{op}", fake, lib=_library)
+
+
 _library = torch.library.Library("fusedshape", "DEF")
-for _backend in KERNEL_BACKENDS:
-    for _name, _schema in _SCHEMAS.items():
-        _op = f"{_backend}_{_name}"
-        _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fusedshape::{_op}", _FAKES[_name], lib=_library)
-for _name in _SCHEMAS:
-    _library.impl(f"triton_{_name}", _triton(_name), "CUDA")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        _library.impl(f"triton_{_name}", _triton(_name), "CPU")
+for _name, _schema in _SCHEMAS.items():
+    for _backend in KERNEL_BACKENDS:
+        _define(f"{_backend}_{_name}", _schema, _FAKES[_name])
+for _name, _schema in _CONV_SCHEMAS.items():
+    _define(f"triton_{_name}", _schema, _FAKES[_name])
+_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
+for _module, _names in (("pointwise", _SCHEMAS), ("conv", _CONV_SCHEMAS)):
+    for _name, _key in itertools.product(_names, _KEYS):
+        _library.impl(f"triton_{_name}", _triton(_module, _name), _key)
 native.load()

@@ -1,0 +1,310 @@
+"""conv_chain: a stack of layers as one autograd node, whose backward fuses across layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedshape import reference
+from fusedshape.ops.checks import (
+    Geometry,
+    Size,
+    check_bias,
+    check_conv,
+    check_linear,
+    check_reach,
+    check_spec,
+    check_tensor,
+    expand,
+    match,
+    padding_of,
+    transformed,
+)
+from fusedshape.ops.dispatch import Backend, Kernels, choose
+from fusedshape.ops.engine import Before, Engine, Engines, channel_dim, engines_for, forward_engine
+from fusedshape.spec import ActSpec
+
+
+class ChainLayer(NamedTuple):
+    """One layer of `conv_chain`: a convolution, or a linear layer where weight is a matrix.
+
+    Attributes:
+        weight: (K, C / groups, *kernel), or (out_features, in_features).
+        bias: (K,) or None.
+        spec: the constants of its activation.
+        stride: as in `conv_act`, and so are the next three; a linear layer has none of the four.
+        padding: of zeros.
+        dilation: distance of taps.
+        groups: number of groups.
+        engine: as in `conv_act`.
+        backend: as in `shaped_act`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    spec: ActSpec
+    stride: Size = 1
+    padding: Size | str = 0
+    dilation: Size = 1
+    groups: int = 1
+    engine: Engine = "auto"
+    backend: Backend = "auto"
+
+
+class Step(NamedTuple):
+    """A checked layer without its tensors; no geometry for a linear one."""
+
+    spec: ActSpec
+    geometry: Geometry | None
+    kernels: Kernels
+    engine: str
+
+
+def conv_chain(x: Tensor, layers: Sequence[ChainLayer], *, max_length: int | None = None) -> Tensor:
+    r"""Layers in a row, y_l = φ̂_l(y_{l−1} ⋆ W_l + b_l), as one autograd node.
+
+    The numbers are those of `conv_act` or `linear_act` layer by layer. Backward makes one pass for
+    the gradients of activation and bias of a layer, and none of its own where the Triton engine
+    computes the layer after it: that layer's dgrad ends with them. Without it, the pass works in
+    place on dgrad's result. One activation is kept for each layer: its output, or where φ′ cannot
+    be read off that, its pre-activation, from which backward computes the output again for the
+    next layer's weight gradient. They are let go as backward proceeds. Nothing is kept for layers
+    before the first that wants a gradient. A second derivative recomputes the chain layer by layer.
+
+    Gradients of a node arrive together, when backward has gone through all of its layers, and
+    hooks on saved tensors are asked for all of a node's at once. What works piece by piece
+    (DistributedDataParallel, save_on_cpu) wants shorter nodes: `max_length`.
+
+    Args:
+        x: as for `conv_act` or `linear_act`, whichever the first layer is.
+        layers: all convolutions of the same number of spatial dimensions, or all linear. Padding
+            is with zeros, the same on both sides.
+        max_length: layers of one node at most; None puts all in one. Each node more costs one pass
+            more over one activation's gradient.
+
+    Returns:
+        The last layer's output.
+
+    Raises:
+        TypeError: dtypes that are not supported or do not match, or a layer that is no ChainLayer.
+        ValueError: no layers, shapes, devices or sizes that do not match, a mixture of layers, or
+            a backend or engine that cannot run.
+        RuntimeError: the backend named is not built or not installed.
+
+    Example:
+        >>> spec = ActSpec("relu", output_scale=2.0)
+        >>> one = ChainLayer(torch.ones(1, 1, 3, 3), torch.tensor([1.0]), spec, padding=1)
+        >>> conv_chain(torch.ones(1, 1, 2, 2), [one, one])[0, 0]
+        tensor([[82., 82.],
+                [82., 82.]])
+    """
+    layers = list(layers)
+    if not layers:
+        raise ValueError("conv_chain: no layers; pass at least one ChainLayer")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(
+            f"conv_chain: max_length={max_length!r} must be a positive integer or None"
+        )
+    check_tensor("conv_chain", "x", x)
+    n = _spatial(layers[0])
+    unbatched = n > 0 and x.ndim == n + 1
+    if unbatched:
+        x = x.unsqueeze(0)
+    shape = list(x.shape)
+    steps: list[Step] = []
+    params: list[Tensor | None] = []
+    for i, layer in enumerate(layers):
+        op = f"conv_chain: layer {i}"
+        if _spatial(layer) != n:
+            raise ValueError(
+                f"{op}: weight has {layer.weight.ndim} dimensions, that of layer 0 has "
+                f"{layers[0].weight.ndim}; make a chain of each kind"
+            )
+        x, weight, step = _checked(op, x, shape, layer)
+        steps.append(step)
+        params += [weight, layer.bias]
+    length = len(steps) if max_length is None else max_length
+    nodes = -(-len(steps) // length)
+    bounds = [i * len(steps) // nodes for i in range(nodes + 1)]
+    for first, end in itertools.pairwise(bounds):
+        x = run(x, tuple(steps[first:end]), params[2 * first : 2 * end])
+    return x.squeeze(0) if unbatched else x
+
+
+def _spatial(layer: ChainLayer) -> int:
+    if not isinstance(layer, ChainLayer):
+        raise TypeError(f"conv_chain: layers must be ChainLayers, got {type(layer).__name__}")
+    check_tensor("conv_chain", "weight", layer.weight)
+    return layer.weight.ndim - 2
+
+
+def _checked(
+    op: str, x: Tensor, shape: list[int], layer: ChainLayer
+) -> tuple[Tensor, Tensor, Step]:
+    """Check a layer for an input of `shape`, which becomes that of its output.
+
+    `x` is the chain's input, whose dtype and device all layers share; it is returned, and weight
+    too, as autocast wants them.
+    """
+    spec = check_spec(op, layer.spec)
+    x, weight = match(op, x, layer.weight)
+    geometry = None
+    if weight.ndim == 2:
+        check_linear(op, shape, weight)
+        given = layer.stride, layer.padding, layer.dilation, layer.groups
+        if given != (1, 0, 1, 1):
+            raise ValueError(
+                f"{op}: a linear layer has no stride, padding, dilation or groups, got {given}"
+            )
+        shape[-1] = weight.shape[0]
+    else:
+        n = check_conv(op, shape, weight, layer.groups)
+        strides = expand(op, "stride", layer.stride, n, 1)
+        dilations = expand(op, "dilation", layer.dilation, n, 1)
+        kernel = weight.shape[2:]
+        pads, extra = padding_of(op, kernel, strides, layer.padding, dilations, "zeros")
+        if any(extra):
+            raise ValueError(
+                f"{op}: padding={layer.padding!r} of a kernel of {tuple(kernel)} pads more at the "
+                "end than at the beginning; use conv_act for this layer, or an odd kernel"
+            )
+        check_reach(op, shape[2:], kernel, pads, dilations)
+        geometry = (strides, pads, dilations, False, [0] * n, layer.groups)
+        for d in range(n):
+            reach = dilations[d] * (kernel[d] - 1) + 1
+            shape[2 + d] = (shape[2 + d] + 2 * pads[d] - reach) // strides[d] + 1
+        shape[1] = weight.shape[0]
+    if layer.bias is not None:
+        out = weight.shape[0]
+        check_bias(op, layer.bias, x, out, f"weight has {out} output channels")
+    return x, weight, Step(spec, geometry, choose(layer.backend, x), layer.engine)
+
+
+def run(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> Tensor:
+    """Checked layers as one autograd node; `params` are weight and bias of each in turn."""
+    if transformed():
+        return _composed(x, steps, params)
+    live = 0
+    if not torch.is_grad_enabled():
+        live = len(steps)
+    elif not x.requires_grad:
+        wants = [i // 2 for i, p in enumerate(params) if p is not None and p.requires_grad]
+        live = wants[0] if wants else len(steps)
+    for i in range(live):
+        spec, geometry, kernels, asked = steps[i]
+        weight, bias = params[2 * i : 2 * i + 2]
+        assert weight is not None
+        engine = forward_engine(asked, x, weight, spec, geometry)
+        x = engine.fprop_act(x, weight, bias, spec, geometry, kernels)
+    if live == len(steps):
+        return x
+    return Chain.apply(steps[live:], x, *params[2 * live :])
+
+
+class Chain(torch.autograd.Function):
+    """Layers of which the first wants a gradient, so that all of them must be gone back through."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: tuple[Step, ...], x: Tensor, *params: Tensor | None) -> Tensor:
+        engines: list[Engines] = []
+        saved: list[Tensor] = []
+        y = x
+        for i, (spec, geometry, kernels, asked) in enumerate(steps):
+            weight, bias = params[2 * i], params[2 * i + 1]
+            assert weight is not None
+            own = engines_for(asked, y, weight, spec, geometry, chained=i > 0)
+            engines.append(own)
+            if spec.saves_output:
+                y = own.fprop.fprop_act(y, weight, bias, spec, geometry, kernels)
+                saved.append(y)
+            else:
+                z = own.fprop.fprop(y, weight, geometry)
+                y = kernels.bias_act(z, bias, spec, channel_dim(z, geometry))
+                saved.append(z)
+        ctx.steps = steps
+        ctx.engines = engines
+        ctx.save_for_backward(x, *params, *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        steps, engines = ctx.steps, ctx.engines
+        x, *tensors = ctx.saved_tensors
+        count = 2 * len(steps)
+        params, saved = tensors[:count], tensors[count:]
+        _, need_x, *need = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return None, *_composed_grads(grads[0], steps, x, params, [need_x, *need])
+        if not torch.compiler.is_compiling():
+            ctx.maybe_clear_saved_tensors()
+        del tensors
+        out: list[Tensor | None] = [None] * count
+        spec, geometry, kernels, _ = steps[-1]
+        dim = channel_dim(saved[-1], geometry)
+        dz, sums = kernels.act_grad(grads[0], saved[-1], params[-1], spec, dim, need[-1])
+        for i in range(len(steps) - 1, -1, -1):
+            geometry, own, weight = steps[i].geometry, engines[i], params[2 * i]
+            saved.pop()  # dz has taken its place
+            if sums is not None:
+                out[2 * i + 1] = sums.to(params[2 * i + 1].dtype)
+            like, before = x, None
+            if i > 0:
+                spec, _, kernels, _ = steps[i - 1]
+                like, bias = saved[-1], params[2 * i - 1]
+                before = Before(like, bias, spec, kernels, need[2 * i - 1])
+            want_x, want_weight = i > 0 or need_x, need[2 * i]
+            inputs = _input(before, geometry, x) if want_weight else like
+            if want_x and want_weight and own.dgrad is own.wgrad:
+                dz, sums, out[2 * i] = own.dgrad.both(dz, weight, inputs, geometry, before)
+            else:
+                if want_weight:
+                    out[2 * i] = own.wgrad.wgrad(dz, inputs, weight, geometry)
+                if want_x:
+                    dz, sums = own.dgrad.dgrad(dz, weight, like, geometry, before)
+            del inputs, like, before  # before the next layer's are made
+        return None, dz if need_x else None, *out
+
+
+def _input(before: Before | None, geometry: Geometry | None, x: Tensor) -> Tensor:
+    """The input of a layer: the output of the layer before, or x."""
+    if before is None:
+        return x
+    saved, bias, spec, kernels, _ = before
+    if spec.saves_output:
+        return saved
+    return kernels.bias_act(saved, bias, spec, channel_dim(saved, geometry))
+
+
+def _composed(x: Tensor, steps: Sequence[Step], params: Sequence[Tensor | None]) -> Tensor:
+    """The chain in plain PyTorch."""
+    for i, (spec, geometry, _, _) in enumerate(steps):
+        weight, bias = params[2 * i : 2 * i + 2]
+        assert weight is not None
+        if geometry is None:
+            x = reference.linear_act(x, weight, bias, spec)
+        else:
+            stride, padding, dilation, _, _, groups = geometry
+            x = reference.conv_act(x, weight, bias, spec, stride, padding, dilation, groups)
+    return x
+
+
+def _composed_grads(
+    grad: Tensor,
+    steps: Sequence[Step],
+    x: Tensor,
+    params: Sequence[Tensor | None],
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and params that can be differentiated again."""
+    # Under other names, so that a tensor that stands for several arguments counts for each once.
+    names = [None if t is None else t.view_as(t) for t in (x, *params)]
+    first, *rest = names
+    assert first is not None
+    y = _composed(first, steps, rest)
+    wanted = [t for t, wants in zip(names, need, strict=True) if wants and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if wants else None for wants in need)

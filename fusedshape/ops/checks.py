@@ -1,0 +1,169 @@
+"""What every op demands of its arguments, and how it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fusedshape.spec import ActSpec, static
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Size = int | Sequence[int]
+#: Stride, padding, dilation, transposed, output padding, groups, as torch.convolution takes them.
+Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+_PAD_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active, which Functions do not serve."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_tensor(op: str, name: str, x: Tensor) -> None:
+    """Raise TypeError unless x is a tensor of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} has dtype {x.dtype}; supported are float32, float64, bfloat16 and "
+            "float16: convert it with .to() first"
+        )
+
+
+def check_spec(op: str, spec: ActSpec) -> ActSpec:
+    """Raise TypeError unless spec is an ActSpec; return it, constant under torch.compile."""
+    if not isinstance(spec, ActSpec):
+        raise TypeError(f"{op}: spec must be an ActSpec, got {type(spec).__name__}")
+    return static(spec)
+
+
+def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> None:
+    """Raise unless bias is a vector of `channels` numbers beside x."""
+    check_tensor(op, "bias", bias)
+    if bias.ndim != 1 or bias.shape[0] != channels:
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, {why}; pass ({channels},)")
+    if bias.device != x.device:
+        raise ValueError(f"{op}: bias is on {bias.device}, x on {x.device}; move one of them")
+    if bias.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: bias has dtype {bias.dtype}, x {x.dtype}; make it {x.dtype} or float32"
+        )
+
+
+def match(op: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Check x against weight, and cast both under autocast."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "weight", weight)
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight is on {weight.device}, x on {x.device}; move one of them")
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return x.to(dtype), weight.to(dtype)
+    if weight.dtype != x.dtype:
+        raise TypeError(f"{op}: weight has dtype {weight.dtype}, x {x.dtype}; convert one of them")
+    return x, weight
+
+
+def check_conv(op: str, shape: Sequence[int], weight: Tensor, groups: int) -> int:
+    """Raise unless weight convolves an input of `shape`; return the spatial dimensions."""
+    n = weight.ndim - 2
+    if not 1 <= n <= 3:
+        raise ValueError(f"{op}: weight must have 3, 4 or 5 dimensions, got {tuple(weight.shape)}")
+    if len(shape) not in (n + 1, n + 2):
+        raise ValueError(
+            f"{op}: x has shape {tuple(shape)}; a weight of shape {tuple(weight.shape)} "
+            f"wants {n + 2} dimensions, or {n + 1} without a batch"
+        )
+    out, per_group = weight.shape[:2]
+    if not isinstance(groups, int) or groups < 1 or out < 1 or out % groups:
+        raise ValueError(
+            f"{op}: groups={groups!r} must be a positive divisor of the {out} output channels"
+        )
+    channels = shape[-n - 1]
+    if channels != per_group * groups:
+        raise ValueError(
+            f"{op}: weight has {per_group} input channels per group, input has {channels} "
+            f"and groups={groups}; weight.shape[1] * groups must equal the input's channels"
+        )
+    return n
+
+
+def check_linear(op: str, shape: Sequence[int], weight: Tensor) -> None:
+    """Raise unless weight is a matrix for an input of `shape`."""
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight must have 2 dimensions, got {tuple(weight.shape)}")
+    if not shape or shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x has shape {tuple(shape)}, weight {tuple(weight.shape)}; "
+            f"x's last dimension must be {weight.shape[1]}"
+        )
+
+
+def check_reach(
+    op: str, sizes: Sequence[int], kernel: Sequence[int], pads: list[int], dilation: list[int]
+) -> None:
+    """Raise where the kernel reaches beyond the padded input, whose spatial sizes are `sizes`."""
+    for d in range(len(kernel)):
+        reach = dilation[d] * (kernel[d] - 1) + 1
+        if kernel[d] < 1 or sizes[d] + 2 * pads[d] < reach:
+            raise ValueError(
+                f"{op}: a kernel of {kernel[d]} with dilation {dilation[d]} reaches over "
+                f"{reach}, but the padded input has {sizes[d] + 2 * pads[d]} in spatial "
+                f"dimension {d}; pad more or use a smaller kernel"
+            )
+
+
+def expand(op: str, name: str, value: Size, n: int, least: int) -> list[int]:
+    """One integer for each of n spatial dimensions.
+
+    Raises:
+        ValueError: other than one or n integers, or one below `least`.
+    """
+    values = [value] * n if isinstance(value, int) else list(value)
+    if len(values) == 1:
+        values *= n
+    fit = len(values) == n
+    for v in values:  # twice as fast as any(), and this runs three times a layer
+        fit = fit and isinstance(v, int) and v >= least
+    if not fit:
+        raise ValueError(
+            f"{op}: {name}={value!r} must be an integer of at least {least}, or {n} of them"
+        )
+    return values
+
+
+def padding_of(
+    op: str,
+    kernel: Sequence[int],
+    stride: list[int],
+    padding: Size | str,
+    dilation: list[int],
+    mode: str,
+) -> tuple[list[int], list[int]]:
+    """Padding on both sides of each spatial dimension, and what comes on top of it at the end.
+
+    Raises:
+        ValueError: an unknown mode or word, "same" with a stride, or sizes below 0.
+    """
+    if mode not in _PAD_MODES:
+        raise ValueError(f"{op}: padding_mode={mode!r} is unknown; known: {', '.join(_PAD_MODES)}")
+    n = len(kernel)
+    if not isinstance(padding, str):
+        return expand(op, "padding", padding, n, 0), [0] * n
+    if padding == "valid":
+        return [0] * n, [0] * n
+    if padding != "same":
+        raise ValueError(f"{op}: padding={padding!r}; known words: 'valid', 'same'")
+    if any(s != 1 for s in stride):
+        raise ValueError(
+            f"{op}: padding='same' needs stride 1, got {tuple(stride)}; give the padding as numbers"
+        )
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [t // 2 for t in totals], [t % 2 for t in totals]
