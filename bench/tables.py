@@ -1,4 +1,4 @@
-"""Writes the README's tables from the files in bench/results; with --check, only compares.
+"""Writes the tables of README.md and docs/performance.md from the records in bench/results.
 
 python -m bench.tables [--check]
 """
@@ -10,14 +10,18 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from bench.common import ROOT
+from fusedshape.bench import records, text
+from fusedshape.bench.cases import spec_of
+from fusedshape.bench.records import Record, Row
+from fusedshape.kernels.roofline import ROOFS
 from fusedshape.machine import headline
 from fusedshape.train.demo import final_runs
 
-README = ROOT / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 
 
@@ -25,13 +29,45 @@ def _load(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _source(data: dict[str, Any]) -> str:
+def _source(data: Mapping[str, Any]) -> str:
     return f"{headline(data)}; `{data['command']}`"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _find(group: str, device: str = "cpu") -> tuple[Record, list[Row]] | None:
+    """The one record that has rows of a group, and those that are ok; None if there is none."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        if json.loads(path.read_text()).get("kind") == records.KIND:
+            record = records.load(path)
+            if record["device"].startswith(device) and any(records.rows(record, group)):
+                found.append((path.name, record))
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise SystemExit(f"{group} stands in {names}; delete all but the one to be quoted")
+    if not found:
+        return None
+    record = found[0][1]
+    return record, [row for row in records.rows(record, group) if row["status"] == "ok"]
+
+
+def _recorded(group: str) -> tuple[Record, list[Row]]:
+    found = _find(group)
+    if found is None:
+        raise SystemExit(f"no record in {RESULTS} has the group {group}")
+    return found
+
+
+def _mean(rows: Iterable[Row], ratio: str) -> float:
+    return statistics.geometric_mean(row["ratios"][ratio][1] for row in rows)
+
+
+def _ms(row: Row, name: str) -> float:
+    return row["candidates"][name]["ms"][1]
 
 
 def sweep() -> str:
@@ -75,101 +111,273 @@ def demo() -> str:
     return f"The demo on 2 CPU cores: {', '.join(arms)} ({_source(data['header'])})."
 
 
+_RATIOS = ("fused/bare", "eager/fused", "folded/fused", "inplace/fused", "compiled/fused")
+
+
 def conv() -> str:
-    """Step times over ResNet-50's convolutions."""
-    data = _load("conv")
-    names = ["fused/bare", "eager/fused", "folded/fused", "compiled/fused"]
-    head = ["convolutions", "bare ms", "fused ÷ bare", "eager ÷ fused"]
-    head += ["folded ÷ fused", "compiled ÷ fused"]
-    rows = []
-    for size in dict.fromkeys(row["shape"][-1] for row in data["rows"]):
-        found = [row for row in data["rows"] if row["shape"][-1] == size]
-        total = sum(row["ms"]["bare"] for row in found)
-        means = [statistics.geometric_mean(row[name] for row in found) for name in names]
-        cells = [f"{total:.0f}", *(f"{mean:.2f}" for mean in means)]
-        rows.append([f"{len(found)} with {size}×{size} inputs", *cells])
-    means = [data["geometric_mean"][name] for name in names]
-    rows.append([f"**all {len(data['rows'])}**", "", *(f"**{mean:.2f}**" for mean in means)])
-    lowest = min(row["eager/fused"] for row in data["rows"])
+    """Step times over ResNet-50's convolutions, by stage."""
+    record, rows = _recorded("conv_act")
+    names = [name for name in _RATIOS if all(name in row["ratios"] for row in rows)]
+    head = ["convolutions", "bare ms", *(name.replace("/", " ÷ ") for name in names)]
+    body = []
+    for size in dict.fromkeys(row["parameters"]["shape"][-1] for row in rows):
+        found = [row for row in rows if row["parameters"]["shape"][-1] == size]
+        total = sum(_ms(row, "bare") for row in found)
+        cells = [f"{total:.0f}", *(f"{_mean(found, name):.2f}" for name in names)]
+        body.append([f"{len(found)} with {size}×{size} inputs", *cells])
+    means = [f"**{_mean(rows, name):.2f}**" for name in names]
+    body.append([f"**all {len(rows)}**", "", *means])
+    inplace = ", inplace the activation in place" if "inplace/fused" in names else ""
+    lowest = min(row["ratios"]["eager/fused"][1] for row in rows)
     note = (
         "Forward and backward of ResNet-50's distinct convolutions with a leaky ReLU, batch 8, "
         "channels_last, float32: sum of times, and geometric means of medians of paired ratios. "
         "Bare is the convolution with its bias and no activation, eager convolution, F.leaky_relu "
-        "and scale, folded the same without the scale, compiled torch.compile of eager. "
+        f"and scale, folded the same without the scale{inplace}, compiled torch.compile of eager. "
         f"The least gain over eager on any one is {lowest:.2f}×. "
-        f"{_source(data)}."
+        f"{_source(record)}."
     )
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{_table(head, body)}\n\n{note}"
 
 
 def accuracy() -> str:
     """Errors in half precision."""
-    data = _load("accuracy")
+    record, _ = _recorded("pointwise")
     head = ["activation", "γ"]
     head += [f"{dtype} {part}" for dtype in ("bf16", "fp16") for part in ("value", "gradient")]
-    rows: dict[str, list[str]] = {}
-    for row in data["rows"]:
-        cells = rows.setdefault(row["activation"], [f"{row['output_scale']:.2f}"])
-        for part in ("value", "gradient"):
-            fused, eager = row[f"{part} fused"], row[f"{part} eager"]
-            cells.append(f"{fused:.1e} ({eager / fused:.1f}×)")
+    body: dict[str, list[str]] = {}
+    for dtype in ("bfloat16", "float16"):
+        for row in records.rows(record, "pointwise", dtype=dtype, mode="step"):
+            name = row["parameters"]["activation"]
+            cells = body.setdefault(name, [f"{spec_of(name).output_scale:.2f}"])
+            for part in ("y", "dx"):
+                fused, eager = (row["candidates"][c]["error"][part] for c in ("fused", "eager"))
+                cells.append(f"{fused:.1e} ({eager / fused:.1f}×)")
     note = (
         "Relative root-mean-square error of the fused op against float64, and how many times "
         "larger that of eager PyTorch is, op by op in the same dtype. DKS constants for 50 layers "
-        f"(TAT for leaky_relu), standard normal inputs. {_source(data)}."
+        f"(TAT for leaky_relu), standard normal inputs. {_source(record)}."
     )
-    return f"{_table(head, [[name, *cells] for name, cells in rows.items()])}\n\n{note}"
+    return f"{_table(head, [[name, *cells] for name, cells in body.items()])}\n\n{note}"
 
 
 def solver() -> str:
     """Solver and call overhead, as sentences."""
-    data, calls = _load("solver"), _load("overhead")
-    solved = [row["dks_s"] / row["fusedshape_s"] for row in data["rows"] if row["dks"] == "solved"]
-    call = calls["rows"][0]
+    record, rows = _recorded("constants")
+    both = [row["ratios"]["dks/fused"][1] for row in rows if "dks/fused" in row["ratios"]]
+    median = statistics.median(_ms(row, "fused") for row in rows)
+    (call, *_), (load, *_) = (_recorded(group)[1] for group in ("overhead", "import"))
     return (
-        f"The solvers meet every condition of the 159 reference cases to 1e-9, in a median of "
-        f"{data['all_cases_median_ms']:.0f} ms. Beside google-deepmind's `dks` 0.1.2, on one case "
-        f"of each activation and method, they are a median of {statistics.median(solved):.0f}× "
-        f"faster, and at least {min(solved):.0f}× ({len(solved)} cases that dks solves; "
-        f"{_source(data)}).\n\n"
-        f"A call of `shaped_act` on 4 numbers costs {call['microseconds']['shaped_act']:.0f} µs "
-        f"forward and backward, {call['ratio']:.2f}× that of `F.leaky_relu`; `import fusedshape` "
-        f"adds {call['import_ms']:.0f} ms to `import torch`."
+        "The solvers meet every condition of the 159 reference cases to 1e-9. On one case of each "
+        f"activation and method they take a median of {median:.0f} ms; google-deepmind's `dks` "
+        f"0.1.2 takes a median of {statistics.median(both):.0f}× as long, and at least "
+        f"{min(both):.0f}× ({len(both)} cases that dks solves; {_source(record)}).\n\n"
+        f"A call of `{call['case'].rpartition('/')[2]}` on 4 numbers costs "
+        f"{1e3 * _ms(call, 'fused'):.0f} µs forward and backward, "
+        f"{1 / call['ratios']['folded/fused'][1]:.2f}× that of the stock `F.leaky_relu`; "
+        f"`import fusedshape` adds {_ms(load, 'fused'):.0f} ms to `import torch`."
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "sweep": sweep,
-    "demo": demo,
-    "conv": conv,
-    "accuracy": accuracy,
-    "solver": solver,
+Maker = Callable[[Record, list[Row]], str]
+
+
+def _optional(
+    group: str, command: str, device: str = "cpu"
+) -> Callable[[Maker], Callable[[], str]]:
+    """A table that says how to make its record while there is none."""
+
+    def decorate(make: Maker) -> Callable[[], str]:
+        def table() -> str:
+            found = _find(group, device)
+            if found is None:
+                return f"Not measured yet. The record is made by `{command}`."
+            record, rows = found
+            return f"{make(record, rows)}\n\n{_source(record)}."
+
+        return table
+
+    return decorate
+
+
+_CPU = "fusedshape bench --suite cpu --out runs/cpu.json"
+_SCALING = "fusedshape bench --suite scaling --out runs/scaling.json"
+_GPU = "fusedshape bench --suite gpu-quick --out runs/gpu.json"
+
+
+def bound() -> str:
+    """What fusing can gain at most, by channels."""
+    roof = ROOFS["H200"]
+    widths = (64, 128, 256, 512)
+    rows = []
+    for name, passes in (("eager", 11), ("folded, in place", 7), ("torch.compile", 4)):
+        gains = [passes * 2 * roof.half / (54 * c * roof.bandwidth) for c in widths]
+        rows.append([f"over {name}, {passes} passes", *(f"{gain:.2f}" for gain in gains)])
+    note = (
+        f"Gain of a perfectly fused layer relative to the time of its convolution, at "
+        f"{roof.bandwidth / 1e12:.1f} TB/s and {roof.half / 1e12:.0f} TFLOP/s ({roof.name}, "
+        f"{roof.source.partition(';')[0]}): an estimate, and an upper bound, because "
+        "convolutions do not reach the rate of large products."
+    )
+    return f"{_table(['gain at most', *(f'C = {c}' for c in widths)], rows)}\n\n{note}"
+
+
+def layers() -> str:
+    """Every convolution by itself, with the spread, losses included."""
+    record, rows = _recorded("conv_act")
+    names = [name for name in _RATIOS if all(name in row["ratios"] for row in rows)]
+    head = ["layer", "fused ms", *(name.replace("/", " ÷ ") for name in names)]
+    body = []
+    for row in rows:
+        cin, cout, k, stride, size = row["parameters"]["shape"]
+        cells = [f"{_ms(row, 'fused'):.1f}", *(text.ratio(row["ratios"][name]) for name in names)]
+        body.append([f"{cin}→{cout} {k}×{k}/{stride} {size}²", *cells])
+    lost = sum(row["ratios"]["eager/fused"][1] < 1 for row in rows)
+    beaten = sum(row["ratios"]["folded/fused"][1] < 1 for row in rows)
+    note = (
+        f"Fused is slower than eager on {lost} of {len(rows)}, and slower than the stock form with "
+        f"folded weights on {beaten}. Where they are known, the 20th and 80th percentile of the "
+        f"paired ratios stand in brackets. {_source(record)}."
+    )
+    return f"{_table(head, body)}\n\n{note}"
+
+
+@_optional("chain", _CPU)
+def memory(record: Record, rows: list[Row]) -> str:
+    """Bytes kept for backward."""
+    rows = [*rows, *(row for row in records.rows(record, "net") if row["status"] == "ok")]
+    names = list(
+        dict.fromkeys(
+            name
+            for row in rows
+            for name, result in row["candidates"].items()
+            if "saved_bytes" in result
+        )
+    )
+    body = []
+    for row in rows:
+        saved = [row["candidates"].get(name, {}).get("saved_bytes") for name in names]
+        cells = ["" if s is None else f"{s / 1e6:.2f}" for s in saved]
+        body.append([row["case"], *cells])
+    return f"{_table(['MB saved for backward', *names], body)}"
+
+
+@_optional("net", _CPU)
+def nets(record: Record, rows: list[Row]) -> str:
+    """Steps of whole networks."""
+    return _ratios(rows)
+
+
+@_optional("linear_act", _CPU)
+def others(record: Record, rows: list[Row]) -> str:
+    """Linear layers and chains."""
+    chains = [row for row in records.rows(record, "chain") if row["status"] == "ok"]
+    return _ratios([*rows, *chains])
+
+
+@_optional("overhead", _CPU)
+def overhead(record: Record, rows: list[Row]) -> str:
+    """What a call costs the host."""
+    head = ["call on 4 numbers, forward and backward", "µs", "of stock PyTorch's"]
+    body = []
+    for row in rows:
+        ratio = 1 / row["ratios"]["folded/fused"][1]
+        name = row["case"].rpartition("/")[2]
+        body.append([f"`{name}`", f"{1e3 * _ms(row, 'fused'):.0f}", f"{ratio:.2f}×"])
+    return _table(head, body)
+
+
+@_optional("scaling", _SCALING)
+def scaling(record: Record, rows: list[Row]) -> str:
+    """Fitted exponents."""
+    head = ["series", "by", "sizes", "exponent at the three largest", "at most linear"]
+    body = [
+        [
+            f"{fit['series']}, {fit['candidate']}",
+            "ms" if fit["metric"] == "ms" else "bytes saved",
+            f"{fit['sizes'][0]:,.0f} … {fit['sizes'][-1]:,.0f}",
+            f"{fit['exponent']:.2f}",
+            "yes" if fit["holds"] else "**no**",
+        ]
+        for fit in record["fits"]
+        if fit["candidate"].startswith(("fused", "eager"))
+    ]
+    return _table(head, body)
+
+
+@_optional("conv_act", _GPU, "cuda")
+def gpu(record: Record, rows: list[Row]) -> str:
+    """The same on a GPU."""
+    groups = ("pointwise", "linear_act", "chain", "net")
+    more = [r for g in groups for r in records.rows(record, g) if r["status"] == "ok"]
+    return _ratios([*rows, *more])
+
+
+def _ratios(rows: list[Row]) -> str:
+    owns = list(dict.fromkeys(n for row in rows for n in row["candidates"] if text.is_ours(n)))
+    others = [
+        name
+        for name in text.OTHERS
+        if any(f"{name}/{own}" in row["ratios"] for row in rows for own in owns)
+    ]
+    head = ["case", "ours", "ms", *(f"{name} ÷ ours" for name in others)]
+    body = []
+    for row in rows:
+        for own in owns:
+            if "ms" in row["candidates"].get(own, {}):
+                cells = [text.ratio(row["ratios"].get(f"{name}/{own}")) for name in others]
+                body.append([row["case"], own, f"{_ms(row, own):.3g}", *cells])
+    return _table(head, body)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "sweep": sweep,
+        "demo": demo,
+        "conv": conv,
+        "accuracy": accuracy,
+        "solver": solver,
+    },
+    "docs/performance.md": {
+        "bound": bound,
+        "layers": layers,
+        "others": others,
+        "nets": nets,
+        "memory": memory,
+        "overhead": overhead,
+        "scaling": scaling,
+        "gpu": gpu,
+    },
 }
 
 
-def written(text: str) -> str:
-    """The README with its tables as the results say."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+def written(page: str, name: str = "README.md") -> str:
+    """The text of a page, with its tables as the records say."""
+    for table, make in PAGES[name].items():
+        begin, end = f"<!-- table: {table} -->\n", "<!-- end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise SystemExit(f"README.md must hold {begin.strip()} … {end} once")
+        if len(pattern.findall(page)) != 1:
+            raise SystemExit(f"{name} must hold {begin.strip()} … {end} once")
         block = f"{begin}{make()}\n{end}"
-        text = pattern.sub(lambda _, block=block: block, text)
-    return text
+        page = pattern.sub(lambda _, block=block: block, page)
+    return page
 
 
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     args = parser.parse_args()
-    text = README.read_text()
-    new = written(text)
-    if not args.check:
-        README.write_text(new)
-    elif new != text:
-        sys.exit("README.md is not what bench/results says; run python -m bench.tables")
+    stale = []
+    for name in PAGES:
+        page = (ROOT / name).read_text()
+        new = written(page, name)
+        if new != page:
+            stale.append(name)
+            if not args.check:
+                (ROOT / name).write_text(new)
+    if args.check and stale:
+        sys.exit(f"{', '.join(stale)}: not what bench/results says; run python -m bench.tables")
 
 
 if __name__ == "__main__":

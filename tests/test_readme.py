@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedshape.cli import main
+from fusedshape.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,9 +37,22 @@ def test_make_commands_exist() -> None:
 
 
 def test_constants_command(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = re.findall(r"`fusedshape (constants [^`]*)`", README)
-    assert main(line.split()) == 0
-    assert "input_scale" in capsys.readouterr().out
+    lines = re.findall(r"`fusedshape (constants [^`]*)`", README)
+    assert len(lines) == 2
+    for line in lines:
+        model = "fusedshape.models:vanilla_vgg16"
+        assert main(line.replace("pkg.module:factory", model).split()) == 0
+        assert "input_scale" in capsys.readouterr().out
+
+
+def test_other_commands_are_understood() -> None:
+    lines = set(re.findall(r"`(?:\.venv/bin/)?fusedshape ([a-z][^`]*)`", README))
+    block = README[README.index("## Reproduce") :]
+    lines |= set(re.findall(r"^\.venv/bin/fusedshape (.*)$", block, re.MULTILINE))
+    assert len(lines) > 8
+    for line in lines:
+        arguments = parser().parse_args(line.split())
+        assert arguments.command == line.split()[0]
 
 
 def test_linked_files_exist() -> None:

@@ -567,9 +567,17 @@ def why_not(*matrices: Tensor | None) -> str | None:
     return None
 
 
-@lru_cache
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU behind a device; in the interpreter a small one of compute capability 9.0."""
+    return _gpu_of(device)
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
+gpu_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(90, 4)
     properties = torch.cuda.get_device_properties(device)

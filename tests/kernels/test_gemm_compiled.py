@@ -231,7 +231,7 @@ def test_second_stage_of_wgrad(
     assert kernel.vectors("ld") > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("arch", ARCHES)
@@ -250,7 +250,7 @@ def test_every_configuration(
             check(monkeypatch, launches, arch, p, config, shaped("leaky_relu"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_activation(

@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process of its own.
+"""Runs interpreted*.py, each in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is first imported, and torch may have imported it long before
 any test runs; hence one child, whatever the process of this test is like.
@@ -16,8 +16,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", HERE / "interpreted.py", "-q", "--tb=short"]
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("interpreted*.py")))
+def test_interpreted(file: str) -> None:
+    command = [sys.executable, "-m", "pytest", HERE / file, "-q", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--color=no"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["TRITON_INTERPRET"] = "1"

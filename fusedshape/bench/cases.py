@@ -1,0 +1,409 @@
+"""THE list of cases: what is measured, at which sizes, and in which suites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusedshape import theory
+from fusedshape.activations import ACTIVATIONS
+from fusedshape.bench import constants, providers
+from fusedshape.bench.providers import Mode, Problem
+from fusedshape.models import vanilla_convnet, vanilla_mlp, vanilla_resnet, vanilla_vgg16
+from fusedshape.spec import ActSpec
+from fusedshape.timing import Candidate
+
+#: Layers of the network whose constants the cases use.
+DEPTH = 50
+#: (in channels, out channels, kernel, stride, input size): each distinct convolution of ResNet-50.
+RESNET50 = (
+    (3, 64, 7, 2, 224),
+    (64, 64, 1, 1, 56),
+    (64, 64, 3, 1, 56),
+    (64, 256, 1, 1, 56),
+    (256, 64, 1, 1, 56),
+    (256, 128, 1, 1, 56),
+    (128, 128, 3, 2, 56),
+    (128, 512, 1, 1, 28),
+    (256, 512, 1, 2, 56),
+    (512, 128, 1, 1, 28),
+    (128, 128, 3, 1, 28),
+    (512, 256, 1, 1, 28),
+    (256, 256, 3, 2, 28),
+    (256, 1024, 1, 1, 14),
+    (512, 1024, 1, 2, 28),
+    (1024, 256, 1, 1, 14),
+    (256, 256, 3, 1, 14),
+    (1024, 512, 1, 1, 14),
+    (512, 512, 3, 2, 14),
+    (512, 2048, 1, 1, 7),
+    (1024, 2048, 1, 2, 14),
+    (2048, 512, 1, 1, 7),
+    (512, 512, 3, 1, 7),
+)
+_KEY = ((64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14), (512, 512, 3, 1, 7))
+_ONE_BY_ONE = ((64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (1024, 256, 1, 1, 14))
+#: Activations for which DKS or TAT has constants.
+SHAPED = tuple(name for name in ACTIVATIONS if name != "square")
+#: Depths of the scaling suite.
+DEPTHS = (10, 100, 1_000, 10_000, 100_000)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a problem is built.
+
+    Attributes:
+        device: of the tensors.
+        seed: of all random numbers.
+        compiled: names of `providers.COMPILED` that the suite allows.
+    """
+
+    device: torch.device
+    seed: int = 0
+    compiled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a record.
+
+    Attributes:
+        name: group/what/…, unique in each suite.
+        suites: that run it, in the order of the list.
+        build: makes the problem.
+        parameters: what tables and plots ask for.
+        timed: whether time is of interest; memory and errors always are.
+    """
+
+    name: str
+    suites: tuple[str, ...]
+    build: Callable[[Setting], Problem]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    timed: bool = True
+
+    @property
+    def group(self) -> str:
+        """First part of the name."""
+        return self.name.partition("/")[0]
+
+
+@lru_cache
+def spec_of(activation: str) -> ActSpec:
+    """Constants of a network of `DEPTH` layers: TAT's for leaky_relu, DKS's for all others."""
+    method = "TAT" if activation == "leaky_relu" else "DKS"
+    return theory.solve(method, activation, depth=DEPTH)
+
+
+def _how(setting: Setting, dtype: str, channels_last: bool = True) -> dict[str, Any]:
+    return {
+        "seed": setting.seed,
+        "device": setting.device,
+        "dtype": getattr(torch, dtype),
+        "channels_last": channels_last,
+    }
+
+
+def _compiled(setting: Setting, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in wanted if name in setting.compiled)
+
+
+_DEFAULT = ("compiled",)
+_BOTH = ("compiled", "compiled max-autotune")
+
+
+def _pointwise(
+    suites: tuple[str, ...],
+    activation: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    mode: Mode,
+    *,
+    channels_last: bool = True,
+    compiled: tuple[str, ...] = (),
+    name: str = "",
+) -> Case:
+    def build(setting: Setting) -> Problem:
+        how = _how(setting, dtype, channels_last)
+        wanted = _compiled(setting, compiled)
+        return providers.pointwise(spec_of(activation), shape, mode, wanted, **how)
+
+    layout = "channels_last" if channels_last else "contiguous"
+    size = "x".join(map(str, shape))
+    return Case(
+        name or f"pointwise/{activation}/{size}/{layout}/{dtype}/{mode}",
+        suites,
+        build,
+        {
+            "activation": activation,
+            "shape": list(shape),
+            "layout": layout,
+            "dtype": dtype,
+            "mode": mode,
+        },
+    )
+
+
+def _conv(
+    suites: tuple[str, ...],
+    shape: tuple[int, int, int, int, int],
+    batch: int,
+    dtype: str,
+    mode: Mode,
+    *,
+    activation: str = "leaky_relu",
+    compiled: tuple[str, ...] = _DEFAULT,
+    name: str = "",
+) -> Case:
+    def build(setting: Setting) -> Problem:
+        how = _how(setting, dtype)
+        wanted = _compiled(setting, compiled)
+        return providers.convolution(spec_of(activation), shape, batch, mode, wanted, **how)
+
+    cin, cout, k, stride, size = shape
+    return Case(
+        name
+        or f"conv_act/{activation}/{cin}-{cout}-{k}x{k}-s{stride}-{size}-n{batch}/{dtype}/{mode}",
+        suites,
+        build,
+        {
+            "activation": activation,
+            "shape": list(shape),
+            "batch": batch,
+            "dtype": dtype,
+            "mode": mode,
+        },
+    )
+
+
+def _linear(
+    suites: tuple[str, ...],
+    shape: tuple[int, int, int],
+    dtype: str,
+    mode: Mode,
+    *,
+    activation: str = "leaky_relu",
+    compiled: tuple[str, ...] = _DEFAULT,
+    name: str = "",
+) -> Case:
+    def build(setting: Setting) -> Problem:
+        how = _how(setting, dtype)
+        wanted = _compiled(setting, compiled)
+        return providers.linear(spec_of(activation), shape, mode, wanted, **how)
+
+    size = "x".join(map(str, shape))
+    return Case(
+        name or f"linear_act/{activation}/{size}/{dtype}/{mode}",
+        suites,
+        build,
+        {"activation": activation, "shape": list(shape), "dtype": dtype, "mode": mode},
+    )
+
+
+def _chain(
+    suites: tuple[str, ...],
+    depth: int,
+    shape: tuple[int, int, int],
+    dtype: str,
+    mode: Mode = "step",
+    *,
+    compiled: tuple[str, ...] = _DEFAULT,
+    series: dict[str, Any] | None = None,
+) -> Case:
+    def build(setting: Setting) -> Problem:
+        how = _how(setting, dtype)
+        wanted = _compiled(setting, compiled)
+        return providers.chain(spec_of("leaky_relu"), depth, shape, mode, wanted, **how)
+
+    size = "x".join(map(str, shape))
+    name = f"leaky_relu/{depth}-layers-{size}/{dtype}/{mode}"
+    parameters = {"depth": depth, "shape": list(shape), "dtype": dtype, "mode": mode}
+    if series:
+        timed = series["metric"] == "ms"
+        return Case(f"scaling/{series['series']}/{series['size']}", suites, build, series, timed)
+    return Case(f"chain/{name}", suites, build, parameters)
+
+
+def _net(
+    suites: tuple[str, ...],
+    name: str,
+    make: Callable[[], nn.Sequential],
+    shape: tuple[int, ...],
+    dtype: str,
+    mode: Mode = "step",
+    *,
+    compiled: tuple[str, ...] = (),
+) -> Case:
+    def build(setting: Setting) -> Problem:
+        how = _how(setting, dtype)
+        return providers.network(make, shape, _compiled(setting, compiled), mode, **how)
+
+    size = "x".join(map(str, shape))
+    return Case(
+        f"net/{name}/{size}/{dtype}/{mode}",
+        suites,
+        build,
+        {"net": name, "shape": list(shape), "dtype": dtype, "mode": mode},
+    )
+
+
+def _constants(suites: tuple[str, ...], method: str, activation: str, depth: int = DEPTH) -> Case:
+    return Case(
+        f"constants/{method}/{activation}",
+        suites,
+        lambda setting: constants.constants(method, activation, depth),
+        {"method": method, "activation": activation, "depth": depth},
+    )
+
+
+def _overhead(suites: tuple[str, ...]) -> Iterator[Case]:
+    """Calls on so few numbers that only the host's work counts."""
+    how: dict[str, Any] = {"dtype": "float32", "mode": "step", "compiled": ()}
+    yield _pointwise(
+        suites, "leaky_relu", (1, 4), channels_last=False, name="overhead/bias_act", **how
+    )
+    yield _linear(suites, (1, 4, 4), name="overhead/linear_act", **how)
+    yield _conv(suites, (4, 4, 1, 1, 1), 1, name="overhead/conv_act", **how)
+
+
+def _solving(method: str, activation: str, depth: int) -> Case:
+    series = {"series": f"solve {method} {activation}", "size": depth, "metric": "ms"}
+    return Case(
+        f"scaling/{series['series']}/{depth}",
+        ("scaling",) + (("smoke",) if depth <= 1_000 and method == "TAT" else ()),
+        # TAT's usual η of 0.9 is out of reach for 10 layers.
+        lambda setting: constants.constants(method, activation, depth, eta=0.8, beside=False),
+        series,
+    )
+
+
+class _Loop(nn.Module):
+    """A chain called layer by layer in its own forward, which torch.fx has to write out."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def _tracing(depth: int, loop: bool) -> Case:
+    def build(setting: Setting) -> Problem:
+        # Layers of one feature: what is timed is their number.
+        chain = (m for _ in range(depth) for m in (nn.Linear(1, 1), nn.ReLU()))
+        model = _Loop(depth) if loop else nn.Sequential(*chain)
+
+        def check() -> dict[str, torch.Tensor]:
+            return {"depth": torch.tensor(theory.trace_wiring(model).depth)}
+
+        own = Candidate(lambda _: theory.trace_wiring(model), check=check, claims=True)
+        return Problem({"fused": own}, lambda: {"depth": torch.tensor(depth)})
+
+    name = "trace a loop" if loop else "trace a chain"
+    series = {"series": name, "size": depth, "metric": "ms"}
+    suites = ("scaling", "smoke") if depth <= 10 else ("scaling",)
+    return Case(f"scaling/{name}/{depth}", suites, build, series)
+
+
+def _all() -> Iterator[Case]:
+    smoke, cpu, scaling = ("smoke",), ("cpu",), ("scaling",)
+    quick, gpu = ("gpu-quick", "gpu"), ("gpu",)
+
+    # The smallest of everything.
+    yield _pointwise(smoke, "tanh", (2, 8, 6, 6), "float32", "step")
+    yield _pointwise(smoke, "swish", (2, 8, 6, 6), "bfloat16", "backward", channels_last=False)
+    modes: tuple[Mode, ...] = ("forward", "backward", "step")
+    for mode in modes:
+        yield _conv(smoke, (8, 8, 3, 1, 6), 2, "float32", mode, compiled=())
+    yield _linear(smoke, (6, 8, 8), "float32", "step", compiled=())
+    yield _chain(smoke, 3, (2, 8, 6), "float32", compiled=())
+    convnet = partial(vanilla_convnet, 20, width=8)
+    yield _net(smoke, "convnet-20-w8", convnet, (4, 2, 8, 8), "float32")
+    yield _constants(smoke, "TAT", "leaky_relu")
+
+    # A GPU, the most telling first.
+    batch = 64
+    for shape in _KEY:
+        yield _conv(quick, shape, batch, "bfloat16", "step")
+    for mode in ("forward", "backward"):
+        yield _pointwise(quick, "leaky_relu", (batch, 256, 56, 56), "bfloat16", mode)
+    yield _chain(quick, 16, (batch, 64, 56), "bfloat16")
+    yield _net(quick, "resnet50", vanilla_resnet, (batch, 3, 224, 224), "bfloat16")
+    for shape in _ONE_BY_ONE:
+        yield _conv(quick, shape, batch, "bfloat16", "step")
+    for shape in _KEY:
+        for mode in ("forward", "backward"):
+            yield _conv(quick, shape, batch, "bfloat16", mode)
+    yield _linear(quick, (8192, 4096, 4096), "bfloat16", "step")
+    yield _net(quick, "vgg16", vanilla_vgg16, (32, 3, 224, 224), "bfloat16")
+    yield _chain(quick, 16, (batch, 128, 28), "bfloat16")
+    for activation in ("tanh", "softplus", "swish"):
+        yield _pointwise(quick, activation, (batch, 256, 56, 56), "bfloat16", "step")
+    yield _conv(quick, _KEY[1], batch, "bfloat16", "step", activation="tanh")
+    yield _conv(quick, _KEY[1], batch, "float16", "step")
+    yield _conv(quick, _KEY[1], batch, "float32", "step")
+    for shape in RESNET50:
+        if shape not in _KEY and shape not in _ONE_BY_ONE:
+            yield _conv(quick, shape, batch, "bfloat16", "step", compiled=())
+    yield from _overhead(("gpu-quick", "gpu", "cpu", "smoke"))
+    for activation in SHAPED:
+        for dtype in ("bfloat16", "float16", "float32"):
+            yield _pointwise(gpu, activation, (batch, 128, 28, 28), dtype, "step")
+    for shape in (*_KEY, *_ONE_BY_ONE):
+        for mode in modes:
+            yield _conv(gpu, shape, 128, "bfloat16", mode, compiled=_BOTH)
+    for name, make in (("resnet50", vanilla_resnet), ("vgg16", vanilla_vgg16)):
+        yield _net(gpu, name, make, (128, 3, 224, 224), "bfloat16", compiled=_BOTH)
+
+    # Two cores.
+    for shape in RESNET50:
+        yield _conv(cpu, shape, 8, "float32", "step")
+    for dtype in ("float32", "bfloat16", "float16"):
+        for activation in SHAPED:
+            yield _pointwise(cpu, activation, (8, 64, 56, 56), dtype, "step")
+    for activation in ("leaky_relu", "tanh", "swish"):
+        for mode in ("forward", "backward"):
+            yield _pointwise(cpu, activation, (8, 64, 56, 56), "float32", mode)
+    yield _pointwise(cpu, "leaky_relu", (8, 64, 56, 56), "float32", "step", channels_last=False)
+    for sizes in ((512, 512, 512), (64, 2048, 2048)):
+        yield _linear(cpu, sizes, "float32", "step")
+    yield _linear(cpu, (512, 512, 512), "float32", "step", activation="softplus", compiled=())
+    yield _chain(cpu, 16, (8, 32, 28), "float32", compiled=())
+    convnet = partial(vanilla_convnet, 50, width=32)
+    resnet = partial(vanilla_resnet, 50, num_classes=10, width=16)
+    mlp = partial(vanilla_mlp, 30)
+    yield _net(cpu, "convnet-50-w32", convnet, (64, 2, 8, 8), "float32")
+    yield _net(cpu, "resnet50-w16", resnet, (8, 3, 64, 64), "float32")
+    yield _net(cpu, "mlp-30-w128", mlp, (256, 128), "float32")
+    yield Case("import/fusedshape", cpu, lambda setting: constants.importing())
+    for method in ("DKS", "TAT"):
+        for activation in SHAPED:
+            if (method, activation) != ("TAT", "relu"):
+                yield _constants(("solver",), method, activation)
+
+    # Growth: with depth, with batch.
+    for depth in DEPTHS:
+        yield _solving("TAT", "leaky_relu", depth)
+        yield _solving("DKS", "tanh", depth)
+        yield _solving("TAT", "tanh", depth)
+    for depth in DEPTHS:
+        yield _tracing(depth, loop=False)
+        if depth <= 10_000:
+            yield _tracing(depth, loop=True)
+    for depth in (4, 8, 16, 32, 64):
+        series = {"series": "memory of a chain by depth", "size": depth, "metric": "saved_bytes"}
+        yield _chain(scaling, depth, (4, 16, 16), "float32", compiled=(), series=series)
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        series = {"series": "step of a chain by batch", "size": n, "metric": "ms"}
+        yield _chain(scaling, 4, (n, 32, 28), "float32", compiled=(), series=series)
+
+
+CASES: tuple[Case, ...] = tuple(_all())

@@ -1,0 +1,567 @@
+"""The ways to run a layer or a network that are set side by side, as candidates to be timed.
+
+bare       the layer and its bias, no activation: what cannot be saved
+eager      γ(φ(α(z + b) + β) + δ), one torch operation after the other
+folded     γ multiplied into weight and bias, and a stock activation; where that is exact
+inplace    folded, the activation in place: one saved tensor, as InPlace-ABN has it
+compiled   torch.compile of eager
+reference  this library in plain PyTorch: φ′ from the output, op by op
+fused      this library, its own choice of backend and engine; "fused NAME" insists on an engine
+fused chain  the layers of a chain as one node (conv_chain)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedshape.convert import convert
+from fusedshape.kernels import roofline
+from fusedshape.kernels.roofline import Traffic, traffic
+from fusedshape.ops import bias_act, conv_act, linear_act
+from fusedshape.ops.chain import ChainLayer, conv_chain
+from fusedshape.spec import ActSpec
+from fusedshape.timing import Candidate
+
+#: Relative error of gradients that other branches at the kinks between layers explain.
+EITHER_BRANCH = 0.01
+
+Mode = Literal["forward", "backward", "step"]
+Leaves = dict[str, Tensor]
+#: Leaves, by name, to the output.
+Form = Callable[..., Tensor]
+Activate = Callable[[Tensor], Tensor]
+#: Providers that torch.compile makes, and the mode they pass to it.
+COMPILED = {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}
+
+_STOCK: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda u, a: F.relu(u),
+    "leaky_relu": F.leaky_relu,
+    "softplus": lambda u, a: F.softplus(u),
+    "elu": lambda u, a: F.elu(u),
+    "selu": lambda u, a: F.selu(u),
+    "softsign": lambda u, a: F.softsign(u),
+    "swish": lambda u, a: F.silu(u),
+    "gelu": lambda u, a: F.gelu(u, approximate="tanh"),
+    "gelu_exact": lambda u, a: F.gelu(u),
+}
+
+
+def stock(z: Tensor, spec: ActSpec) -> Tensor:
+    """What one writes without this library; operations that do nothing are left out."""
+    if spec.input_scale != 1:
+        z = spec.input_scale * z
+    if spec.input_shift != 0:
+        z = z + spec.input_shift
+    y = _STOCK.get(spec.activation, spec.row.value)(z, spec.negative_slope)
+    if spec.output_shift != 0:
+        y = y + spec.output_shift
+    return spec.output_scale * y if spec.output_scale != 1 else y
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to compute, and everyone who computes it.
+
+    Attributes:
+        candidates: by name.
+        truth: the tensors of `Candidate.check` in float64; None where nothing is to be checked.
+        dtype: of the tensors; decides which matmul ceiling counts.
+        bytes: that have to be moved, whoever moves more.
+        flops: of the convolutions and products.
+        leaves: tensors that live anyway and count for no one's memory.
+        tolerance: relative error allowed at least.
+    """
+
+    candidates: dict[str, Candidate]
+    truth: Callable[[], Leaves] | None = None
+    dtype: torch.dtype = torch.float32
+    bytes: int | None = None
+    flops: int | None = None
+    leaves: Sequence[Tensor] = ()
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A layer, or several, to be run in every form.
+
+    Attributes:
+        spec: the activation.
+        leaves: the tensors to differentiate by, by name.
+        compose: given an activation z → y, the form that runs the plain layers with it.
+        fused: this library's forms.
+        traffic: bytes and FLOPs of the forward and of the backward pass.
+        seed: of the gradient that comes in.
+        folds: whether γ can be multiplied into the leaf of that name.
+        layers: with a product in them, in a row. The gradient that comes into a single one is zero
+            where its pre-activation is within rounding of a kink; between several, either branch
+            may be taken.
+    """
+
+    spec: ActSpec
+    leaves: Leaves
+    compose: Callable[[Activate], Form]
+    fused: dict[str, Form]
+    traffic: tuple[Traffic, Traffic]
+    seed: int
+    folds: Callable[[str], bool] = lambda name: name != "x"
+    layers: int = 1
+
+    def problem(self, mode: Mode, compiled: Sequence[str]) -> Problem:
+        """Every provider that there is for this work."""
+        spec, leaves = self.spec, self.leaves
+        bare, eager = self.compose(lambda z: z), self.compose(lambda z: stock(z, spec))
+        with torch.no_grad():
+            z = bare(**leaves)
+            grad = randn_like(z, self.seed + 1)
+            if self.layers == 1:
+                grad[_undecided(z, spec)] = 0
+
+        found = {"bare": _candidate(bare, leaves, grad, mode, checked=False)}
+        for name, form in self.fused.items():
+            found[name] = _candidate(form, leaves, grad, mode, claims=name != "reference")
+        found["eager"] = _candidate(eager, leaves, grad, mode, yardstick=True)
+        folded: Leaves = {}
+        if spec.foldable:
+            scales = {name: spec.output_scale if self.folds(name) else 1.0 for name in leaves}
+            folded = {
+                name: (leaf.detach() * scales[name]).requires_grad_(leaf.requires_grad)
+                for name, leaf in leaves.items()
+            }
+            for name, inplace in (("folded", False), ("inplace", True)):
+                leaky = partial(F.leaky_relu, negative_slope=spec.negative_slope, inplace=inplace)
+                form = self.compose(leaky)
+                found[name] = _candidate(form, folded, grad, mode, scales=scales)
+        for name in compiled:
+            form = torch.compile(eager, fullgraph=True, mode=COMPILED[name])
+            found[name] = _candidate(form, leaves, grad, mode, compiled=True)
+
+        def truth() -> Leaves:
+            double = {
+                name: leaf.detach().double().requires_grad_(leaf.requires_grad)
+                for name, leaf in leaves.items()
+            }
+            return _step(eager, double, grad.double())
+
+        forward, backward = self.traffic
+        return Problem(
+            found,
+            truth,
+            leaves["x"].dtype,
+            (forward.bytes if mode != "backward" else 0)
+            + (backward.bytes if mode != "forward" else 0),
+            (forward.flops if mode != "backward" else 0)
+            + (backward.flops if mode != "forward" else 0),
+            (*leaves.values(), *folded.values()),
+            tolerance=EITHER_BRANCH if self.layers > 1 else 0.0,
+        )
+
+
+def _undecided(z: Tensor, spec: ActSpec) -> Tensor:
+    """Where z is so near a kink that the rounding of its sum decides on which side it is.
+
+    Only products are sums; what comes out of them in 16 bits has rounded weights behind it, and
+    float32 on a GPU may be tf32.
+    """
+    u = spec.input_scale * z.float() + spec.input_shift
+    rounding = torch.finfo(z.dtype).eps
+    if z.is_cuda and z.dtype == torch.float32:
+        rounding = 2.0**-10
+    margin = max(4 * rounding, 4e-6) * float(u.square().mean().sqrt())
+    near = torch.zeros_like(u, dtype=torch.bool)
+    for kink in spec.row.kinks:
+        near |= (u - kink).abs() < margin
+    return near
+
+
+def _step(form: Form, leaves: Leaves, grad: Tensor) -> Leaves:
+    y = form(**leaves)
+    wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], grad)
+    return {"y": y.detach(), **{f"d{n}": g for n, g in zip(wanted, gradients, strict=True)}}
+
+
+def _candidate(
+    form: Form,
+    leaves: Leaves,
+    grad: Tensor,
+    mode: Mode,
+    *,
+    checked: bool = True,
+    scales: Mapping[str, float] | None = None,
+    **marks: bool,
+) -> Candidate:
+    """`form` as a candidate; `scales` are those of its leaves."""
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+
+    def forward(_: object = None) -> Tensor:
+        return form(**leaves)
+
+    def backward(y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, wanted, grad)
+
+    def check() -> Leaves:
+        found = _step(form, leaves, grad)
+        return {k: t * (scales or {}).get(k[1:], 1.0) for k, t in found.items()}
+
+    return _in_mode(mode, forward, backward, check if checked else None, **marks)
+
+
+def _in_mode(
+    mode: Mode,
+    forward: Callable[..., Any],
+    backward: Callable[[Any], Any],
+    check: Callable[[], Leaves] | None,
+    compiled: bool = False,
+    yardstick: bool = False,
+    claims: bool = False,
+) -> Candidate:
+    made = Candidate(
+        lambda _: backward(forward()),
+        check=check,
+        graph=None if compiled else forward,
+        yardstick=yardstick,
+        claims=claims,
+        compiled=compiled,
+    )
+    if mode == "forward":
+        return replace(made, run=forward)
+    return replace(made, run=backward, prepare=forward) if mode == "backward" else made
+
+
+def randn(
+    *shape: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Tensor:
+    """Standard normal numbers, the same on every run."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
+    return x.to(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
+
+
+def randn_like(x: Tensor, seed: int) -> Tensor:
+    """The same, with x's shape, strides, dtype and device."""
+    return torch.empty_like(x).copy_(randn(*x.shape, seed=seed, device=x.device))
+
+
+def asked(op: Callable[..., Any], device: torch.device) -> dict[str, dict[str, Any]]:
+    """Providers of this library for `op`, with the arguments that ask for them."""
+    found: dict[str, dict[str, Any]] = {"fused": {}, "reference": {"backend": "reference"}}
+    if "engine" in inspect.signature(op).parameters and device.type == "cuda":
+        found |= {f"fused {engine}": {"engine": engine} for engine in ("aten", "triton")}
+    return found
+
+
+def pointwise(
+    spec: ActSpec, shape: Sequence[int], mode: Mode, compiled: Sequence[str], **how: Any
+) -> Problem:
+    """Bias and activation of a tensor that is there already."""
+    x = randn(*shape, **how).requires_grad_()
+    view = (-1, *[1] * (x.ndim - 2))
+
+    def compose(act: Activate) -> Form:
+        return lambda x, bias: act(x + bias.view(view))
+
+    fused = {
+        name: lambda x, bias, ask=ask: bias_act(x, bias, spec, **ask)
+        for name, ask in asked(bias_act, x.device).items()
+    }
+    size = x.numel() * x.element_size()
+    return Work(
+        spec,
+        {"x": x, "bias": _bias(shape[1], **how)},
+        compose,
+        fused,
+        (Traffic(2 * size, 0), Traffic(3 * size, 0)),
+        how["seed"],
+        folds=lambda name: True,
+        layers=0,
+    ).problem(mode, compiled)
+
+
+def convolution(
+    spec: ActSpec,
+    shape: Sequence[int],
+    batch: int,
+    mode: Mode,
+    compiled: Sequence[str],
+    **how: Any,
+) -> Problem:
+    """A convolution and its activation.
+
+    Args:
+        spec: the activation.
+        shape: input channels, output channels, kernel, stride, input height and width.
+        batch: images.
+        mode: what is timed.
+        compiled: names of `COMPILED` to add.
+        how: seed, device, dtype and layout, as for `randn`.
+    """
+    cin, cout, k, stride, size = shape
+    # A network's input wants no gradient.
+    x = randn(batch, cin, size, size, **how).requires_grad_(cin != 3)
+    geometry: dict[str, Any] = {"stride": stride, "padding": k // 2}
+
+    def compose(act: Activate) -> Form:
+        return lambda x, weight, bias: act(F.conv2d(x, weight, bias, **geometry))
+
+    fused = {
+        name: lambda x, weight, bias, ask=ask: conv_act(x, weight, bias, spec, **geometry, **ask)
+        for name, ask in asked(conv_act, x.device).items()
+    }
+    layer = roofline.Problem(
+        batch,
+        cin,
+        size,
+        size,
+        cout,
+        (k, k),
+        (stride, stride),
+        (k // 2, k // 2),
+        arithmetic=_arithmetic(x.dtype),
+    )
+    return Work(
+        spec,
+        {"x": x, **_weights(cout, cin, k, "", **how)},
+        compose,
+        fused,
+        _conv_traffic(layer, x.requires_grad),
+        how["seed"],
+    ).problem(mode, compiled)
+
+
+def linear(
+    spec: ActSpec, shape: Sequence[int], mode: Mode, compiled: Sequence[str], **how: Any
+) -> Problem:
+    """A linear layer and its activation; shape is rows, input features, output features."""
+    rows, inner, outer = shape
+    x = randn(rows, inner, **how).requires_grad_()
+
+    def compose(act: Activate) -> Form:
+        return lambda x, weight, bias: act(F.linear(x, weight, bias))
+
+    fused = {
+        name: lambda x, weight, bias, ask=ask: linear_act(x, weight, bias, spec, **ask)
+        for name, ask in asked(linear_act, x.device).items()
+    }
+    layer = roofline.Problem(
+        rows, inner, 1, 1, outer, (1, 1), padding=(0, 0), arithmetic=_arithmetic(x.dtype)
+    )
+    weight = _weights(outer, inner, 1, "", **how)
+    weight["weight"] = weight["weight"].detach().reshape(outer, inner).requires_grad_()
+    leaves = {"x": x, **weight}
+    work = Work(spec, leaves, compose, fused, _conv_traffic(layer, True), how["seed"])
+    return work.problem(mode, compiled)
+
+
+def chain(
+    spec: ActSpec,
+    depth: int,
+    shape: Sequence[int],
+    mode: Mode,
+    compiled: Sequence[str],
+    **how: Any,
+) -> Problem:
+    """`depth` equal 3×3 convolutions with their activations; shape is batch, channels, size."""
+    batch, channels, size = shape
+    x = randn(batch, channels, size, size, **how).requires_grad_()
+    leaves = {"x": x}
+    for i in range(depth):
+        seed = {**how, "seed": how["seed"] + 100 * (i + 1)}
+        leaves |= _weights(channels, channels, 3, str(i), **seed)
+
+    def stack(layer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Form:
+        def form(x: Tensor, **leaves: Tensor) -> Tensor:
+            for i in range(depth):
+                x = layer(x, leaves[f"weight{i}"], leaves[f"bias{i}"])
+            return x
+
+        return form
+
+    def compose(act: Activate) -> Form:
+        return stack(lambda x, weight, bias: act(F.conv2d(x, weight, bias, padding=1)))
+
+    def by_layer(ask: dict[str, Any]) -> Form:
+        return stack(lambda x, w, b: conv_act(x, w, b, spec, padding=1, **ask))
+
+    def one_node(ask: dict[str, Any]) -> Form:
+        def form(x: Tensor, **leaves: Tensor) -> Tensor:
+            pairs = [(leaves[f"weight{i}"], leaves[f"bias{i}"]) for i in range(depth)]
+            return conv_chain(x, [ChainLayer(w, b, spec, padding=1, **ask) for w, b in pairs])
+
+        return form
+
+    ways = asked(conv_act, x.device)
+    fused = {name: by_layer(ask) for name, ask in ways.items()}
+    ways.pop("reference")
+    fused |= {name.replace("fused", "fused chain"): one_node(ask) for name, ask in ways.items()}
+    layer = roofline.Problem(batch, channels, size, size, channels, arithmetic=_arithmetic(x.dtype))
+    forward, backward = _conv_traffic(layer, True)
+    total = (
+        Traffic(depth * forward.bytes, depth * forward.flops),
+        Traffic(depth * backward.bytes, depth * backward.flops),
+    )
+    work = Work(spec, leaves, compose, fused, total, how["seed"], layers=depth)
+    return work.problem(mode, compiled)
+
+
+@dataclass
+class _Net:
+    """A model in one form, run forward and backward to the gradients of its parameters."""
+
+    model: nn.Module
+    x: Tensor
+    grad: Tensor
+    scale: dict[str, float] = field(default_factory=dict)
+
+    def forward(self, _: object = None) -> Tensor:
+        return self.model(self.x)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, list(self.model.parameters()), self.grad)
+
+    def check(self) -> Leaves:
+        y = self.forward()
+        names = [name for name, _ in self.model.named_parameters()]
+        gradients = [
+            gradient.flatten() * self.scale.get(name, 1.0)
+            for name, gradient in zip(names, self.backward(y), strict=True)
+        ]
+        return {"y": y.detach(), "dparameters": torch.cat(gradients)}
+
+    def candidate(self, mode: Mode, **marks: bool) -> Candidate:
+        return _in_mode(mode, self.forward, self.backward, self.check, **marks)
+
+
+class _Stock(nn.Module):
+    def __init__(self, spec: ActSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stock(x, self.spec)
+
+
+def network(
+    build: Callable[[], nn.Sequential],
+    shape: Sequence[int],
+    compiled: Sequence[str],
+    mode: Mode = "step",
+    **how: Any,
+) -> Problem:
+    """A whole net of plain layers and nn.ReLU, shaped by TAT, to the gradients of its parameters.
+
+    Args:
+        build: makes the net.
+        shape: of its input.
+        compiled: names of `COMPILED` to add; whole nets replay CUDA graphs under max-autotune.
+        mode: what is timed.
+        how: seed, device, dtype and layout, as for `randn`.
+    """
+    device, dtype = how["device"], how["dtype"]
+    plain = build()
+    fused = copy.deepcopy(plain)
+    generator = torch.Generator().manual_seed(how["seed"])
+    spec = convert(fused, method="TAT", activation="leaky_relu", generator=generator).spec
+    assert isinstance(spec, ActSpec)
+    plain.load_state_dict(fused.state_dict())
+
+    def place(model: nn.Module) -> nn.Module:
+        model.to(device=device, dtype=dtype)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    eager = _with_activations(plain, lambda: _Stock(spec))
+    x = randn(*shape, **how)
+    place(fused)
+    place(eager)
+    with torch.no_grad():
+        grad = randn_like(eager(x), how["seed"] + 1)
+
+    nets = {"fused": _Net(fused, x, grad), "eager": _Net(eager, x, grad)}
+    if spec.foldable:
+        for name, inplace in (("folded", False), ("inplace", True)):
+            folded, scale = fold(plain, spec, inplace)
+            nets[name] = _Net(place(folded), x, grad, scale)
+    for name in compiled:
+        # Whole nets are run as their users run them, CUDA graphs included.
+        how_compiled = COMPILED[name].removesuffix("-no-cudagraphs")
+        model = cast(nn.Module, torch.compile(eager, mode=how_compiled))
+        nets[name] = _Net(model, x, grad)
+    marks = {"fused": {"claims": True}, "eager": {"yardstick": True}}
+    found = {
+        name: net.candidate(mode, compiled=name in COMPILED, **marks.get(name, {}))
+        for name, net in nets.items()
+    }
+
+    def truth() -> Leaves:
+        return _Net(copy.deepcopy(eager).double(), x.double(), grad.double()).check()
+
+    leaves = (x, *(p for net in nets.values() for p in net.model.parameters()))
+    return Problem(found, truth, dtype, leaves=leaves, tolerance=EITHER_BRANCH)
+
+
+def fold(
+    plain: nn.Sequential, spec: ActSpec, inplace: bool = False
+) -> tuple[nn.Module, dict[str, float]]:
+    """A copy of a net with γ in the layer before each activation, and stock activations.
+
+    Returns:
+        The net, and by how much each parameter was multiplied.
+    """
+    slope = spec.negative_slope
+    model = _with_activations(plain, lambda: nn.LeakyReLU(slope, inplace))
+    scale: dict[str, float] = {}
+    last = ""
+    for name, module in model.named_children():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            last = name
+        elif isinstance(module, nn.LeakyReLU):
+            for key, parameter in model.get_submodule(last).named_parameters():
+                parameter.data.mul_(spec.output_scale)
+                scale[f"{last}.{key}"] = spec.output_scale
+    return model, scale
+
+
+def _with_activations(plain: nn.Sequential, make: Callable[[], nn.Module]) -> nn.Sequential:
+    model = copy.deepcopy(plain)
+    for name, module in plain.named_children():
+        if isinstance(module, nn.ReLU):
+            setattr(model, name, make())
+    return model
+
+
+def _bias(channels: int, **how: Any) -> Tensor:
+    return (0.1 * randn(channels, **{**how, "seed": how["seed"] + 99})).requires_grad_()
+
+
+def _weights(cout: int, cin: int, k: int, suffix: str, **how: Any) -> Leaves:
+    w = randn(cout, cin, k, k, **{**how, "seed": how["seed"] + 2}) / (cin * k * k) ** 0.5
+    return {f"weight{suffix}": w.requires_grad_(), f"bias{suffix}": _bias(cout, **how)}
+
+
+def _arithmetic(dtype: torch.dtype) -> roofline.Arithmetic:
+    if dtype == torch.float16:
+        return "float16"
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+def _conv_traffic(layer: roofline.Problem, dgrad: bool) -> tuple[Traffic, Traffic]:
+    """Of a perfectly fused layer: 2 passes forward; backward, 3 of dgrad and 2 of wgrad."""
+    wgrad = traffic(layer, "conv_wgrad")
+    if not dgrad:
+        return traffic(layer, "conv_act"), wgrad
+    both = traffic(layer, "conv_dgrad_act")
+    total = Traffic(both.bytes + wgrad.bytes, both.flops + wgrad.flops)
+    return traffic(layer, "conv_act"), total

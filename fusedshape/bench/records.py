@@ -1,0 +1,258 @@
+"""The file of one benchmark run: its schema, checked whenever it is written or read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedshape.machine import provenance
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+KIND = "fusedshape bench"
+#: Rises when a reader of the old form would misread the new one.
+SCHEMA = 1
+#: What became of a row, or of one candidate in it.
+STATES = ("ok", "wrong", "out of memory", "failed", "skipped")
+#: 20th, 50th and 80th percentile; null where a record from before schema 1 kept the median alone.
+_PERCENTILES = [(float, None), float, (float, None)]
+
+_CANDIDATE = {
+    "status": STATES,
+    "why?": str,
+    "ms?": _PERCENTILES,
+    "samples_ms?": [float, ...],
+    "graph_ms?": _PERCENTILES,
+    "graph_samples_ms?": [float, ...],
+    "graph_why?": str,
+    "error?": {...: float},
+    "saved_bytes?": int,
+    "peak_bytes?": int,
+    "GB/s?": float,
+    "TFLOP/s?": float,
+    "of_copy?": float,
+    "of_matmul?": float,
+}
+_ROW = {
+    "case": str,
+    "parameters": dict,
+    "status": STATES,
+    "why?": str,
+    "bytes?": int,
+    "flops?": int,
+    "candidates": {...: _CANDIDATE},
+    "ratios": {...: _PERCENTILES},
+    "graph_ratios?": {...: _PERCENTILES},
+}
+_FIT = {
+    "series": str,
+    "candidate": str,
+    "metric": str,
+    "exponent": float,
+    "sizes": [float, ...],
+    "values": [float, ...],
+    "at_most": float,
+    "holds": bool,
+}
+_RECORD = {
+    "kind": str,
+    "schema": int,
+    "suite": str,
+    "device": str,
+    "seed": int,
+    "finished": bool,
+    "machine": dict,
+    "accelerator": dict,
+    "date": str,
+    "command": str,
+    "commit": (str, None),
+    "dirty": (bool, None),
+    "ceilings": {...: float},
+    "rows": [_ROW, ...],
+    "fits": [_FIT, ...],
+}
+
+
+class RecordError(ValueError):
+    """A file that is not a record this version can read; the message says how to make one."""
+
+
+def new(suite: str, device: torch.device, seed: int) -> Record:
+    """An empty record of this machine, this commit and this command."""
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "suite": suite,
+        "device": str(device),
+        "seed": seed,
+        "finished": False,
+        **provenance(),
+        "accelerator": accelerator(device),
+        "ceilings": {},
+        "rows": [],
+        "fits": [],
+    }
+
+
+def accelerator(device: torch.device) -> dict[str, Any]:
+    """What only a GPU has: driver, CUDA, cuDNN, multiprocessors, memory; empty for a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    driver = Path("/sys/module/nvidia/version")
+    return {
+        "name": properties.name,
+        "driver": driver.read_text().strip() if driver.exists() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "L2_bytes": properties.L2_cache_size,
+        "conv_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+def save(path: Path, record: Record) -> None:
+    """Check a record and write it whole, or not at all.
+
+    Raises:
+        RecordError: the record is not what its schema says.
+        ValueError: a number that JSON does not know.
+    """
+    check(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(_text(record))
+    os.replace(temporary, path)
+
+
+def load(path: str | Path) -> Record:
+    """Read a record and check it.
+
+    Raises:
+        RecordError: the file is no record, was cut off, or is of another schema.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    again = "make one with: fusedshape bench --suite cpu --out FILE"
+    try:
+        record = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} is not JSON ({error}); {again}") from None
+    if not isinstance(record, dict) or record.get("kind") != KIND:
+        raise RecordError(f"{path} is not a record of fusedshape bench; {again}")
+    schema = record.get("schema")
+    if schema != SCHEMA:
+        way = "install the fusedshape that wrote it" if _newer(schema) else "run its suite again"
+        raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {way}")
+    try:
+        check(record)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}; {again}") from None
+    return record
+
+
+def check(record: Record) -> None:
+    """Raise RecordError unless a record is what the schema says, and claims nothing unchecked.
+
+    Beyond types: no case twice, no time of a candidate that is not "ok", no ratio that names one.
+    """
+    _expect(record, _RECORD, "record")
+    seen = set()
+    for row in record["rows"]:
+        where = f"row {row['case']!r}"
+        if row["case"] in seen:
+            raise RecordError(f"{where} is there twice")
+        seen.add(row["case"])
+        good = {name for name, c in row["candidates"].items() if c["status"] == "ok"}
+        for name, candidate in row["candidates"].items():
+            if name not in good and ("ms" in candidate or "graph_ms" in candidate):
+                raise RecordError(f"{where}: {name!r} is {candidate['status']}, yet has a time")
+        for ratios in (row["ratios"], row.get("graph_ratios", {})):
+            for ratio in ratios:
+                if not good.issuperset(ratio.split("/")):
+                    raise RecordError(f"{where}: ratio {ratio!r} of a candidate that is not ok")
+
+
+def rows(record: Record, group: str, **parameters: Any) -> Iterator[Row]:
+    """Rows of a group ("conv_act", …) whose parameters have the given values."""
+    for row in record["rows"]:
+        if row["case"].partition("/")[0] == group and all(
+            row["parameters"].get(key) == value for key, value in parameters.items()
+        ):
+            yield row
+
+
+def _text(record: Record) -> str:
+    """JSON with a line for every row, so that two records can be held against each other."""
+
+    def dump(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(json.dumps(v, allow_nan=False) for v in value) + "\n ]"
+        return json.dumps(value, allow_nan=False)
+
+    body = ",\n ".join(f"{json.dumps(key)}: {dump(value)}" for key, value in record.items())
+    return "{\n " + body + "\n}\n"
+
+
+def _newer(schema: object) -> bool:
+    return isinstance(schema, int) and schema > SCHEMA
+
+
+def _expect(value: Any, shape: Any, where: str) -> None:
+    """Hold `value` against a shape.
+
+    A shape is a type, None, a tuple of alternatives (shapes or strings), a dict of fields ("key?"
+    may be missing; the key ... stands for any), or a list ([shape, ...] for any length).
+    """
+    if isinstance(shape, tuple):
+        for alternative in shape:
+            try:
+                return _expect(value, alternative, where)
+            except RecordError:
+                continue
+        raise RecordError(f"{where} is {value!r:.60}, which is none of {shape}")
+    if isinstance(shape, dict):
+        _expect(value, dict, where)
+        return _expect_fields(value, shape, where)
+    if isinstance(shape, list):
+        _expect(value, list, where)
+        shapes = [shape[0]] * len(value) if shape[-1] is ... else shape
+        if len(shapes) != len(value):
+            raise RecordError(f"{where} has {len(value)} entries, expected {len(shapes)}")
+        for i, (entry, expected) in enumerate(zip(value, shapes, strict=True)):
+            _expect(entry, expected, f"{where}[{i}]")
+        return None
+    fits = (
+        isinstance(value, (int, float) if shape is float else shape)
+        and not (shape in (int, float) and isinstance(value, bool))
+        if isinstance(shape, type)
+        else value == shape
+    )
+    if not fits:
+        name = shape.__name__ if isinstance(shape, type) else repr(shape)
+        raise RecordError(f"{where} is {value!r:.60}, expected {name}")
+    return None
+
+
+def _expect_fields(value: Mapping[Any, Any], shape: Mapping[Any, Any], where: str) -> None:
+    if ... in shape:
+        for key, entry in value.items():
+            _expect(entry, shape[...], f"{where}[{key!r}]")
+        return
+    known: dict[str, Any] = {key.rstrip("?"): entry for key, entry in shape.items()}
+    needed: Sequence[str] = [key for key in shape if not key.endswith("?")]
+    missing = [key for key in needed if key not in value]
+    unknown = sorted(set(value) - set(known))
+    if missing or unknown:
+        raise RecordError(f"{where} lacks {missing} and has unknown {unknown}")
+    for key, entry in value.items():
+        _expect(entry, known[key], f"{where}.{key}")

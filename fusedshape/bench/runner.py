@@ -1,0 +1,448 @@
+"""Runs a suite: checks against float64, then times, writing the record after every row."""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedshape.bench import records
+from fusedshape.bench.cases import Case, Setting
+from fusedshape.bench.providers import Problem
+from fusedshape.bench.records import Record, Row
+from fusedshape.bench.suites import SUITES, Suite
+from fusedshape.timing import (
+    Candidate,
+    Clock,
+    GraphClock,
+    ceilings,
+    clock_for,
+    interleaved,
+    paired_ratios,
+    peak_bytes,
+    percentiles,
+    saved_bytes,
+)
+
+#: A candidate may err this many times as much as eager PyTorch in the same dtype, and one unit in
+#: the last place in any case.
+SLACK = 4.0
+#: Eager itself has gone wrong beyond this relative error.
+GROSS = 0.5
+#: The largest fitted exponent that still counts as linear growth.
+LINEAR = 1.15
+
+
+class NoDeviceError(ValueError):
+    """The suite needs a device that this machine does not have."""
+
+
+def run_suite(
+    suite: str | Suite,
+    *,
+    pattern: str = "*",
+    out: Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Record:
+    """Run the cases of a suite and return their record.
+
+    Each case: every provider's values and gradients against float64, what autograd saves, and times
+    taken in turns. A provider that fails its check, or runs out of memory, is not timed, and no
+    ratio names it. SIGINT and SIGTERM stop the run between two rows.
+
+    Args:
+        suite: a `Suite`, or the name of one: smoke, cpu, solver, scaling, gpu-quick or gpu.
+        pattern: shell pattern of the cases' names.
+        out: file to write the record to, whole, after every row.
+        seed: of all random numbers.
+        progress: show a bar, if tqdm is installed.
+
+    Returns:
+        The record, as `records.load` reads it.
+
+    Raises:
+        ValueError: an unknown suite, or no case matches.
+        NoDeviceError: a suite for a GPU, and there is none.
+        KeyboardInterrupt: interrupted or terminated; the finished rows are in `out`.
+    """
+    if isinstance(suite, str):
+        if suite not in SUITES:
+            raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}")
+        suite = SUITES[suite]
+    if suite.device == "cuda" and not torch.cuda.is_available():
+        raise NoDeviceError(
+            f"suite {suite.name!r} needs an NVIDIA GPU, and torch {torch.__version__} sees none "
+            "here; run --suite cpu, or install torch for CUDA on a machine with a GPU"
+        )
+    cases = suite.cases(pattern)
+    device = torch.device(suite.device)
+    record = records.new(suite.name, device, seed)
+    with terminable():
+        return _Run(suite, cases, record, out, progress).finish()
+
+
+class _Run:
+    """A record in the making."""
+
+    def __init__(
+        self, suite: Suite, cases: Sequence[Case], record: Record, out: Path | None, progress: bool
+    ) -> None:
+        self.suite = suite
+        self.cases = cases
+        self.record = record
+        self.out = out
+        self.progress = progress
+        self.device = torch.device(suite.device)
+        self.setting = Setting(self.device, record["seed"], suite.compiled)
+        self.clock = clock_for(self.device)
+        self.graphs = GraphClock(self.device) if self.device.type == "cuda" else None
+        self.start = time.monotonic()
+
+    def finish(self) -> Record:
+        """Run what there is time for."""
+        # Of products only: some dtypes have slow ones on a CPU.
+        products = ("conv_act", "linear_act", "chain", "net")
+        dtypes = {c.parameters["dtype"] for c in self.cases if c.group in products}
+        self.record["ceilings"] = ceilings(
+            self.device, [getattr(torch, name) for name in sorted(dtypes)]
+        )
+        visits = [(case, case.timed) for case in self.cases]
+        if self.suite.check_first:
+            visits = [(case, False) for case in self.cases] + visits
+        rows: dict[str, Row] = {}
+        for case, timed in _bar(visits, self.progress):
+            late = time.monotonic() - self.start > self.suite.limit
+            if late:
+                if case.name not in rows:
+                    rows[case.name] = _row(case, "skipped")
+                rows[case.name].setdefault("why", f"after {self.suite.limit:.0f} s no case begins")
+            else:
+                rows[case.name] = self.visit(case, timed)
+            self.record["rows"] = list(rows.values())
+            self.save()
+        self.record["fits"] = fits(self.record["rows"])
+        self.record["finished"] = True
+        self.save()
+        return self.record
+
+    def save(self) -> None:
+        if self.out is not None:
+            records.save(self.out, self.record)
+
+    def visit(self, case: Case, timed: bool) -> Row:
+        """The row of one case; whatever goes wrong in it is said there."""
+        row = _row(case, "ok")
+        if self.suite.compiled:
+            torch._dynamo.reset()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                problem = case.build(self.setting)
+                measure(row, problem, self, timed)
+        except Exception as error:
+            row["status"], row["why"] = _state_of(error), _first_line(error)
+        finally:
+            problem = None  # type: ignore[assignment]
+            if self.graphs is not None:
+                self.graphs.clear()
+                gc.collect()
+                torch.cuda.empty_cache()
+        return row
+
+
+def measure(row: Row, problem: Problem, run: Any, timed: bool) -> None:
+    """Fill a row: checks, memory, and if `timed` times.
+
+    Args:
+        row: an empty one.
+        problem: what to run.
+        run: `_Run`, for its suite, clocks, device and ceilings.
+        timed: whether to time; otherwise compiled candidates are left for later.
+    """
+    candidates = {name: c for name, c in problem.candidates.items() if timed or not c.compiled}
+    results: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in candidates}
+    row["candidates"] = results
+    if problem.bytes:
+        row["bytes"] = problem.bytes
+    if problem.flops:
+        row["flops"] = problem.flops
+    check(problem, candidates, results)
+    for name in _good(results):
+        with _noting(results[name]):
+            candidate = candidates[name]
+            if candidate.graph is not None:
+                results[name]["saved_bytes"] = saved_bytes(candidate.graph, problem.leaves)
+            peak = peak_bytes(candidate, run.device)
+            if peak is not None:
+                results[name]["peak_bytes"] = peak
+    if timed:
+        timings(row, problem, run.clock, run.suite, "")
+        if run.graphs is not None and problem.leaves:
+            timings(row, problem, run.graphs, run.suite, "graph_")
+        _rates(row, problem, run.record["ceilings"])
+    # An engine that was insisted on may be unable to run a layer, but not compute something else.
+    claimed = [
+        results[name]
+        for name, c in candidates.items()
+        if c.claims and (name == "fused" or results[name]["status"] == "wrong")
+    ]
+    bad = next((c for c in claimed if c["status"] != "ok"), None)
+    if bad is not None:
+        row["status"], row["why"] = bad["status"], bad["why"]
+
+
+def check(
+    problem: Problem, candidates: Mapping[str, Candidate], results: Mapping[str, dict[str, Any]]
+) -> None:
+    """Hold every candidate against float64, eager first; note errors and who is wrong."""
+    if problem.truth is None:
+        return
+    truth = problem.truth()
+    least = max(problem.tolerance, torch.finfo(problem.dtype).eps)
+    allowed: dict[str, float] = {}
+    for name in sorted(candidates, key=lambda name: not candidates[name].yardstick):
+        candidate, result = candidates[name], results[name]
+        if candidate.check is None:
+            continue
+        with _noting(result):
+            error = errors(candidate.check(), truth)
+            result["error"] = {k: e for k, e in error.items() if math.isfinite(e)}
+            if candidate.yardstick:
+                limits = dict.fromkeys(error, GROSS)
+                allowed = {key: max(SLACK * e, least) for key, e in error.items()}
+            else:
+                limits = allowed or dict.fromkeys(error, least)
+            for key, e in error.items():
+                if not e <= limits[key]:
+                    result["status"] = "wrong"
+                    result["why"] = (
+                        f"{key} has a relative error of {e:.2g} against float64, "
+                        f"{limits[key]:.2g} is allowed"
+                    )
+                    break
+
+
+def errors(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative root-mean-square error of each tensor.
+
+    Raises:
+        RuntimeError: other tensors, or other shapes, than the truth has.
+
+    Example:
+        >>> errors({"y": torch.tensor([3.0, 4.0])}, {"y": torch.tensor([3.0, 5.0])})["y"] < 0.2
+        True
+    """
+    if set(got) != set(truth):
+        raise RuntimeError(f"computed {sorted(got)}, wanted {sorted(truth)}")
+    found = {}
+    for key, want in truth.items():
+        if got[key].shape != want.shape:
+            raise RuntimeError(
+                f"{key} has shape {tuple(got[key].shape)}, wanted {tuple(want.shape)}"
+            )
+        difference = (got[key].double() - want.double()).square().mean().sqrt().item()
+        scale = want.double().square().mean().sqrt().item()
+        found[key] = difference / scale if scale else difference
+    return found
+
+
+def timings(row: Row, problem: Problem, clock: Clock, suite: Suite, prefix: str) -> None:
+    """Time all good candidates in turns; one that fails leaves, and the others start again."""
+    results = row["candidates"]
+    dropped: set[str] = set()
+    while True:
+        names = [name for name in _good(results) if name not in dropped]
+        if not names:
+            return
+        watch = _Watch(clock)
+        try:
+            times = interleaved(
+                {name: problem.candidates[name] for name in names},
+                watch,
+                budget=suite.budget,
+                least=suite.least,
+                most=suite.most,
+            )
+            break
+        except Exception as error:
+            culprit = next(name for name in names if problem.candidates[name] is watch.at)
+            if prefix:
+                # What cannot be captured is right and has been timed; it only has no graph.
+                results[culprit][f"{prefix}why"] = _first_line(error)
+                dropped.add(culprit)
+            else:
+                results[culprit] |= {"status": _state_of(error), "why": _first_line(error)}
+            if isinstance(clock, GraphClock):
+                clock.clear()
+    for name, samples in times.items():
+        ms = [float(f"{1e3 * s:.5g}") for s in samples]
+        results[name][f"{prefix}samples_ms"] = ms
+        results[name][f"{prefix}ms"] = percentiles(ms)
+    row[f"{prefix}ratios"] = ratios(problem.candidates, times)
+
+
+def ratios(
+    candidates: Mapping[str, Candidate], times: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """Percentiles of paired ratios, other/own for every candidate of ours, and own/bare."""
+    found = {}
+    for own in (name for name in times if candidates[name].claims):
+        for other in (name for name in times if not candidates[name].claims):
+            pair = (own, other) if other == "bare" else (other, own)
+            found["/".join(pair)] = percentiles(paired_ratios(*(times[name] for name in pair)))
+    return found
+
+
+def fits(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """How each series grows: the exponent k of size^k through its three largest sizes.
+
+    Three, because what does not grow covers what does where the sizes are small.
+    """
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        if "series" in row["parameters"]:
+            series.setdefault(row["parameters"]["series"], []).append(row)
+    found = []
+    for name, members in series.items():
+        metric = members[0]["parameters"]["metric"]
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(members, key=lambda row: row["parameters"]["size"]):
+            for candidate, result in row["candidates"].items():
+                value = result.get(metric)
+                if value:
+                    y = value[1] if isinstance(value, list) else value
+                    points.setdefault(candidate, []).append((row["parameters"]["size"], y))
+        for candidate, pairs in points.items():
+            if len(pairs) < 3:
+                continue
+            k = exponent(pairs[-3:])
+            sizes, values = (list(map(float, side)) for side in zip(*pairs, strict=True))
+            found.append(
+                {
+                    "series": name,
+                    "candidate": candidate,
+                    "metric": metric,
+                    "exponent": k,
+                    "sizes": sizes,
+                    "values": values,
+                    "at_most": LINEAR,
+                    "holds": k <= LINEAR,
+                }
+            )
+    return found
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """Least-squares slope of log y by log x.
+
+    Example:
+        >>> round(exponent([(10, 3.0), (100, 300.0), (1000, 30000.0)]), 9)
+        2.0
+    """
+    xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
+    return statistics.linear_regression(xs, ys).slope
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does; outside the main thread nothing changes."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Watch:
+    """A clock that knows whom it is timing."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.least = clock.least
+        self.at: Candidate | None = None
+
+    def seconds(self, candidate: Candidate, repeats: int) -> float:
+        self.at = candidate
+        return self.clock.seconds(candidate, repeats)
+
+
+def _row(case: Case, status: str) -> Row:
+    return {
+        "case": case.name,
+        "parameters": dict(case.parameters),
+        "status": status,
+        "candidates": {},
+        "ratios": {},
+    }
+
+
+def _good(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [name for name, result in results.items() if result["status"] == "ok"]
+
+
+def _rates(row: Row, problem: Problem, ceiling: Mapping[str, float]) -> None:
+    """GB/s and TFLOP/s of each candidate, and what part of the measured ceilings they are."""
+    matmul = ceiling.get(f"matmul {str(problem.dtype)[6:]} TFLOP/s")
+    for result in row["candidates"].values():
+        ms = result.get("graph_ms", result.get("ms"))
+        if ms is None:
+            continue
+        if problem.bytes:
+            result["GB/s"] = problem.bytes / ms[1] / 1e6
+            result["of_copy"] = result["GB/s"] / ceiling["copy GB/s"]
+        if problem.flops:
+            result["TFLOP/s"] = problem.flops / ms[1] / 1e9
+            if matmul:
+                result["of_matmul"] = result["TFLOP/s"] / matmul
+
+
+@contextmanager
+def _noting(result: dict[str, Any]) -> Iterator[None]:
+    """An error in the body becomes the candidate's state."""
+    try:
+        yield
+    except Exception as error:
+        result |= {"status": _state_of(error), "why": _first_line(error)}
+        gc.collect()
+
+
+def _state_of(error: Exception) -> str:
+    text = str(error)
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text
+    return "out of memory" if full or "can't allocate memory" in text else "failed"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _bar(visits: Sequence[Any], wanted: bool) -> Iterable[Any]:
+    """The visits, with a progress bar on a terminal."""
+    if wanted and sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return visits
+        return tqdm(visits, unit="case", dynamic_ncols=True)
+    return visits

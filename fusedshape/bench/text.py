@@ -1,0 +1,154 @@
+"""Records as tables for a terminal, with the machine over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fusedshape.bench.records import Record, Row
+from fusedshape.machine import headline
+
+#: Order of the columns of ratios.
+OTHERS = ("eager", "folded", "inplace", "compiled", "compiled max-autotune", "reference", "dks")
+
+
+def source(record: Record) -> str:
+    """One line: machine, accelerator, commit and command."""
+    gpu = record["accelerator"]
+    more = f", driver {gpu['driver']}, cuDNN {gpu['cudnn']}" if gpu else ""
+    return f"{headline(record)}{more}; {record['command']}"
+
+
+def report(record: Record) -> str:
+    """The whole record: header, ceilings, a table for each group, fits, and what went wrong."""
+    return "\n".join(_report(record))
+
+
+def _report(record: Record) -> Iterator[str]:
+    state = "" if record["finished"] else ", not finished"
+    yield f"suite {record['suite']}{state}, {record['date']}"
+    yield source(record)
+    if record["ceilings"]:
+        yield "measured ceilings: " + ", ".join(
+            f"{name} {value:.3g}" for name, value in record["ceilings"].items()
+        )
+    groups: dict[str, list[Row]] = {}
+    for row in record["rows"]:
+        groups.setdefault(row["case"].partition("/")[0], []).append(row)
+    for group, rows in groups.items():
+        yield from _group(group, rows)
+    if record["fits"]:
+        yield ""
+        head = ["series", "candidate", "metric", "exponent", "at most", ""]
+        yield from columns(
+            head,
+            [
+                [
+                    fit["series"],
+                    fit["candidate"],
+                    fit["metric"],
+                    f"{fit['exponent']:.2f}",
+                    f"{fit['at_most']:.2f}",
+                    "" if fit["holds"] else "EXCEEDED",
+                ]
+                for fit in record["fits"]
+            ],
+        )
+    bad = list(troubles(record))
+    if bad:
+        yield ""
+        yield from bad
+
+
+def _group(group: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Median milliseconds of ours, its parts of the ceilings, memory, errors, and ratios to it."""
+    owns = list(dict.fromkeys(name for row in rows for name in row["candidates"] if is_ours(name)))
+    others = [
+        name for name in OTHERS if any(f"{name}/{own}" in r["ratios"] for r in rows for own in owns)
+    ]
+    head = ["case", "ours", "ms", "GB/s", "copy", "matmul", "saved MB", "error", "ours ÷ bare"]
+    body = []
+    for row in rows:
+        for own in owns:
+            result = row["candidates"].get(own)
+            if result is None or result["status"] != "ok":
+                continue
+            body.append(
+                [
+                    row["case"].partition("/")[2],
+                    own,
+                    _number(_median(result.get("ms"))),
+                    _number(result.get("GB/s")),
+                    _percent(result.get("of_copy")),
+                    _percent(result.get("of_matmul")),
+                    _number(_mega(result.get("saved_bytes"))),
+                    _error(result.get("error")),
+                    ratio(row["ratios"].get(f"{own}/bare")),
+                    *(ratio(row["ratios"].get(f"{other}/{own}")) for other in others),
+                ]
+            )
+    if not body:
+        return
+    yield ""
+    yield f"{group}: medians; ratios are other ÷ ours, over 1 is our gain (20th to 80th percentile)"
+    kept = [i for i in range(len(head) + len(others)) if i < 3 or any(line[i] for line in body)]
+    head += others
+    yield from columns([head[i] for i in kept], [[line[i] for i in kept] for line in body])
+
+
+def troubles(record: Record) -> Iterator[str]:
+    """Lines for the rows, and the candidates, that are not ok."""
+    skipped = [row for row in record["rows"] if row["status"] == "skipped"]
+    if skipped:
+        names = ", ".join(row["case"] for row in skipped[:3]) + (" …" if skipped[3:] else "")
+        yield f"{len(skipped)} case(s) skipped, {skipped[0]['why']}: {names}"
+    for row in record["rows"]:
+        if row["status"] not in ("ok", "skipped"):
+            yield f"{row['case']}: {row['status']}: {row.get('why', '')}"
+        for name, result in row["candidates"].items():
+            if result["status"] != "ok" and result.get("why") != row.get("why"):
+                yield f"{row['case']}: {name}: {result['status']}: {result.get('why', '')}"
+
+
+def columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    for line in (head, *body):
+        first, *rest = (
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        yield "  ".join([first, *rest]).rstrip()
+
+
+def is_ours(name: str) -> bool:
+    """Whether a candidate is this library's, whose speed-up is reported."""
+    return name == "fused" or name.startswith("fused ")
+
+
+def _median(percentiles: Any) -> float | None:
+    return None if percentiles is None else percentiles[1]
+
+
+def _mega(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def _error(found: dict[str, float] | None) -> str:
+    return f"{max(found.values()):.1e}" if found else ""
+
+
+def ratio(percentiles: Sequence[Any] | None) -> str:
+    """Median, and the 20th and 80th percentile where they are known."""
+    if percentiles is None:
+        return ""
+    low, middle, high = percentiles
+    return f"{middle:.2f}" if low is None else f"{middle:.2f} ({low:.2f}–{high:.2f})"

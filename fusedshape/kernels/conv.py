@@ -1,0 +1,1063 @@
+"""Convolutions in Triton: implicit GEMM over channels_last tensors, the activation in the epilogue.
+
+These kernels have been interpreted and compiled, but not yet run on a GPU.
+
+One kernel computes the convolution and its gradient with respect to the input. Either way each
+output pixel is a sum, over taps and channels, of pixels of the tensor that is read (x or dz):
+
+    forward   y[i] = Σ_t w[t] · x[i · stride − padding + t · dilation]
+    dgrad     dx[a + i · stride] = Σ_t w[first + t · step] · dz[i + origin − t · hop]
+
+In dgrad the pixels of dx that lie at the same remainder a of the stride meet the same taps, so that
+each remainder is a dense convolution of stride 1; the remainders' tiles stand side by side in one
+grid. A remainder that no tap meets has no steps, and 0 goes through the epilogue. The reduction is
+one flat loop over taps and blocks of channels; where there are few channels (an RGB image), a block
+runs over taps and channels together (FLAT).
+
+wgrad reduces over pixels, split into parts; its second stage, like that of the channel sums,
+adds up the parts in a fixed order: the same bits in every run.
+
+1×1 convolutions of stride 1 and linear layers go to `fusedshape.kernels.gemm`. The launchers
+allocate with torch.empty, read nothing from the device and never wait for it, so that CUDA graphs
+can capture them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedshape.kernels import epilogue, gemm, pointwise
+from fusedshape.kernels.epilogue import IDENTITY
+from fusedshape.kernels.pointwise import WIDE
+from fusedshape.kernels.roofline import Arithmetic, Problem
+from fusedshape.kernels.tuned import tunable
+
+Direction = Literal["forward", "dgrad", "wgrad"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: Bytes of shared memory that kernels for sm_100 keep for their barriers, and some to spare.
+BARRIERS = 128
+#: Up to so many channels, a block of the reduction runs over taps and channels together.
+FLAT_CHANNELS = 16
+
+
+@triton.jit
+def _taps(
+    remainder,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The taps that meet an input pixel at this remainder of the stride.
+
+    Returns:
+        The first, their number, and the output pixel that the first one of them comes from, less
+        the input pixel's quotient by the stride.
+    """
+    first = tl.zeros_like(remainder) + TAPS
+    for i in tl.static_range(STEP):
+        reach = remainder + PADDING - (STEP - 1 - i) * DILATION
+        first = tl.where(reach % STRIDE == 0, STEP - 1 - i, first)
+    first = tl.minimum(first, TAPS)
+    # Where there is no tap, the offset means nothing.
+    return first, tl.cdiv(TAPS - first, STEP), (remainder + PADDING - first * DILATION) // STRIDE
+
+
+@triton.jit
+def _finish(
+    z,
+    out_ptr,
+    bias_ptr,
+    aux_ptr,
+    sums_ptr,
+    pixel,
+    inside,
+    first_n,
+    part,
+    negative_slope,
+    input_scale,
+    input_shift,
+    output_shift,
+    output_scale,
+    last_but_one,
+    last,
+    DGRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Bias, residual and activation, or φ̂′ and channel sums; and write the tile z."""
+    n = first_n + tl.arange(0, z.shape[1])
+    mask = inside[:, None] & (n < N)[None, :]
+    index = pixel[:, None] * N + n[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if DGRAD:
+        if ACTIVATION != IDENTITY:
+            saved = tl.load(aux_ptr + index, mask=mask, other=0.0)
+            if bias_ptr is not None:
+                saved = saved.to(tl.float32) + bias
+            z = epilogue.act_grad(
+                *(z, saved, negative_slope, input_scale, input_shift, output_shift),
+                *(output_scale, last_but_one, last, ACTIVATION, SAVE_OUTPUT),
+            )
+        if sums_ptr is not None:
+            total = tl.sum(tl.where(mask, z, 0.0), 0)
+            tl.store(sums_ptr + part * N + n, total, mask=n < N)
+    else:
+        if bias_ptr is not None:
+            z += bias
+        if aux_ptr is not None:
+            residual = tl.load(aux_ptr + index, mask=mask, other=0.0)
+            z = epilogue.mix(z, residual, last_but_one, last)
+        if ACTIVATION != IDENTITY:
+            z = epilogue.act(
+                *(z, negative_slope, input_scale, input_shift, output_shift, output_scale),
+                ACTIVATION,
+            )
+    tl.store(out_ptr + index, z.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "in_h", "in_w", "out_h", "out_w", "tiles_m"])
+def _conv_kernel(
+    a_ptr,
+    w_ptr,
+    out_ptr,
+    bias_ptr,
+    aux_ptr,
+    sums_ptr,
+    batch,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    tiles_m,
+    negative_slope: tl.float64,
+    input_scale: tl.float64,
+    input_shift: tl.float64,
+    output_shift: tl.float64,
+    output_scale: tl.float64,
+    last_but_one: tl.float64,
+    last: tl.float64,
+    DGRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE_OUTPUT: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    W_TAP: tl.constexpr,
+    W_C: tl.constexpr,
+    W_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Tile of out = epilogue(Σ a · w): C channels are read and summed over, N are written."""
+    pid = tl.program_id(0)
+    remainder = 0
+    SUBS_W: tl.constexpr = STRIDE_W if DGRAD else 1
+    SUBS: tl.constexpr = STRIDE_H * STRIDE_W if DGRAD else 1
+    if SUBS > 1:
+        remainder = pid % SUBS
+        pid = pid // SUBS
+    tile_m, tile_n = gemm._tile(pid, tiles_m, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    part = tile_m * SUBS + remainder
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+        tile_n = tile_n.to(tl.int64)
+        part = part.to(tl.int64)
+
+    # Pixels of a that pixel (i, j) of this program's image of outputs reads, for each tap (t, u):
+    # (i · move + origin + t · hop, …).
+    if DGRAD:
+        row0 = tl.full((), 0, tl.int32) + remainder // SUBS_W
+        col0 = tl.full((), 0, tl.int32) + remainder % SUBS_W
+        height = tl.cdiv(out_h - row0, STRIDE_H)
+        width = tl.cdiv(out_w - col0, STRIDE_W)
+        if SUBS > 1:
+            first_h, taps_h, origin_h = _taps(row0, R, STRIDE_H, PAD_H, DILATION_H, STEP_H)
+            first_w, taps_w, origin_w = _taps(col0, S, STRIDE_W, PAD_W, DILATION_W, STEP_W)
+            first = first_h * S + first_w
+        else:
+            taps_h, taps_w = R, S
+            origin_h, origin_w = PAD_H, PAD_W
+            first = 0
+        MOVE_H: tl.constexpr = 1
+        MOVE_W: tl.constexpr = 1
+        HOP_H: tl.constexpr = -(STEP_H * DILATION_H // STRIDE_H)
+        HOP_W: tl.constexpr = -(STEP_W * DILATION_W // STRIDE_W)
+    else:
+        height, width = out_h, out_w
+        taps_h, taps_w = R, S
+        origin_h, origin_w = -PAD_H, -PAD_W
+        first = 0
+        MOVE_H: tl.constexpr = STRIDE_H
+        MOVE_W: tl.constexpr = STRIDE_W
+        HOP_H: tl.constexpr = DILATION_H
+        HOP_W: tl.constexpr = DILATION_W
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (batch.to(tl.int64) if WIDE else batch) * height * width
+    inside = m < rows
+    if SUBS > 1:  # a remainder beyond the image has no pixels, and nothing divides by 0
+        height = tl.maximum(height, 1)
+        width = tl.maximum(width, 1)
+    j = m % width
+    i = (m // width) % height
+    image = m // (width * height)
+    h0 = i * MOVE_H + origin_h
+    w0 = j * MOVE_W + origin_w
+    base = ((image * in_h + h0) * in_w + w0) * C
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    if WIDE:
+        k = k.to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    steps = tl.cdiv(taps_h * taps_w * C, BLOCK_K) if FLAT else taps_h * taps_w * BLOCKS
+    if SUBS > 1:
+        # Remainders have tiles for as many pixels as the first of them.
+        steps = tl.where(tile_m * BLOCK_M < rows, steps, 0)
+    for step in range(steps):
+        if FLAT:
+            along = step * BLOCK_K + k
+            tap = along // C
+            c = along % C
+            t = tap // taps_w
+            u = tap % taps_w
+            h = h0[:, None] + (t * HOP_H)[None, :]
+            w = w0[:, None] + (u * HOP_W)[None, :]
+            within = along < taps_h * taps_w * C
+            a_mask = inside[:, None] & within[None, :]
+            a_mask = a_mask & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
+            moved = (t * HOP_H * in_w + u * HOP_W) * C + c
+            a = tl.load(a_ptr + (base[:, None] + moved[None, :]), mask=a_mask, other=0.0)
+        else:
+            tap = step // BLOCKS
+            c = (step % BLOCKS) * BLOCK_K + k
+            t = tap // taps_w
+            u = tap % taps_w
+            h = h0 + t * HOP_H
+            w = w0 + u * HOP_W
+            there = inside & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
+            within = c < C
+            moved = base + (t * HOP_H * in_w + u * HOP_W) * C
+            a_mask = there[:, None]
+            if C % BLOCK_K != 0:
+                a_mask = a_mask & within[None, :]
+            a = tl.load(a_ptr + (moved[:, None] + c[None, :]), mask=a_mask, other=0.0)
+        w_tap = first + t * (STEP_H * S) + u * STEP_W
+        w_index = (w_tap * W_TAP + c * W_C)[:, None] + (n * W_N)[None, :]
+        if FLAT or C % BLOCK_K != 0 or N % BLOCK_N != 0:
+            w_mask = within[:, None] & (n < N)[None, :]
+            b = tl.load(w_ptr + w_index, mask=w_mask, other=0.0)
+        else:
+            b = tl.load(w_ptr + w_index)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+    pixel = m
+    if SUBS > 1:
+        pixel = (image * out_h + (row0 + i * STRIDE_H)) * out_w + (col0 + j * STRIDE_W)
+    parts = epilogue.slices(acc, SLICES)
+    for s in tl.static_range(SLICES):
+        first_n = tile_n * BLOCK_N + s * (BLOCK_N // SLICES)
+        _finish(
+            *(parts[s], out_ptr, bias_ptr, aux_ptr, sums_ptr, pixel, inside, first_n, part),
+            *(negative_slope, input_scale, input_shift, output_shift, output_scale),
+            *(last_but_one, last, DGRAD, ACTIVATION, SAVE_OUTPUT, N),
+        )
+
+
+@triton.jit(
+    do_not_specialize=["pixels", "in_h", "in_w", "out_h", "out_w", "dn", "dp", "dq", "steps"]
+)
+def _wgrad_kernel(
+    dz_ptr,
+    x_ptr,
+    out_ptr,
+    pixels,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    dn,
+    dp,
+    dq,
+    steps,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Tile of one part of dw (K, R · S · C), summed over `steps` blocks of pixels.
+
+    (dn, dp, dq) is BLOCK_K pixels in images, rows and columns: how far one step moves.
+    """
+    TILES_K: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
+    TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    if WIDE:
+        part = part.to(tl.int64)
+    k = (pid % TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_n = pid // TILES_K
+    if FLAT:
+        col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        tap = col // C
+        c = col % C
+        in_col = col < R * S * C
+    else:
+        tap = tile_n // TILES_C
+        c = (tile_n % TILES_C) * BLOCK_N + tl.arange(0, BLOCK_N)
+        col = tap * C + c
+        in_col = c < C
+    from_h = (tap // S) * DILATION_H - PAD_H
+    from_w = (tap % S) * DILATION_W - PAD_W
+
+    m = part * steps * BLOCK_K + tl.arange(0, BLOCK_K)
+    q = m % out_w
+    p = (m // out_w) % out_h
+    image = m // (out_w * out_h)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(steps):
+        in_row = m < pixels
+        dz_mask = in_row[None, :]
+        if K % BLOCK_M != 0:
+            dz_mask = dz_mask & (k < K)[:, None]
+        dz = tl.load(dz_ptr + (k[:, None] + m[None, :] * K), mask=dz_mask, other=0.0)
+        if FLAT:
+            h = (p * STRIDE_H)[:, None] + from_h[None, :]
+            w = (q * STRIDE_W)[:, None] + from_w[None, :]
+            base = ((image * in_h + p * STRIDE_H) * in_w + q * STRIDE_W) * C
+            moved = (from_h * in_w + from_w) * C + c
+            x_index = base[:, None] + moved[None, :]
+            there = in_row[:, None] & in_col[None, :]
+            x_mask = there & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
+        else:
+            h = p * STRIDE_H + from_h
+            w = q * STRIDE_W + from_w
+            there = in_row & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
+            x_index = (((image * in_h + h) * in_w + w) * C)[:, None] + c[None, :]
+            x_mask = there[:, None]
+            if C % BLOCK_N != 0:
+                x_mask = x_mask & in_col[None, :]
+        x = tl.load(x_ptr + x_index, mask=x_mask, other=0.0)
+        acc = tl.dot(dz, x, acc, input_precision=PRECISION)
+        # Digits are added with their carries, which is cheaper than to divide again.
+        m += BLOCK_K
+        q += dq
+        carry = q >= out_w
+        q = tl.where(carry, q - out_w, q)
+        p += dp + carry.to(p.dtype)
+        carry = p >= out_h
+        p = tl.where(carry, p - out_h, p)
+        image += dn + carry.to(image.dtype)
+    index = (part * K + k)[:, None] * (R * S * C) + col[None, :]
+    mask = (k < K)[:, None] & in_col[None, :]
+    tl.store(out_ptr + index, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_INTERPRETED = not isinstance(_conv_kernel, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel cuts up a convolution.
+
+    Attributes:
+        block_m: pixels of a tile of the output; in wgrad output channels.
+        block_n: output channels of it (dgrad: input channels); in wgrad input channels of one tap.
+        bytes_k: of the reduction in one step, a power of two.
+        num_warps: warps of one program.
+        num_stages: steps in flight.
+        group_m: rows of tiles that are done together, to share operands in L2; not in wgrad.
+        splits: parts of the sum over pixels in wgrad; 0 takes as many as fill the GPU.
+    """
+
+    block_m: int
+    block_n: int
+    bytes_k: int = 128
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+    splits: int = 0
+
+    @property
+    def slices(self) -> int:
+        """Parts in which a tile is finished: 32 numbers a thread, more would spill registers."""
+        return max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
+
+    def shared(self, itemsize: int) -> int:
+        """At most so many bytes of shared memory: operands in flight, or the tile at the end."""
+        operands = self.num_stages * (self.block_m + self.block_n) * self.bytes_k
+        return max(operands, self.block_m * (self.block_n + 16) * itemsize) + BARRIERS
+
+
+_TILES = (
+    Config(128, 256, 128, 8, 3),
+    Config(128, 128, 128, 8, 4),
+    Config(128, 128, 128, 8, 3),
+    Config(128, 128, 64, 8, 4),
+    Config(128, 64, 128, 4, 4),
+    Config(128, 64, 64, 4, 4),
+    Config(64, 128, 128, 4, 3),
+    Config(64, 64, 128, 4, 4),
+    Config(64, 64, 64, 4, 4),
+    Config(64, 32, 64, 4, 4),
+)
+#: What is shipped and compiled ahead of time by the tests, for each direction.
+CONFIGS: dict[Direction, tuple[Config, ...]] = {
+    "forward": _TILES,
+    "dgrad": _TILES,
+    "wgrad": (
+        Config(128, 128, 128, 8, 3),
+        Config(128, 64, 128, 4, 3),
+        Config(64, 128, 128, 4, 3),
+        Config(64, 64, 128, 4, 3),
+        Config(64, 64, 64, 4, 4),
+        Config(64, 32, 64, 4, 4),
+    ),
+}
+#: For products of float32 without tensor cores, in every direction.
+FMA_CONFIGS = (Config(64, 64, 64, 8, 2), Config(32, 32, 64, 4, 2))
+#: Multiplications for each element loaded at which a tile reaches half of the GPU's rate: a guess.
+HALF_RATE = 24
+
+
+def candidates(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> tuple[Config, ...]:
+    """The shipped configurations that fit into the shared memory of a GPU."""
+    shipped = FMA_CONFIGS if problem.arithmetic == "float32" else CONFIGS[direction]
+    if direction == "wgrad" and problem.arithmetic == "tf32":
+        # Operands are turned around on their way, and the others spill registers on sm_100.
+        shipped = tuple(c for c in shipped if c.block_m == c.block_n)
+    return tuple(c for c in shipped if c.shared(problem.itemsize) <= gpu.shared)
+
+
+@tunable(candidates)
+def config_for(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> Config:
+    """The shipped configuration that a simple model finds fastest; nothing is measured.
+
+    Programs run in waves of as many as are resident; one costs its padded multiplications over the
+    rate of its tile, which grows with the tile as multiplications per element loaded do.
+
+    Args:
+        direction: of the kernel.
+        problem: the convolution.
+        gpu: where it will run.
+    """
+    return min(
+        candidates(direction, problem, gpu),
+        key=lambda config: _cost(config, direction, problem, gpu),
+    )
+
+
+def _cost(config: Config, direction: Direction, problem: Problem, gpu: gemm.Gpu) -> float:
+    p = problem
+    block_k = config.bytes_k // p.itemsize
+    read, written = p.channels, p.out_channels
+    tiles_m = triton.cdiv(p.pixels, config.block_m)
+    if direction == "dgrad":
+        read, written = written, read
+        tiles_m = triton.cdiv(_dgrad_rows(p), config.block_m) * p.stride[0] * p.stride[1]
+    if direction == "wgrad":
+        reduction = _splits(config, p, gpu)[1] * block_k
+        blocks = _wgrad_tiles(config, p) * _splits(config, p, gpu)[0]
+    else:
+        blocks = tiles_m * triton.cdiv(written, config.block_n)
+        flat = _flat(read, p.taps)
+        reduction = triton.cdiv(p.taps * read if flat else read, block_k) * block_k
+        reduction *= 1 if flat else p.taps
+        if direction == "dgrad":
+            reduction = triton.cdiv(reduction, p.stride[0] * p.stride[1])
+    tile = config.block_m * config.block_n
+    intensity = tile / (config.block_m + config.block_n)
+    resident = _resident(config, p, gpu)
+    waves = triton.cdiv(blocks, gpu.processors * resident) * resident
+    return waves * tile * (reduction + 2 * block_k) * (1 + HALF_RATE / intensity)
+
+
+def _resident(config: Config, problem: Problem, gpu: gemm.Gpu) -> int:
+    """Programs that run on one multiprocessor at a time: its registers do for 2 · 128² sums."""
+    tiles = 2 * 128**2 // (config.block_m * config.block_n)
+    return max(1, min(gpu.shared // config.shared(problem.itemsize), tiles, 8))
+
+
+def _flat(channels: int, taps: int) -> bool:
+    return channels <= FLAT_CHANNELS and taps > 1
+
+
+def _dgrad_rows(problem: Problem) -> int:
+    """Pixels of the input at remainder 0 of the stride, which no other remainder has more of."""
+    height = triton.cdiv(problem.height, problem.stride[0])
+    return problem.batch * height * triton.cdiv(problem.width, problem.stride[1])
+
+
+def _wgrad_tiles(config: Config, problem: Problem) -> int:
+    p = problem
+    if _flat(p.channels, p.taps):
+        across = triton.cdiv(p.taps * p.channels, config.block_n)
+    else:
+        across = p.taps * triton.cdiv(p.channels, config.block_n)
+    return across * triton.cdiv(p.out_channels, config.block_m)
+
+
+def _splits(config: Config, problem: Problem, gpu: gemm.Gpu) -> tuple[int, int]:
+    """Parts of wgrad's sum over pixels, and the steps of each; no part is empty."""
+    steps = triton.cdiv(problem.pixels, config.bytes_k // problem.itemsize)
+    splits = config.splits
+    if not splits:
+        slots = gpu.processors * _resident(config, problem, gpu)
+        # Below eight steps a part costs more to write and add than it saves.
+        splits = min(slots // _wgrad_tiles(config, problem), steps // 8)
+    each = triton.cdiv(steps, max(1, min(splits, steps)))
+    return triton.cdiv(steps, each), each
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+    *,
+    config: Config | gemm.Config | None = None,
+) -> Tensor:
+    """φ̂(√(1 − w²) (x ⋆ weight + bias) + w · residual) in one kernel; without residual, w = 0.
+
+    Args:
+        x: (N, C, H, W) or (N, C, L), channels_last; or (M, C).
+        weight: (K, C, R, S), (K, C, R) or (K, C), of x's dtype; channels_last saves a copy of it.
+        bias: (K,) or None.
+        residual: of the result's shape, or None.
+        residual_weight: w, between -1 and 1.
+        stride: a number for each spatial dimension; none for a linear layer.
+        padding: the same.
+        dilation: the same.
+        activation: id of the row in `fusedshape.activations`.
+        negative_slope: of leaky_relu.
+        input_scale: α.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ.
+        config: how to cut it up; None leaves that to `config_for`. For a convolution that is one
+            product of matrices, a `gemm.Config` or None means the GEMM kernel.
+
+    Returns:
+        x's dtype, channels_last.
+
+    Raises:
+        ValueError: what `why_not` says, or shapes that do not match.
+    """
+    five = negative_slope, input_scale, input_shift, output_shift, output_scale
+    geometry = stride, padding, dilation
+    return _forward(
+        *("conv_act", x, weight, bias, residual, residual_weight, geometry),
+        *(activation, five, config),
+    )
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    config: Config | gemm.Config | None = None,
+) -> Tensor:
+    """X ⋆ weight alone; arguments, result and errors as in `conv_act`."""
+    geometry = stride, padding, dilation
+    five = 0.0, 1.0, 0.0, 0.0, 1.0
+    return _forward(
+        *("conv", x, weight, None, None, 0.0, geometry),
+        *(IDENTITY.value, five, config),
+    )
+
+
+_Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
+_Five = tuple[float, float, float, float, float]
+
+
+def _forward(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: float,
+    geometry: _Geometry,
+    activation: int,
+    five: _Five,
+    config: Config | gemm.Config | None,
+) -> Tensor:
+    _check(op, x, weight)
+    problem = _problem(op, x.shape, weight.shape, *geometry, x.dtype)
+    bias = _vector(op, bias, problem.out_channels)
+    shape = _like(x, problem.batch, problem.out_channels, problem.out_height, problem.out_width)
+    _check_shape(op, "residual", residual, shape)
+    if residual is None:
+        residual_weight = 0.0
+    constants = epilogue.constants(*five, residual_weight)
+    if _is_gemm(problem, config):
+        y = gemm.linear_act(
+            *(_matrix(x), _matrix(weight), bias, None if residual is None else _matrix(residual)),
+            *(residual_weight, activation, *five),
+            tf32=problem.arithmetic == "tf32",
+            config=config,
+        )
+        return _from_matrix(y, shape)
+    y = _empty(x, shape)
+    if y.numel():
+        gpu = gemm.gpu_of(x.device)
+        config = config or config_for("forward", problem, gpu)
+        p = problem
+        _launch(
+            *(p, config, False, _images(x), _images(weight), _images(y), bias, residual, None),
+            *(activation, constants, False),
+        )
+    return y
+
+
+def conv_dgrad(
+    dz: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    bias: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: int,
+    negative_slope: float,
+    input_scale: float,
+    input_shift: float,
+    output_shift: float,
+    output_scale: float,
+    save_output: bool,
+    bias_grad: bool,
+    *,
+    config: Config | gemm.Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the input, times φ̂′ of the layer before if `saved` is given, and its sums.
+
+    Args:
+        dz: gradient of this layer's pre-activation; any strides, channels_last saves a copy of it.
+        weight: (K, C, R, S), (K, C, R) or (K, C), of dz's dtype.
+        saved: of the shape `input_size`: the output of the layer before if `save_output`, else its
+            pre-activation without bias; None leaves φ̂′ and the constants out.
+        bias: (C,) of the layer before; used only where the pre-activation was saved.
+        input_size: shape of the input.
+        stride: as in `conv_act`, like `padding` and `dilation`.
+        padding: zeros on either side.
+        dilation: distance of taps.
+        activation: id of the row in `fusedshape.activations`; this and the constants are those of
+            the layer before.
+        negative_slope: of leaky_relu.
+        input_scale: α.
+        input_shift: β.
+        output_shift: δ.
+        output_scale: γ.
+        save_output: what `saved` is.
+        bias_grad: whether the sums are wanted.
+        config: as in `conv_act`.
+
+    Returns:
+        The gradient, of dz's dtype, channels_last; and float32 (C,), the sums of the unrounded
+        gradient over all but the channel, empty unless `bias_grad`. The same bits in every run.
+
+    Raises:
+        ValueError: as `conv_act`.
+    """
+    op = "conv_dgrad"
+    _check(op, dz, weight, layout=False)
+    problem = _problem(op, input_size, weight.shape, stride, padding, dilation, dz.dtype)
+    shape = tuple(input_size)
+    _check_shape(
+        *(op, "dz", dz),
+        _like(dz, problem.batch, problem.out_channels, problem.out_height, problem.out_width),
+    )
+    _check_shape(op, "saved", saved, shape)
+    if saved is None:
+        activation = IDENTITY.value
+    bias = None if saved is None or save_output else _vector(op, bias, problem.channels)
+    five = negative_slope, input_scale, input_shift, output_shift, output_scale
+    if _is_gemm(problem, config):
+        dx, sums = gemm.linear_dgrad(
+            *(_matrix(dz), _matrix(weight), None if saved is None else _matrix(saved), bias),
+            *(activation, *five, save_output, bias_grad),
+            tf32=problem.arithmetic == "tf32",
+            config=config,
+        )
+        return _from_matrix(dx, shape), sums
+    dx = _empty(dz, shape)
+    channels = problem.channels if bias_grad else 0
+    if not dx.numel():
+        return dx, dz.new_zeros(channels, dtype=torch.float32)
+    config = config or config_for("dgrad", problem, gemm.gpu_of(dz.device))
+    subs = problem.stride[0] * problem.stride[1]
+    parts = subs * triton.cdiv(_dgrad_rows(problem), config.block_m)
+    sums = dz.new_empty((parts, channels) if bias_grad else 0, dtype=torch.float32)
+    _launch(
+        *(problem, config, True, _images(dz), _images(weight), _images(dx), bias, saved),
+        *(sums if bias_grad else None, activation, epilogue.grad_constants(*five), save_output),
+    )
+    if bias_grad:
+        with pointwise._on_device(dz):
+            sums = pointwise._reduce(sums)
+    return dx, sums
+
+
+def conv_wgrad(
+    dz: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    config: Config | gemm.Config | None = None,
+) -> Tensor:
+    """Gradient of the weight.
+
+    Args:
+        dz: gradient of this layer's pre-activation; any strides, channels_last saves a copy of it.
+        x: the layer's input, channels_last, of dz's dtype.
+        weight_size: shape of the weight.
+        stride: as in `conv_act`, like `padding` and `dilation`.
+        padding: zeros on either side.
+        dilation: distance of taps.
+        config: as in `conv_act`.
+
+    Returns:
+        x's dtype, channels_last; accumulated in float32 and rounded once. The same bits in every
+        run.
+
+    Raises:
+        ValueError: as `conv_act`.
+    """
+    op = "conv_wgrad"
+    _check(op, x, dz)
+    problem = p = _problem(op, x.shape, weight_size, stride, padding, dilation, x.dtype)
+    shape = tuple(weight_size)
+    _check_shape(op, "dz", dz, _like(x, p.batch, p.out_channels, p.out_height, p.out_width))
+    if _is_gemm(problem, config):
+        dw = gemm.linear_wgrad(_matrix(dz), _matrix(x), tf32=p.arithmetic == "tf32", config=config)
+        return dw.view(shape)
+    dw = _empty(x, shape)
+    if not dz.numel():
+        return dw.zero_()
+    gpu = gemm.gpu_of(x.device)
+    config = config or config_for("wgrad", p, gpu)
+    block_k = config.bytes_k // p.itemsize
+    splits, steps = _splits(config, p, gpu)
+    dz, x = _images(dz), _images(x)
+    with pointwise._on_device(x):
+        out = dw if splits == 1 else x.new_empty(splits, p.weights, dtype=torch.float32)
+        _wgrad_kernel[(_wgrad_tiles(config, p), splits)](
+            *(_packed(dz), x, out, p.pixels, p.height, p.width, p.out_height, p.out_width),
+            block_k // (p.out_height * p.out_width),
+            block_k // p.out_width % p.out_height,
+            block_k % p.out_width,
+            steps,
+            **_geometry_constants(p),
+            C=p.channels,
+            K=p.out_channels,
+            PRECISION=_precision(p),
+            FLAT=_flat(p.channels, p.taps),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=block_k,
+            WIDE=max(x.numel(), dz.numel(), out.numel()) >= WIDE,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if splits > 1:
+            vector = math.gcd(4, p.weights)
+            gemm._sum_kernel[(triton.cdiv(p.weights, gemm.SUM_TILE),)](
+                *(out, dw, p.weights // vector, splits),
+                VECTOR=vector,
+                TILE=gemm.SUM_TILE,
+                WIDE=out.numel() >= WIDE,
+            )
+    return dw
+
+
+def _launch(
+    problem: Problem,
+    config: Config,
+    dgrad: bool,
+    a: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    aux: Tensor | None,
+    sums: Tensor | None,
+    activation: int,
+    constants: tuple[float, ...],
+    save_output: bool,
+) -> None:
+    p = problem
+    channels, written = (p.out_channels, p.channels) if dgrad else (p.channels, p.out_channels)
+    rows, subs = (_dgrad_rows(p), p.stride[0] * p.stride[1]) if dgrad else (p.pixels, 1)
+    tiles_m = triton.cdiv(rows, config.block_m)
+    # In dgrad, the taps that meet at one remainder of the stride are so far apart.
+    steps = [s // math.gcd(s, d) if dgrad else 1 for s, d in zip(p.stride, p.dilation, strict=True)]
+    with pointwise._on_device(a):
+        if dgrad and p.itemsize == 4:
+            # Tensor cores take tf32 along the reduction only.
+            weight = weight.permute(1, 2, 3, 0).contiguous()
+            w_tap, w_c, w_n = p.out_channels, 1, p.taps * p.out_channels
+        else:
+            weight = _packed(weight)
+            w_tap, w_c, w_n = p.channels, 1, p.taps * p.channels
+            if dgrad:
+                w_c, w_n = w_n, w_c
+        _conv_kernel[(subs * tiles_m * triton.cdiv(written, config.block_n),)](
+            *(_packed(a), weight, out, bias, None if aux is None else _packed(_images(aux)), sums),
+            *(p.batch, a.shape[2], a.shape[3], out.shape[2], out.shape[3], tiles_m, *constants),
+            **_geometry_constants(p),
+            DGRAD=dgrad,
+            ACTIVATION=activation,
+            SAVE_OUTPUT=save_output,
+            C=channels,
+            N=written,
+            STEP_H=steps[0],
+            STEP_W=steps[1],
+            W_TAP=w_tap,
+            W_C=w_c,
+            W_N=w_n,
+            PRECISION=_precision(p),
+            FLAT=_flat(channels, p.taps),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.bytes_k // p.itemsize,
+            SLICES=config.slices,
+            GROUP_M=config.group_m,
+            WIDE=max(a.numel(), out.numel(), weight.numel()) >= WIDE,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def _geometry_constants(problem: Problem) -> dict[str, int]:
+    p = problem
+    return {
+        "R": p.kernel[0],
+        "S": p.kernel[1],
+        "STRIDE_H": p.stride[0],
+        "STRIDE_W": p.stride[1],
+        "PAD_H": p.padding[0],
+        "PAD_W": p.padding[1],
+        "DILATION_H": p.dilation[0],
+        "DILATION_W": p.dilation[1],
+    }
+
+
+def _precision(problem: Problem) -> str:
+    return "tf32" if problem.arithmetic == "tf32" else "ieee"
+
+
+def _is_gemm(problem: Problem, config: Config | gemm.Config | None) -> bool:
+    return problem.is_gemm and not isinstance(config, Config)
+
+
+def why_not(x: Tensor, weight: Tensor, *, groups: int = 1) -> str | None:
+    """Why these kernels cannot compute a convolution or linear layer, or None if they can.
+
+    Args:
+        x: the input, (N, C, H, W), (N, C, L) or (M, C).
+        weight: (K, C / groups, R, S), (K, C / groups, R) or (K, C).
+        groups: of the convolution.
+
+    Example:
+        >>> why_not(torch.zeros(2, 8, 5, 5), torch.zeros(4, 2, 3, 3), groups=4)
+        'groups=4, the Triton kernels have groups=1 only; use another engine'
+    """
+    if 0 in (x.shape[1], *weight.shape):
+        return (
+            f"x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)} leave nothing "
+            "to sum; use another engine"
+        )
+    return _why_not(x, weight, groups)
+
+
+def _why_not(x: Tensor, weight: Tensor, groups: int = 1, layout: bool = True) -> str | None:
+    if groups != 1:
+        return f"groups={groups}, the Triton kernels have groups=1 only; use another engine"
+    if not 2 <= x.ndim <= 4 or x.ndim != weight.ndim:
+        return (
+            f"the Triton kernels take x and weight of 2, 3 or 4 dimensions each, got shapes "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}; use another engine"
+        )
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        return (
+            f"the Triton kernels multiply two tensors of the same dtype out of {names}, got "
+            f"{x.dtype} and {weight.dtype}; use another engine"
+        )
+    if layout and not _is_packed(_images(x)):
+        return (
+            f"x of shape {tuple(x.shape)} and strides {x.stride()} is not channels_last: channels "
+            "must be innermost and memory dense; pass x.to(memory_format=torch.channels_last), for "
+            "three dimensions x.transpose(1, 2).contiguous().transpose(1, 2)"
+        )
+    if x.device != weight.device:
+        return f"tensors are on {x.device} and {weight.device}; move them to one device"
+    if x.device.type != "cuda":
+        if not _INTERPRETED:
+            return (
+                f"Triton serves CUDA tensors, got one on {x.device}; on the CPU it only runs in "
+                "its interpreter (TRITON_INTERPRET=1, set before Python starts)"
+            )
+        if x.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 in it"
+        return None
+    arch = gemm.gpu_of(x.device).arch
+    if arch < 80:
+        return f"{x.device} has compute capability {arch / 10}, needed is 8.0; use another engine"
+    return None
+
+
+def _check(op: str, x: Tensor, weight: Tensor, layout: bool = True) -> None:
+    reason = _why_not(x, weight, layout=layout)
+    if reason is not None:
+        raise ValueError(f"{op}: {reason}")
+
+
+def _check_shape(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, it must be {shape}")
+
+
+def _vector(op: str, bias: Tensor | None, channels: int) -> Tensor | None:
+    _check_shape(op, "bias", bias, (channels,))
+    return None if bias is None else bias.contiguous()
+
+
+def _problem(
+    op: str,
+    input_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> Problem:
+    """The convolution as one of two dimensions: a row of images is one image of height 1."""
+    n = len(weight_size) - 2
+    if len(input_size) != n + 2 or input_size[1] != weight_size[1]:
+        raise ValueError(
+            f"{op}: a weight of shape {tuple(weight_size)} wants an input of {n + 2} dimensions "
+            f"and {weight_size[1]} channels, got {tuple(input_size)}"
+        )
+    if 0 in weight_size:
+        raise ValueError(f"{op}: a weight of shape {tuple(weight_size)} leaves nothing to sum")
+    for name, numbers, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if len(numbers) != n or any(number < least for number in numbers):
+            raise ValueError(
+                f"{op}: {name}={list(numbers)} must be {n} numbers of at least {least}"
+            )
+
+    def two(numbers: Sequence[int], missing: int) -> tuple[int, int]:
+        first, second = (*[missing] * (2 - n), *numbers)
+        return first, second
+
+    height, width = two(input_size[2:], 1)
+    return Problem(
+        *(input_size[0], input_size[1], height, width, weight_size[0]),
+        *(two(weight_size[2:], 1), two(stride, 1), two(padding, 0), two(dilation, 1)),
+        arithmetic=_arithmetic(dtype),
+    )
+
+
+def _arithmetic(dtype: torch.dtype) -> Arithmetic:
+    if dtype == torch.float16:
+        return "float16"
+    if dtype == torch.bfloat16:
+        return "bfloat16"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
+
+
+def _like(x: Tensor, batch: int, channels: int, height: int, width: int) -> tuple[int, ...]:
+    """A shape with as many dimensions as x has."""
+    return (batch, channels, *(height, width)[4 - x.ndim :])
+
+
+def _images(t: Tensor) -> Tensor:
+    """T with two spatial dimensions."""
+    return t if t.ndim == 4 else t.unsqueeze(2) if t.ndim == 3 else t[:, :, None, None]
+
+
+def _is_packed(images: Tensor) -> bool:
+    return not images.numel() or images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _packed(images: Tensor) -> Tensor:
+    """Images in channels_last memory, copied if need be."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Channels_last, with as many dimensions as `shape` has."""
+    batch, channels, *rest = shape
+    t = like.new_empty(batch, *rest, channels)
+    return t.movedim(-1, 1)
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """(N, C, …) as (pixels, channels), a view of what is channels_last."""
+    return t.movedim(1, -1).reshape(-1, t.shape[1])
+
+
+def _from_matrix(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    batch, channels, *rest = shape
+    return t.view(batch, *rest, channels).movedim(-1, 1)

@@ -1,0 +1,134 @@
+"""Configurations of kernels: the one a model picks, unless measurements have found a faster one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+#: Choices that are remembered, so that shapes that never come back fill no memory.
+REMEMBERED = 4096
+
+
+class _Pin(NamedTuple):
+    low: int
+    high: int
+    config: Any
+
+
+class Tunable:
+    """A pure choice of a configuration by its arguments, which `pin` overrules.
+
+    The last but one argument is the problem, a frozen dataclass. Its size (`batch` of a
+    convolution; of a product `m`, or in wgrad `k`) is what a pin covers a range of; in all else
+    problems must be the same.
+
+    Args:
+        choose: the choice.
+        candidates: all configurations for the same arguments.
+    """
+
+    def __init__(
+        self, choose: Callable[..., Any], candidates: Callable[..., tuple[Any, ...]]
+    ) -> None:
+        self.choose = choose
+        self.candidates = candidates
+        self._pins: dict[tuple[Any, ...], list[_Pin]] = {}
+        self._memo: dict[tuple[Any, ...], Any] = {}
+        self.name = choose.__module__.rpartition(".")[2]
+        self.__doc__ = choose.__doc__
+        _ALL.append(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """The configuration to take; a look into a dictionary from the second time on."""
+        if _listener is not None and _listener[0] == threading.get_ident():
+            _listener[1].append((self, args))
+        try:
+            return self._memo[args]
+        except KeyError:
+            pass
+        config = self.pinned(*args) or self.choose(*args)
+        if len(self._memo) >= REMEMBERED:
+            self._memo.clear()
+        self._memo[args] = config
+        return config
+
+    def pinned(self, *args: Any) -> Any | None:
+        """The configuration pinned for these arguments, if there is one."""
+        family, size = family_of(args)
+        fits = (pin.config for pin in self._pins.get(family, ()) if pin.low <= size <= pin.high)
+        return next(fits, None)
+
+    def pin(self, args: tuple[Any, ...], low: int, high: int, config: Any) -> None:
+        """Take `config` for problems like that in `args` of sizes low to high, both included.
+
+        What is pinned later goes before what was pinned earlier.
+        """
+        self._pins.setdefault(family_of(args)[0], []).insert(0, _Pin(low, high, config))
+        self._memo.clear()
+
+    @contextmanager
+    def trying(self, args: tuple[Any, ...], config: Any) -> Iterator[None]:
+        """Take `config` for exactly these arguments for a while."""
+        before = self(*args)
+        self._memo[args] = config
+        try:
+            yield
+        finally:
+            self._memo[args] = before
+
+    def unpin(self) -> None:
+        """Forget all pins."""
+        self._pins.clear()
+        self._memo.clear()
+
+
+_ALL: list[Tunable] = []
+_listener: tuple[int, list[tuple[Tunable, tuple[Any, ...]]]] | None = None
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple[Tunable, tuple[Any, ...]]]]:
+    """Collect which choices this thread asks for, and with which arguments; do not nest."""
+    global _listener
+    log: list[tuple[Tunable, tuple[Any, ...]]] = []
+    _listener = threading.get_ident(), log
+    try:
+        yield log
+    finally:
+        _listener = None
+
+
+def unpin() -> None:
+    """Forget all pins of all kernels."""
+    for one in _ALL:
+        one.unpin()
+
+
+def tunable(
+    candidates: Callable[..., tuple[Any, ...]],
+) -> Callable[[Callable[..., Any]], Tunable]:
+    """Decorate a choice out of `candidates` of the same arguments.
+
+    Example:
+        >>> from fusedshape.kernels.roofline import Problem
+        >>> @tunable(lambda problem, gpu: ("small", "large"))
+        ... def config_for(problem, gpu):
+        ...     return "small"
+        >>> config_for(Problem(8, 64, 56, 56, 64), "gpu")
+        'small'
+        >>> config_for.pin((Problem(8, 64, 56, 56, 64), "gpu"), 5, 8, "large")
+        >>> [config_for(Problem(n, 64, 56, 56, 64), "gpu") for n in (4, 5, 8, 9)]
+        ['small', 'large', 'large', 'small']
+    """
+    return lambda choose: Tunable(choose, candidates)
+
+
+def family_of(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+    """The arguments with their problem's size taken out, and that size."""
+    *before, problem, gpu = args
+    along = "k" if getattr(problem, "direction", None) == "wgrad" else "m"
+    field = "batch" if hasattr(problem, "batch") else along
+    return (*before, replace(problem, **{field: 0}), gpu), getattr(problem, field)

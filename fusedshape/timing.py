@@ -1,0 +1,285 @@
+"""Time and memory of callables: interleaved samples, clocks for CPU and CUDA, measured ceilings.
+
+The CPU clock and everything around the clocks is tested; the CUDA clocks have not yet been run on
+a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do what a case asks for.
+
+    Attributes:
+        run: the timed part; takes what `prepare` returned.
+        prepare: the untimed part before every call.
+        check: tensors by name, to hold against the float64 truth; None where there is nothing to
+            check, or something else is computed on purpose.
+        yardstick: its error is what the others' are measured by.
+        claims: whether this is the library's own, whose speed-up is reported.
+        graph: runs forward with its graph, for hooks to see what is saved; None where they cannot.
+        compiled: made by torch.compile, which is left for after all others are checked.
+        self_timed: `run` returns its own seconds.
+        most: samples to take at most.
+    """
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = _nothing
+    check: Callable[[], dict[str, Tensor]] | None = None
+    graph: Callable[[], object] | None = None
+    yardstick: bool = False
+    claims: bool = False
+    compiled: bool = False
+    self_timed: bool = False
+    most: int | None = None
+
+
+class Clock(Protocol):
+    """Seconds of one call, the mean of `repeats` in a row."""
+
+    #: A sample shorter than this many seconds says more about the clock than about the call.
+    least: float
+
+    def seconds(self, candidate: Candidate, repeats: int) -> float:
+        """Prepare, then time."""
+
+
+class HostClock:
+    """Wall time on the host. Caches are as the call before left them."""
+
+    least = 2e-4
+
+    def seconds(self, candidate: Candidate, repeats: int) -> float:
+        """Prepare, then time."""
+        if candidate.self_timed:
+            return float(candidate.run(candidate.prepare()))
+        states = [candidate.prepare() for _ in range(repeats)]
+        start = time.perf_counter()
+        for state in states:
+            candidate.run(state)
+        return (time.perf_counter() - start) / repeats
+
+
+class EventClock:
+    """CUDA events around one call, with a cold L2; launches count, as a user meets them.
+
+    Writing the flush buffer also keeps the device busy while the host queues the call.
+    """
+
+    least = 0.0
+
+    def __init__(self, device: torch.device) -> None:
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(4 * size, 1 << 28), dtype=torch.int8, device=device)
+
+    def seconds(self, candidate: Candidate, repeats: int) -> float:
+        """Prepare, then time."""
+        total = 0.0
+        for _ in range(repeats):
+            total += self._one(partial(candidate.run, candidate.prepare()))
+        return total / repeats
+
+    def _one(self, call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class GraphClock(EventClock):
+    """Replay of a CUDA graph of the call, with a cold L2: the device's own time, no launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._graphs: dict[int, tuple[Candidate, torch.cuda.CUDAGraph, object]] = {}
+
+    def seconds(self, candidate: Candidate, repeats: int) -> float:
+        """Capture at the first call, then time replays."""
+        if id(candidate) not in self._graphs:
+            self._graphs[id(candidate)] = (candidate, *self._capture(candidate))
+        graph = self._graphs[id(candidate)][1]
+        return statistics.fmean(self._one(graph.replay) for _ in range(repeats))
+
+    def clear(self) -> None:
+        """Give the memory of all graphs back."""
+        self._graphs.clear()
+
+    def _capture(self, candidate: Candidate) -> tuple[torch.cuda.CUDAGraph, object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                candidate.run(candidate.prepare())
+            # What the graph reads must live as long as the graph, so it is kept beside it: what
+            # was prepared, and what backward lets go of.
+            kept: list[object] = []
+            with torch.autograd.graph.saved_tensors_hooks(partial(_keep, kept), lambda t: t):
+                state = candidate.prepare()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = candidate.run(state)
+        return graph, (kept, state, out)
+
+
+def _keep(kept: list[object], t: Tensor) -> Tensor:
+    kept.append(t)
+    return t
+
+
+def clock_for(device: torch.device) -> Clock:
+    """Events on a GPU, wall time on a CPU."""
+    return EventClock(device) if device.type == "cuda" else HostClock()
+
+
+def interleaved(
+    candidates: Mapping[str, Candidate],
+    clock: Clock,
+    *,
+    budget: float,
+    least: int = 5,
+    most: int = 30,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, round by round, in an order drawn anew for each.
+
+    Machines drift; only times of the same round are compared with one another. And what a candidate
+    leaves in caches and allocator falls on the next one, so that a fixed order would favour some.
+    The orders are the same in every run.
+
+    Args:
+        candidates: by name.
+        clock: of the device.
+        budget: wall seconds to spend, warm-up aside.
+        least: rounds at least, whatever they cost.
+        most: rounds at most.
+
+    Returns:
+        Samples by name; shorter lists for candidates with a `most` of their own.
+    """
+    names = list(candidates)
+    cost, call = {}, {}
+    for name in names:
+        if candidates[name].most is None:
+            clock.seconds(candidates[name], 1)
+        start = time.perf_counter()
+        call[name] = clock.seconds(candidates[name], 1)
+        cost[name] = time.perf_counter() - start
+    shortest = max(min(call.values(), default=1.0), 1e-9)
+    repeats = min(10_000, max(1, math.ceil(clock.least / shortest)))
+    bounded = {name for name in names if candidates[name].most is not None}
+    one_round = repeats * sum(c for name, c in cost.items() if name not in bounded)
+    rounds = max(least, min(most, int(budget / max(one_round, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    # A dear candidate's only sample was its pilot.
+    for name in bounded:
+        times[name].append(call[name])
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
+            limit = candidates[name].most
+            if limit is None or len(times[name]) < limit:
+                times[name].append(clock.seconds(candidates[name], repeats))
+    return times
+
+
+def percentiles(values: Iterable[float]) -> list[float]:
+    """20th, 50th and 80th percentile, by linear interpolation.
+
+    Example:
+        >>> percentiles([5.0, 1.0, 2.0, 3.0, 4.0])
+        [1.8, 3.0, 4.2]
+    """
+    ordered = sorted(values)
+
+    def at(p: float) -> float:
+        low = math.floor(p * (len(ordered) - 1))
+        high = min(low + 1, len(ordered) - 1)
+        part = p * (len(ordered) - 1) - low
+        return ordered[low] + part * (ordered[high] - ordered[low])
+
+    return [at(p) for p in (0.2, 0.5, 0.8)]
+
+
+def paired_ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """of / to, round by round, over the rounds that both have."""
+    return [a / b for a, b in zip(of, to, strict=False)]
+
+
+def saved_bytes(run: Callable[[], object], leaves: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for backward after `run`, each storage once, leaves left out.
+
+    Args:
+        run: builds a graph and returns it.
+        leaves: tensors that live anyway: inputs and parameters.
+    """
+    known = {t.untyped_storage().data_ptr() for t in leaves}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        graph = run()
+    del graph
+    return sum(found.values())
+
+
+def peak_bytes(candidate: Candidate, device: torch.device) -> int | None:
+    """Bytes allocated at most while preparing and running, above what was before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    candidate.run(candidate.prepare())
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
+    """What this machine does at best: GB/s of a copy, TFLOP/s of a matrix product by dtype.
+
+    The best of a few runs; read and written bytes both count.
+    """
+    clock = clock_for(device)
+    gpu = device.type == "cuda"
+    source = torch.zeros((1 << 30 if gpu else 1 << 26), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+
+    def best(call: Callable[[], object]) -> float:
+        candidate = Candidate(lambda _: call())
+        clock.seconds(candidate, 1)
+        return min(clock.seconds(candidate, 1) for _ in range(7))
+
+    found = {"copy GB/s": 2 * source.numel() / best(lambda: target.copy_(source)) / 1e9}
+    n = 8192 if gpu else 1024
+    for dtype in dtypes:
+        a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+        with suppress(RuntimeError):  # a dtype that has no product here
+            product = best(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+            found[f"matmul {str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / product / 1e12
+    return found

@@ -1,0 +1,285 @@
+"""The convolution kernels compiled for A100, H100/H200 and B200, and which tiles are chosen.
+
+Each test calls a launcher and compiles what it would have launched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from aot import ARCHES, Compiled
+from conftest import shaped
+from test_gemm_compiled import GPUS, SHARED, Recorder, multiplies
+from torch import Tensor
+
+from fusedshape import ACTIVATIONS
+from fusedshape.activations import Activation
+from fusedshape.kernels import conv, gemm, pointwise
+from fusedshape.kernels.conv import Config, Direction
+from fusedshape.kernels.roofline import Problem, resnet50
+
+pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DIRECTIONS: tuple[Direction, ...] = ("forward", "dgrad", "wgrad")
+MULTIPLY = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+MIDDLE = Config(128, 64, 128, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
+    """Launchers that take CPU tensors, and keep launches instead of launching."""
+    found = {name: Recorder(getattr(conv, name)) for name in ("_conv_kernel", "_wgrad_kernel")}
+    for name, recorder in found.items():
+        monkeypatch.setattr(conv, name, recorder)
+    monkeypatch.setattr(gemm, "_sum_kernel", Recorder(gemm._sum_kernel))
+    monkeypatch.setattr(conv, "_why_not", lambda *args, **kwargs: None)
+    monkeypatch.setattr(pointwise, "_reduce", lambda sums: sums.sum(0))
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A square convolution of few images, for the kernels do not know how many there are."""
+
+    channels: int = 256
+    out: int = 256
+    kernel: int = 3
+    stride: int = 1
+    batch: int = 2
+    size: int = 14
+    shift: int = 0
+
+    def tensor(self, channels: int, size: int, dtype: torch.dtype, batch: int = 0) -> Tensor:
+        shape = (batch or self.batch, size, size, channels)
+        elements = torch.Size(shape).numel()
+        t = torch.empty(elements + self.shift, dtype=dtype)[self.shift :]
+        return t.view(shape).permute(0, 3, 1, 2)
+
+
+PLAIN = Layer()
+
+
+class Compiler:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, recorders: dict[str, Recorder]) -> None:
+        self.monkeypatch, self.recorders = monkeypatch, recorders
+
+    def __call__(
+        self,
+        direction: Direction,
+        arch: int,
+        config: Config | None,
+        dtype: torch.dtype = BF16,
+        layer: Layer = PLAIN,
+        activation: str = "leaky_relu",
+        tf32: bool = False,
+        aux: bool = True,
+    ) -> Compiled:
+        """Compile one direction, by default with all its epilogue has."""
+        self.monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
+        names = {F16: "float16", BF16: "bfloat16", F32: "tf32" if tf32 else "float32"}
+        self.monkeypatch.setattr(conv, "_arithmetic", names.__getitem__)
+        spec = shaped(activation)
+        pad = layer.kernel // 2
+        geometry = [layer.stride] * 2, [pad] * 2, [1, 1]
+        x = layer.tensor(layer.channels, layer.size, dtype)
+        size = (layer.size + 2 * pad - layer.kernel) // layer.stride + 1
+        dz = layer.tensor(layer.out, size, dtype)
+        weight = layer.tensor(layer.channels, layer.kernel, dtype, batch=layer.out)
+        bias = torch.empty(layer.out)
+        if direction == "forward":
+            residual = dz if aux else None
+            args: tuple[Any, ...] = (x, weight, bias, residual, 0.5, *geometry, *spec.kernel_args)
+            conv.conv_act(*args, config=config)
+        elif direction == "dgrad":
+            save = spec.saves_output
+            before = None if save else torch.empty(layer.channels)
+            args = (dz, weight, x if aux else None, before, x.shape, *geometry, *spec.kernel_args)
+            conv.conv_dgrad(*args, save, True, config=config)
+        else:
+            conv.conv_wgrad(dz, x, weight.shape, *geometry, config=config)
+        name = "_wgrad_kernel" if direction == "wgrad" else "_conv_kernel"
+        return self.recorders[name].compile(arch)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, recorders: dict[str, Recorder]) -> Compiler:
+    return Compiler(monkeypatch, recorders)
+
+
+def copies(kernel: Compiled) -> set[int]:
+    """Widths in bytes of the copies from global to shared memory."""
+    found = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", kernel.ptx)
+    return {int(width, 16) for width in found}
+
+
+def index_types(kernel: Compiled) -> set[str]:
+    """Integer types by which tiles of pointers are moved."""
+    return set(re.findall(r"tt\.addptr .*tensor<\d+x\d+x(i\d+)>", kernel.mlir))
+
+
+def check(kernel: Compiled, arch: int, config: Config, dtype: torch.dtype) -> None:
+    """What is promised of every shipped configuration, for aligned tensors of 256 channels."""
+    assert kernel.spills == kernel.stack == 0
+    assert kernel.shared <= config.shared(dtype.itemsize) <= SHARED[arch]
+    assert multiplies(kernel) == MULTIPLY[arch]
+    assert copies(kernel) == {16}
+    assert kernel.vectors("st") > 0
+    assert not kernel.widths("st") - {4, 16}  # 4: the sums
+    assert not kernel.widths("ld") - {4, 8, 16}  # 4 and 8: the bias
+    assert index_types(kernel) == {"i32"}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_largest_tiles(direction: Direction, arch: int, compiled: Compiler) -> None:
+    config = conv.CONFIGS[direction][0]
+    check(compiled(direction, arch, config), arch, config, BF16)
+
+
+def test_strided_dgrad(compiled: Compiler) -> None:
+    kernel = compiled("dgrad", 90, MIDDLE, layer=Layer(stride=2))
+    check(kernel, 90, MIDDLE, BF16)
+    # The remainder's taps are bounds of the loop, not masks in it.
+    body = kernel.mlir.split("scf.for")[1].split("tt.dot")[0]
+    assert not re.search(r"arith\.remsi .*tensor", body)
+
+
+def test_half(compiled: Compiler) -> None:
+    check(compiled("forward", 90, MIDDLE, F16), 90, MIDDLE, F16)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tf32(direction: Direction, compiled: Compiler) -> None:
+    config = conv.CONFIGS[direction][0]
+    kernel = compiled(direction, 90, config, F32, tf32=True)
+    if direction == "wgrad":
+        # Tensor cores take tf32 along the reduction only, across which both operands lie.
+        assert copies(kernel) == {4}
+        assert multiplies(kernel) == MULTIPLY[90]
+        assert kernel.spills == kernel.stack == 0
+    else:
+        check(kernel, 90, config, F32)
+
+
+def test_float32_without_tensor_cores(compiled: Compiler) -> None:
+    for config in conv.FMA_CONFIGS:
+        kernel = compiled("forward", 80, config, F32)
+        assert multiplies(kernel) == "fma"
+        assert kernel.spills == kernel.stack == 0
+        assert copies(kernel) == {16}
+
+
+def test_channels_that_are_no_multiple_of_a_vector(compiled: Compiler) -> None:
+    kernel = compiled("forward", 90, MIDDLE, layer=Layer(channels=68))
+    assert copies(kernel) == {8}
+    assert multiplies(kernel) == MULTIPLY[90]
+    assert kernel.spills == kernel.stack == 0
+
+
+@pytest.mark.parametrize("direction", ["forward", "wgrad"])
+def test_image_of_three_channels(direction: Direction, compiled: Compiler) -> None:
+    stem = Layer(3, 64, 7, 2, size=28)
+    kernel = compiled(direction, 90, Config(64, 64, 64, 4, 4), layer=stem)
+    assert multiplies(kernel) == MULTIPLY[90]
+    assert kernel.spills == kernel.stack == 0
+
+
+def test_pointers_that_are_not_aligned(compiled: Compiler) -> None:
+    kernel = compiled("wgrad", 90, Config(64, 64, 64, 4, 4), layer=Layer(shift=1))
+    assert not copies(kernel)
+    assert multiplies(kernel) == MULTIPLY[90]
+
+
+def test_index_width(compiled: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(64, 64, 128, 4, 3)
+    monkeypatch.setattr(conv, "WIDE", 1)
+    for direction in ("dgrad", "wgrad"):
+        kernel = compiled(direction, 90, config)
+        assert index_types(kernel) == {"i64"}
+        assert kernel.spills == kernel.stack == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
+    ("direction", "config"),
+    [(direction, config) for direction in DIRECTIONS for config in conv.CONFIGS[direction]],
+    ids=lambda v: (
+        v if isinstance(v, str) else f"{v.block_m}x{v.block_n}x{v.bytes_k}x{v.num_stages}"
+    ),
+)
+def test_every_configuration(
+    direction: Direction, config: Config, arch: int, compiled: Compiler
+) -> None:
+    check(compiled(direction, arch, config), arch, config, BF16)
+    tf32 = Problem(2, 256, 14, 14, 256, arithmetic="tf32")
+    if config in conv.candidates(direction, tf32, GPUS[arch]):
+        kernel = compiled(direction, arch, config, F32, tf32=True)
+        if direction == "wgrad" and arch > 80:  # not in copies of 16 bytes
+            assert kernel.spills == kernel.stack == 0
+            assert kernel.shared <= config.shared(4) <= SHARED[arch]
+        else:
+            check(kernel, arch, config, F32)
+    if direction != "wgrad":
+        check(compiled(direction, arch, config, activation="tanh", aux=False), arch, config, BF16)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("row", ACTIVATIONS.values(), ids=lambda row: row.name)
+def test_every_activation(row: Activation, arch: int, compiled: Compiler) -> None:
+    config = Config(128, 128, 128, 8, 3)
+    for direction in ("forward", "dgrad"):
+        kernel = compiled(direction, arch, config, activation=row.name)
+        # libdevice reduces huge arguments of sin and cos in an array.
+        allowed = 64 if row.name in ("sin", "cos") else 0
+        assert kernel.spills <= allowed
+        assert kernel.stack <= allowed
+        assert multiplies(kernel) == MULTIPLY[arch]
+
+
+def test_heuristic_takes_what_fits() -> None:
+    for arch, gpu in {**GPUS, 86: gemm.Gpu(86, 84)}.items():
+        for arithmetic in ("bfloat16", "tf32", "float32"):
+            for layer in resnet50(32, arithmetic):
+                for direction in DIRECTIONS:
+                    config = conv.config_for(direction, layer.problem, gpu)
+                    assert config in conv.candidates(direction, layer.problem, gpu)
+                    assert config.shared(layer.problem.itemsize) <= SHARED.get(arch, 101_376)
+
+
+def test_heuristic_makes_tiles_as_large_as_the_problem() -> None:
+    gpu = GPUS[90]
+    large = Problem(64, 256, 56, 56, 256)
+    for direction in DIRECTIONS:
+        assert conv.config_for(direction, large, gpu).block_m == 128
+        assert conv.config_for(direction, large, gpu).block_n >= 128
+    few = Problem(1, 512, 7, 7, 512)
+    assert conv.config_for("forward", few, gpu).block_m == 64
+    assert conv.config_for("forward", Problem(64, 64, 56, 56, 64), gpu).block_n == 64
+    assert conv.config_for("dgrad", Problem(64, 3, 56, 56, 64), gpu).block_n == 32
+
+
+@pytest.mark.parametrize("pixels", [(1, 7), (32, 14), (256, 56)])
+@pytest.mark.parametrize("channels", [3, 64, 512])
+def test_splits_cover_all_pixels(channels: int, pixels: tuple[int, int]) -> None:
+    batch, size = pixels
+    problem = Problem(batch, channels, size, size, channels)
+    for config in conv.candidates("wgrad", problem, GPUS[90]):
+        splits, steps = conv._splits(config, problem, GPUS[90])
+        block = config.bytes_k // problem.itemsize
+        assert (splits - 1) * steps * block < problem.pixels <= splits * steps * block
+        # The partial sums are small beside the tensors, or the tiles alone fill the GPU.
+        assert splits * conv._wgrad_tiles(config, problem) <= 132 * 16
+
+
+def test_cpu_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x = torch.zeros(2, 4, 4, 8).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        conv.conv(x, torch.zeros(4, 8, 3, 3), [1, 1], [1, 1], [1, 1])
