@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from fusedshape import init, theory
+from fusedshape import init, theory, tuning
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.convert import convert
+from fusedshape.diagnose import diagnose
+from fusedshape.fold import fold
 from fusedshape.nn import (
+    NormalizedSum,
     PerLocationNorm,
     ShapedActivation,
+    ShapedChain,
     ShapedConv1d,
     ShapedConv2d,
     ShapedConv3d,
     ShapedLinear,
 )
-from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
+from fusedshape.ops import (
+    ChainLayer,
+    bias_act,
+    conv_act,
+    conv_chain,
+    linear_act,
+    shaped_act,
+)
+from fusedshape.shortcuts import reweight_shortcuts
 from fusedshape.spec import ActSpec
 
 __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
     "ActSpec",
+    "ChainLayer",
+    "NormalizedSum",
     "PerLocationNorm",
     "ShapedActivation",
+    "ShapedChain",
     "ShapedConv1d",
     "ShapedConv2d",
     "ShapedConv3d",
     "ShapedLinear",
     "bias_act",
     "conv_act",
+    "conv_chain",
     "convert",
+    "diagnose",
+    "fold",
     "init",
     "linear_act",
+    "reweight_shortcuts",
     "shaped_act",
     "theory",
+    "tuning",
 ]

@@ -1,4 +1,4 @@
-"""The command ``fusedshape``: constants, convert, train, build, info.
+"""The command ``fusedshape``: constants, convert, diagnose, train, bench, tune, build, info.
 
 Exit codes: 0 done, 1 the request cannot be met (one line on stderr says why), 2 wrong usage,
 130 interrupted.
@@ -17,9 +17,12 @@ from torch import nn
 
 from fusedshape import convert, native, theory
 from fusedshape.activations import ACTIVATIONS
+from fusedshape.bench import command as bench
+from fusedshape.diagnose import command as diagnosis
 from fusedshape.machine import machine
 from fusedshape.train import demo, run
 from fusedshape.train.config import TrainConfig, load_object
+from fusedshape.tuning import command as tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ...
         0
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -50,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fusedshape", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every command."""
+    whole = argparse.ArgumentParser(prog="fusedshape", description=__doc__.split("\n")[0])
+    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> Any:
         command = commands.add_parser(name, help=about, description=about)
@@ -60,8 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     constants = add("constants", _constants, "compute the constants of a shaped activation")
-    constants.add_argument("method", help="DKS, TAT or EOC")
-    constants.add_argument("activation", help=", ".join(ACTIVATIONS))
+    constants.add_argument("method", nargs="?", help="DKS, TAT or EOC")
+    constants.add_argument("activation", nargs="?", help=", ".join(ACTIVATIONS))
+    constants.add_argument("--method", dest="its_method", help="with --model; default TAT")
+    constants.add_argument("--activation", dest="its_activation", help="default leaky_relu")
+    constants.add_argument("--model", help="pkg.module:factory, whose wiring to solve for")
+    constants.add_argument("--strip-batchnorm", action="store_true", help="read past BatchNorm")
+    constants.set_defaults(wrong_usage=constants.error)
     _add_targets(constants)
 
     model = add("convert", _convert, "say what convert() would do to a model; changes nothing")
@@ -70,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--activation", default="leaky_relu", help="default leaky_relu")
     model.add_argument("--strip-batchnorm", action="store_true", help="remove BatchNorm layers")
     _add_targets(model)
+
+    about = "compare a model with what theory says of it, layer by layer, and name what is wrong"
+    diagnosis.add_arguments(add("diagnose", _diagnose, about))
 
     train = add("train", _train, "train the demo, the evidence sweep, or a configuration of yours")
     train.add_argument("what", nargs="?", default="demo", help="demo, sweep, or a JSON file")
@@ -80,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, help="CPU threads of the demo")
     train.add_argument("--jobs", type=int, default=2, help="processes of the sweep")
 
+    about = "measure speed, memory and accuracy; show, compare and plot what was measured"
+    bench.add_arguments(add("bench", bench.main, about))
+
+    about = "measure which engine computes each fused layer of a model fastest, and keep it"
+    tuning.add_arguments(add("tune", _tune, about))
+
     build = add("build", _build, "compile the CPU kernels for this machine")
     build.add_argument("--force", action="store_true", help="compile even what is up to date")
     build.add_argument(
@@ -89,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = add("info", _info, "say what is installed, built and chosen on this machine")
     info.add_argument("--json", action="store_true", help="as JSON")
-    return parser
+    return whole
 
 
 def _add_targets(command: argparse.ArgumentParser) -> None:
@@ -115,7 +133,17 @@ def _targets(args: argparse.Namespace) -> dict[str, Any]:
 
 def _constants(args: argparse.Namespace) -> None:
     row: dict[str, Any]
+    args.method = args.method or args.its_method or (args.model and "TAT")
+    args.activation = args.activation or args.its_activation or (args.model and "leaky_relu")
+    if not (args.method and args.activation):
+        args.wrong_usage("give a method and an activation, or --model")
     targets = _targets(args)
+    wiring = None
+    if args.model is not None:
+        if targets.keys() & {"depth", "subnet_max"} or args.method.upper() == "EOC":
+            raise ValueError("--model tells the depth; drop --depth and --subnet-max, and EOC")
+        wiring = theory.trace_wiring(_model(args.model), strip_batchnorm=args.strip_batchnorm)
+        targets["subnet_max"] = wiring
     if args.method.upper() == "EOC":
         sigma_b = targets.pop("sigma_b", None)
         if targets:
@@ -128,6 +156,8 @@ def _constants(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.method} takes no --sigma-b; it belongs to EOC")
         spec = theory.solve(args.method, args.activation, **targets)
         row = {"method": args.method.upper(), **spec.to_dict()}
+        if wiring is not None:
+            row |= {"depth": wiring.depth, "notes": list(wiring.notes)}
     if args.json:
         print(json.dumps(row))
     else:
@@ -135,12 +165,17 @@ def _constants(args: argparse.Namespace) -> None:
             print(f"{key:<14} {value!r}" if isinstance(value, float) else f"{key:<14} {value}")
 
 
-def _convert(args: argparse.Namespace) -> None:
-    model = load_object(args.model)()
+def _model(name: str) -> nn.Module:
+    """What a user's pkg.module:factory makes."""
+    model = load_object(name)()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
+        raise TypeError(f"{name} returned {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _convert(args: argparse.Namespace) -> None:
     report = convert(
-        model,
+        _model(args.model),
         method=args.method,
         activation=args.activation,
         strip_batchnorm=args.strip_batchnorm,
@@ -148,6 +183,10 @@ def _convert(args: argparse.Namespace) -> None:
         **_targets(args),
     )
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    diagnosis.run(_model(args.model), args, load_object)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -159,6 +198,13 @@ def _train(args: argparse.Namespace) -> None:
         demo.run_sweep(args.out / "sweep.json", jobs=args.jobs)
     else:
         run(TrainConfig.load(args.what), args.out)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    model = load_object(args.model)()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
+    tuning.run(model, args)
 
 
 def _build(args: argparse.Namespace) -> None:

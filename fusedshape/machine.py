@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fusedshape import native
+from fusedshape import native, tuning
 from fusedshape.ops import dispatch
 
 
@@ -39,6 +39,7 @@ def machine() -> dict[str, Any]:
         "triton": importlib.metadata.version("triton") if triton is None else str(triton),
         "cpu_tensors": dispatch.choose("auto", torch.empty(0)).name,
         "cuda_tensors": "reference" if triton else "triton",
+        **tuning.status(),
     }
 
 
@@ -54,6 +55,7 @@ def provenance() -> dict[str, Any]:
     here = Path(__file__).resolve()
     commit = _git("rev-parse", "--short", "HEAD") if _git("ls-files", here.name) else None
     own = machine()
+    del own["tuning_cache"]
     return {
         # Where the library lies is nobody's business but this machine's.
         "machine": own | {"native": Path(own["native"]).name if native.available() else "no"},

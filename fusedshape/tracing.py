@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
 import random
 import textwrap
+import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,16 +59,23 @@ class _Value(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance() asks here, after its own quick test has failed.
-        caller = inspect.currentframe()
-        assert caller is not None
-        assert caller.f_back is not None
-        asker = str(caller.f_back.f_globals.get("__name__"))
-        if asker.partition(".")[0] not in ("torch", "abc"):
+        # isinstance() asks here, after its own quick test has failed; so do torch's own functions.
+        frame = inspect.currentframe()
+        assert frame is not None
+        asker = frame.f_back
+        assert asker is not None
+        module = str(asker.f_globals.get("__name__")).partition(".")[0]
+        if module not in ("torch", "abc") and _asks_for_types(asker.f_code):
             if isinstance(self.tracer, _Reader) and self.tracer.is_tensor(self.node):
                 return torch.Tensor
             raise UntraceableError("it asks for the type of a value (isinstance)")
         return _Value
+
+
+def _asks_for_types(code: types.CodeType) -> bool:
+    """Whether a function's own code may ask for the type of a value."""
+    by_pattern = dis.opmap["MATCH_CLASS"] in code.co_code[::2]
+    return by_pattern or not {"isinstance", "__class__"}.isdisjoint(code.co_names)
 
 
 class _Tracer(fx.Tracer):

@@ -31,6 +31,36 @@ def test_constants(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(out.split("sigma_w")[1].split()[0]) == pytest.approx(2**0.5)
 
 
+def test_constants_for_a_users_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wired.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    layers = [m for _ in range(20) for m in (nn.Linear(8, 8), nn.ReLU())]\n"
+        "    return nn.Sequential(*layers, nn.BatchNorm1d(8))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    argv = ("constants", "--model", "wired:net", "--json")
+    code, _, err = run(capsys, *argv)
+    assert code == 1
+    assert "'40' cannot be read: BatchNorm1d" in err
+    code, out, _ = run(capsys, *argv, "--strip-batchnorm")
+    assert code == 0
+    row = json.loads(out)
+    assert row["depth"] == 20
+    assert row["notes"] == []
+    expected = theory.solve("TAT", "leaky_relu", depth=20)
+    assert row["negative_slope"] == pytest.approx(expected.negative_slope, rel=1e-12)
+    for how in (("DKS", "tanh"), ("--method", "DKS", "--activation", "tanh")):
+        code, out, _ = run(capsys, *argv, "--strip-batchnorm", *how)
+        assert json.loads(out)["origin"] == "DKS zeta=1.5, depth=20"
+    code, _, err = run(capsys, *argv, "--depth", "3")
+    assert code == 1
+    assert "drop --depth" in err
+
+
 def test_constants_from_a_users_wiring(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

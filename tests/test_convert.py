@@ -807,6 +807,14 @@ class Typed(Stateful):
         return F.relu(self.layer(x))
 
 
+class Matched(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        match x:
+            case list():
+                x = x[0]
+        return F.relu(self.layer(x))
+
+
 class Optional(Stateful):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = F.relu(self.layer(x))
@@ -854,6 +862,7 @@ UNTRACEABLE = {
     TensorDrop: "random numbers",
     Noise: "do not depend on its input",
     Typed: "isinstance",
+    Matched: "isinstance",
     Optional: "optional argument, mask",
     Variadic: r"takes \*xs",
     Branching: "control flow",
@@ -889,6 +898,34 @@ def test_refuses_to_rewrite_what_it_cannot_trace(cls: type[Stateful]) -> None:
             convert(net, on_untraceable="report")
     else:
         assert convert(net, on_untraceable="report", clamp=True).depth == 2
+
+
+class Selecting(nn.Module):
+    """Asks for types, but not in its forward; torch's own functions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert isinstance(self, nn.Module)
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layer(torch.where(x > 0, x, 1.0)))
+
+
+def test_functions_of_torch_may_ask_for_types() -> None:
+    net, x = Selecting().double(), torch.randn(3, 6, dtype=torch.float64)
+    want = reference.linear_act(x.where(x > 0, 1.0), net.layer.weight, net.layer.bias, SPEC)
+    assert convert(net, spec=SPEC, init=None).counts["fused"] == 1
+    assert torch.allclose(net(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_notes_activations_of_activations() -> None:
+    block = [nn.Linear(6, 6), nn.ReLU(), nn.Dropout(), nn.ReLU()]
+    notes = convert(nn.Sequential(*block), clamp=True).notes
+    assert "'3'" in notes[-1]
+    assert "q drifts" in notes[-1]
+    mixed = nn.Sequential(*block[:3], nn.Linear(6, 6), nn.ReLU())
+    assert not any("drifts" in note for note in convert(mixed, clamp=True, dry_run=True).notes)
 
 
 def test_untraceable_without_functional_calls_is_fine() -> None:

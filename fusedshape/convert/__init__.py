@@ -7,6 +7,7 @@ its `apply` is the only place that touches the model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -148,6 +149,7 @@ def convert(
     constants = _constants(
         method, activation, depth, subnet_max, zeta, eta, tau, clamp, sigma_b, spec, wired
     )
+    constants = dataclasses.replace(constants, notes=constants.notes + _drifts(wired))
     plan = Plan(calls, fusion, constants, init, backend, chain)
     if not dry_run:
         plan.apply(generator)
@@ -271,3 +273,15 @@ def _constants(
         clamp=clamp,
     )
     return Constants(name, solved, depth=counted if depth is None else depth, notes=notes)
+
+
+def _drifts(wired: theory.Wiring) -> tuple[str, ...]:
+    """A note on activations whose input is not what the constants assume."""
+    if not wired.unmixed:
+        return ()
+    first, *more = wired.unmixed
+    where = f"{first!r} takes" if not more else f"{first!r} and {len(more)} more take"
+    return (
+        f"{where} another activation's output with no linear or convolution layer between, so q "
+        "drifts from 1 there; put one between, in residual nets by activating before the branch",
+    )

@@ -1015,16 +1015,18 @@ def _problem(
     return Problem(
         *(input_size[0], input_size[1], height, width, weight_size[0]),
         *(two(weight_size[2:], 1), two(stride, 1), two(padding, 0), two(dilation, 1)),
-        arithmetic=_arithmetic(dtype),
+        arithmetic=_arithmetic(dtype, linear=n == 0),
     )
 
 
-def _arithmetic(dtype: torch.dtype) -> Arithmetic:
+def _arithmetic(dtype: torch.dtype, linear: bool) -> Arithmetic:
+    """What torch would multiply in: it has a switch for convolutions and one for products."""
     if dtype == torch.float16:
         return "float16"
     if dtype == torch.bfloat16:
         return "bfloat16"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
+    switch = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv
+    return "tf32" if switch.fp32_precision == "tf32" else "float32"
 
 
 def _like(x: Tensor, batch: int, channels: int, height: int, width: int) -> tuple[int, ...]:

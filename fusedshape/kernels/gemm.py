@@ -34,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
+from fusedshape.kernels.tuned import tunable
 
 Direction = Literal["forward", "dgrad", "wgrad"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -627,7 +628,7 @@ def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
     return tuple(c for c in CONFIGS if suits(c) and runs(c, problem, gpu))
 
 
-@lru_cache(maxsize=4096)
+@tunable(configs_for)
 def config_for(problem: Problem, gpu: Gpu) -> Config:
     """The configuration taken without a search.
 

@@ -183,6 +183,23 @@ class Wiring:
         """Why the wiring cannot be evaluated, one message for each node at fault."""
         return tuple(filter(None, (_problem(self.nodes[i]) for i in self.live)))
 
+    @cached_property
+    def unmixed(self) -> tuple[str, ...]:
+        """Paths of nonlinear layers that take another one's output with no affine layer between.
+
+        Their input is not Gaussian with mean 0, as the maps assume, so q drifts from 1: as in
+        residual blocks that activate the sum of branch and identity ("v1").
+        """
+        found = []
+        carries: dict[int, bool] = {}
+        for i in self.live:
+            node = self.nodes[i]
+            takes = any(carries[j] for j, _ in _weighted(node))
+            if node.op == "nonlinear":
+                found += [node.path] * takes
+            carries[i] = node.op == "nonlinear" or (takes and node.op not in ("affine", "norm"))
+        return tuple(found)
+
     def check(self) -> None:
         """Raise if the wiring cannot be evaluated.
 

@@ -257,11 +257,13 @@ def test_splits(splits: int) -> None:
 
 
 def test_tf32_is_taken_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert conv._arithmetic(F32) == "float32"
+    assert conv._arithmetic(F32, linear=False) == "float32"
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    assert conv._arithmetic(F32) == "tf32"
+    assert conv._arithmetic(F32, linear=False) == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    assert conv._arithmetic(F32, linear=True) == "float32", "products have a switch of their own"
     check(CASES["3x3"], F32, shaped("tanh"), SMALL)  # the interpreter multiplies in float32
-    assert conv._arithmetic(F16) == "float16"
+    assert conv._arithmetic(F16, linear=False) == "float16"
 
 
 def test_unaligned_and_foreign_layouts() -> None:

@@ -143,6 +143,9 @@ def check(
     if spec.activation in ("sin", "cos"):
         # libdevice reduces huge arguments in an array, and saves registers around that path.
         assert kernel.spills <= 512, where
+    elif arch == 100 and spec.activation not in ("relu", "leaky_relu"):
+        # ptxas caps registers there, and saves a few outside of the loop.
+        assert kernel.spills <= 32, where
     else:
         assert kernel.spills == kernel.stack == 0, where
     assert kernel.shared <= config.shared(problem) <= SHARED[arch], where

@@ -324,6 +324,20 @@ def test_without_nonlinear_layers() -> None:
         solve("TAT", "leaky_relu", subnet_max=net)
 
 
+def test_names_activations_of_unmixed_sums() -> None:
+    layer = Node("affine", (0,)), Node("nonlinear", (1,), path="stem")
+    branch = (
+        Node("affine", (2,)),
+        Node("sum", (2, 3), (0.6, 0.8)),
+        Node("nonlinear", (4,), path="v1"),
+    )
+    v1 = Wiring((Node("input"), *layer, *branch))
+    assert v1.unmixed == ("v1",)
+    pooled = Node("affine", (2,)), Node("pool", (3,)), Node("nonlinear", (4,), path="after a pool")
+    assert Wiring((Node("input"), *layer, *pooled)).unmixed == ()
+    assert Wiring((Node("input"), *layer, Node("nonlinear", (2,), path="b"))).unmixed == ("b",)
+
+
 def test_nan_is_not_hidden() -> None:
     net = Wiring((Node("input"), *row("nonlinear"), Node("sum", (0, 1), (0.6, 0.8))))
     assert math.isnan(net(0.0, lambda y: math.nan))

@@ -1,0 +1,385 @@
+"""diagnose: predicted against measured kernels, layer by layer, and the likely cause of a gap.
+
+`tape` follows a forward pass and `measure` measures what its steps hold; `predict` says what theory
+expects, with the maps of `layers`; `verdict` judges, and `report` holds and shows the result.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fusedshape.diagnose.layers import Affine
+from fusedshape.diagnose.measure import Stats, parted, sample
+from fusedshape.diagnose.predict import (
+    Contract,
+    Forecast,
+    contract,
+    measured,
+    offsets,
+    predict,
+    summary,
+)
+from fusedshape.diagnose.report import Diagnosis, Finding, Layer
+from fusedshape.diagnose.tape import Step, Tape
+from fusedshape.diagnose.verdict import CAUSES, Case, findings
+
+__all__ = ["CAUSES", "Diagnosis", "Finding", "Layer", "diagnose"]
+
+_NUDGED = 8  # inputs whose neighbours are followed, at most, of every four one
+_SHOWN = ("input", "affine", "nonlinear", "sum", "concat", "norm", "pool", "dropout", "unknown")
+
+
+def diagnose(
+    model: nn.Module,
+    data: Tensor | Iterable[Any],
+    *,
+    batches: int = 4,
+    sigma_w: float | None = None,
+    sigma_b: float | None = None,
+) -> Diagnosis:
+    r"""Compare a model with what theory says of it, layer by layer, and name what is wrong.
+
+    Measured are the mean square q over channels, at every location, and the cosine c of pairs of
+    inputs at the same location. Predicted are both, from the input's own q and c on: layers with
+    weights keep them (times σ_w², plus σ_b²), activations map them with their own Q and C maps, at
+    any q, and sums and concatenations mix them; convolutions mix locations as their taps do. Behind
+    pooling, normalisation, attention and what else no map is known for, prediction starts again
+    from what was measured, and the row says so.
+
+    A step is judged by what was measured just before it: it is off if it differs from theory by
+    more than 6 standard deviations of what its width explains. Those follow from the weights'
+    singular values and, for an activation, from Var[φ²] given the mean square before it (3/width
+    of ln q for He's ReLU, and 2/width more for Gaussian weights).
+
+    The model runs as it is, in its own mode, without gradients. Its state, hooks, mode and buffers
+    and the random number generators are what they were afterwards.
+
+    Args:
+        model: the model, initialised and not trained yet.
+        data: a batch of at least 2 inputs (N, ...), or batches, of which each may be a tuple whose
+            first element is the inputs (a DataLoader), or a dict of keyword arguments. Floating
+            tensors go to the device and dtype of the model's first parameter.
+        batches: how many batches to take, at most.
+        sigma_w: σ_w, the standard deviation of weights times √fan_in. By default 1 where the
+            activations keep q = 1, as those of DKS and TAT do; else what the weights have.
+        sigma_b: σ_b, that of the biases; by default 0, or what the biases have.
+
+    Returns:
+        The diagnosis; print it, or see `Diagnosis.save` and `Diagnosis.plot`.
+
+    Raises:
+        TypeError: model is no nn.Module, or data are no tensors.
+        ValueError: data that are empty or that the model does not take, fewer than 2 inputs in a
+            batch, or parameters without memory.
+
+    Source: Q and C maps after Martens et al. 2021, arXiv 2110.01765.
+
+    Example:
+        >>> import fusedshape
+        >>> layers = [m for _ in range(30) for m in (nn.Linear(128, 128), nn.ReLU())]
+        >>> net, x = nn.Sequential(*layers), torch.randn(64, 128)
+        >>> fusedshape.diagnose(net, x).cause
+        'plain activation'
+        >>> report = fusedshape.convert(net)
+        >>> fusedshape.diagnose(net, x).verdict
+        'theory and measurement agree'
+    """
+    _check(model, batches, sigma_w=sigma_w, sigma_b=sigma_b)
+    known: dict[Any, Affine] = {}
+    runs: list[_Run] = []
+    notes: dict[str, None] = {}
+    total = 0
+    with _kept(model), torch.no_grad():
+        for number, (args, kwargs, size) in enumerate(_batches(data, batches)):
+            args, kwargs = _moved(model, args), _moved(model, kwargs)
+            tape = _run(model, args, kwargs, size, sample, known)
+            if runs and [s.key for s in tape.steps] != [s.key for s in runs[0].steps]:
+                where = _parting(runs[0].steps, tape.steps)
+                notes[f"batch {number} takes another way than batch 0 at {where!r}; left out"] = (
+                    None
+                )
+                continue
+            if not runs:
+                weights = contract(tape.steps, sigma_w, sigma_b)
+                partings = _partings(model, args, kwargs, size, tape, known)
+                runs.append(_Run(tape, weights, partings))
+            runs[0].add(tape.steps)
+            total += size
+    if not runs:
+        raise ValueError("diagnose: data hold no batch")
+    return runs[0].diagnosis(tuple(notes), total)
+
+
+class _Run:
+    """All batches that went the same way."""
+
+    def __init__(self, tape: Tape, weights: Contract, partings: list[float]) -> None:
+        self.steps = steps = tape.steps
+        self.outputs = tape.outputs
+        self.weights = weights
+        self.partings = partings
+        self.stats = [Stats() for _ in steps]
+        self.rows: list[list[tuple[float, ...]]] = []
+
+    def add(self, steps: list[Step]) -> None:
+        """Take one more batch in, and let go of it."""
+        forecasts = predict(steps, self.weights, self.partings)
+        self.rows.append([_numbers(s, f) for s, f in zip(steps, forecasts, strict=True)])
+        for stats, step in zip(self.stats, steps, strict=True):
+            if step.value is not None:
+                stats.add(step.value)
+            step.value = None
+
+    def _alive(self) -> set[int]:
+        """The steps that the outputs come from."""
+        found, stack = set(self.outputs), list(self.outputs)
+        while stack:
+            more = set(self.steps[stack.pop()].inputs) - found
+            found |= more
+            stack += more
+        return found
+
+    def diagnosis(self, notes: tuple[str, ...], inputs: int) -> Diagnosis:
+        """Mean over batches, and the verdict."""
+        mean = torch.tensor(self.rows, dtype=torch.float64).mean(0).tolist()
+        rows = [
+            _layer(step, stats, numbers, parting)
+            for step, stats, numbers, parting in zip(
+                self.steps, self.stats, mean, self.partings, strict=True
+            )
+        ]
+        distant, far = [m[-2] for m in mean], [m[-1] for m in mean]
+        case = Case(self.steps, rows, self.stats, distant, far, self.weights)
+        shown = [
+            row
+            for row, step in zip(rows, self.steps, strict=True)
+            if row.op in _SHOWN and step.name != "bias" and not math.isnan(row.q_measured)
+        ]
+        alive = self._alive()
+        unread = [
+            f"nothing is predicted of {s.path!r}: {s.note}"
+            for i, s in enumerate(self.steps)
+            if s.note and i in alive
+        ]
+        if len(unread) > 3:
+            unread[3:] = [f"nor of {len(unread) - 3} more"]
+        if not any(s.phi is not None and not s.phi.is_linear for s in self.steps):
+            unread.append("no nonlinear layer was seen")
+        if self.weights.read:
+            unread.append(
+                f"no activation keeps q = 1, so the weights' own scale was taken: σ_w = "
+                f"{math.sqrt(self.weights.gain):.4g}, σ_b = {math.sqrt(self.weights.bias):.4g}"
+            )
+        return Diagnosis(
+            tuple(shown),
+            findings(case),
+            (*notes, *dict.fromkeys(unread)),
+            math.sqrt(self.weights.gain),
+            math.sqrt(self.weights.bias),
+            inputs,
+        )
+
+
+def _numbers(step: Step, f: Forecast) -> tuple[float, ...]:
+    """What is averaged over batches: see `_layer`."""
+    actual, theory, near = summary(measured(step)), summary(f.kernel), summary(f.near)
+    off = offsets(actual, near, f.near_spread)
+    far = offsets(actual, theory, f.spread)[0] if f.near is not None else math.nan
+    distant = summary(f.distant)[1]
+    return *theory, *near, *f.spread, *off, f.slope, f.parting, distant, far
+
+
+def _layer(step: Step, stats: Stats, numbers: list[float], parting: float) -> Layer:
+    q, c, q_near, _, q_spread, c_spread, q_off, c_off, slope, sensitivity, *_ = numbers
+    return Layer(
+        path=step.path,
+        op=step.op,
+        name=step.name,
+        channels=step.channels,
+        q=q,
+        q_near=q_near,
+        q_spread=q_spread,
+        q_measured=stats.q_mean,
+        q_quantiles=stats.quantiles("q"),
+        q_channels=stats.quantiles("channels"),
+        c=c,
+        c_spread=c_spread,
+        c_measured=stats.c_mean,
+        c_quantiles=stats.quantiles("c"),
+        slope=slope,
+        sensitivity=sensitivity,
+        sensitivity_measured=parting,
+        q_off=q_off,
+        c_off=c_off,
+        note=step.note,
+    )
+
+
+def _run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    size: int,
+    measure: Callable[[Tensor, int], Any],
+    known: dict[Any, Affine],
+) -> Tape:
+    tape = Tape(model, size, measure, known)
+    try:
+        tape.run(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]
+        raise ValueError(
+            f"diagnose: the model fails on data of shape {', '.join(map(str, shapes))}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return tape
+
+
+def _partings(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    size: int,
+    tape: Tape,
+    known: dict[Any, Affine],
+) -> list[float]:
+    """Measured sensitivity of each step to a small change of some inputs; nan where it is not."""
+    few = min(max(size // 4, 1), _NUDGED)
+    nowhere = [math.nan] * len(tape.steps)
+    if any(s.op == "dropout" for s in tape.steps):
+        return nowhere  # its masks would differ between neighbours
+    # No user's seed: noise equal to the data would be no change of direction.
+    generator = torch.Generator().manual_seed(0x5EED_0FD1)
+
+    def doubled(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.ndim or len(t) != size:
+            return t
+        t = t[:few]
+        if not t.is_floating_point():
+            return torch.cat((t, t))
+        # Far above rounding, far below where the C map bends.
+        width = max(1e-2, 16 * torch.finfo(t.dtype).eps) * float(t.double().square().mean().sqrt())
+        noise = torch.randn(t.shape, generator=generator).to(t.device) * width
+        return torch.cat((t, (t + noise).to(t.dtype)))
+
+    args, kwargs = pytree.tree_map(doubled, (args, kwargs))
+    other = _run(model, args, kwargs, 2 * few, parted, known)
+    if [s.key for s in other.steps] != [s.key for s in tape.steps]:
+        return nowhere
+    found = [math.nan if s.value is None else float(s.value) for s in other.steps]
+    start = next((p for p, s in zip(found, other.steps, strict=True) if s.op == "input"), 0.0)
+    return [p / start for p in found] if start > 0 else nowhere
+
+
+def _check(model: nn.Module, batches: int, **sigmas: float | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"diagnose: model must be an nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and (nn.parameter.is_lazy(t) or t.is_meta):
+                raise ValueError(
+                    f"diagnose: {path!r} has a parameter without memory (lazy, or on the meta "
+                    "device); run the model once, or call model.to_empty(device=...), first"
+                )
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"diagnose: batches must be a positive int, got {batches!r}")
+    for name, sigma in sigmas.items():
+        if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
+            raise ValueError(f"diagnose: {name}={sigma} must be finite and not negative")
+
+
+def _batches(
+    data: Tensor | Iterable[Any], most: int
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], int]]:
+    """Arguments, keyword arguments and number of inputs of each batch."""
+    if not isinstance(data, Tensor) and (
+        not isinstance(data, Iterable) or isinstance(data, (str, bytes, Mapping))
+    ):
+        raise TypeError(
+            f"diagnose: data must be a tensor or an iterable of batches, got {type(data).__name__}"
+        )
+    for number, batch in enumerate([data] if isinstance(data, Tensor) else data):
+        if number == most:
+            return
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        kwargs = dict(first) if isinstance(first, Mapping) else {}
+        tensors = _tensors(kwargs or first)
+        if not tensors or not (kwargs or isinstance(first, Tensor)):
+            raise TypeError(
+                f"diagnose: batch {number} must be a tensor, a tuple that begins with one, or a "
+                f"dict of them, got {type(first).__name__}"
+            )
+        size = len(tensors[0]) if tensors[0].ndim else 0
+        if size < 2:
+            raise ValueError(
+                f"diagnose: batch {number} has shape {tuple(tensors[0].shape)}; needs at least 2 "
+                "inputs, (N, ...), to compare"
+            )
+        yield () if kwargs else (first,), kwargs, size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _moved(model: nn.Module, tree: Any) -> Any:
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return tree
+
+    def move(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.to(like.device, like.dtype if t.is_floating_point() else t.dtype)
+
+    return pytree.tree_map(move, tree)
+
+
+def _parting(first: list[Step], second: list[Step]) -> str:
+    for a, b in zip(first, second, strict=False):
+        if a.key != b.key:
+            return b.path
+    return (first + second)[-1].path
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Put the model and the random number generators back as they were."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    # What torch.jit made keeps its attributes elsewhere, and has no way to add any.
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    attributes = [(m, dict(vars(m))) for m in modules]
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
+    ]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()
+    # What is compiled hides its operations; but do not import Dynamo for nothing.
+    eager = torch.compiler.set_stance if "torch._dynamo" in sys.modules else nullcontext
+    try:
+        with torch.random.fork_rng(devices=list(devices)), eager("force_eager"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for table, old in tables:
+            table.clear()
+            table.update(old)
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                # Torch does not count what batch_norm does to its statistics.
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

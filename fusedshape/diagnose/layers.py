@@ -1,0 +1,424 @@
+r"""What one layer does to kernels: `Phi` for nonlinear layers, `Affine` for those with weights.
+
+A kernel is a tensor (3, pairs, *locations) of q, q′ and k: the mean squares over channels of two
+inputs x and x′, and the mean of x·x′, so that c = k / √(q q′). The maps of `fusedshape.theory.maps`
+are for q = 1; those here are for any q and q′, as a diagnosis must follow what is really there:
+
+    q ↦ E[φ(√q z)²]        k ↦ E[φ(√q z₁) φ(√q′ (c z₁ + √(1−c²) z₂))] = Σᵢ aᵢ(q) aᵢ(q′) cⁱ
+
+with aᵢ(q) = E[φ(√q z) hᵢ(z)] for the normalised Hermite polynomials hᵢ (Mehler's formula).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedshape import reference
+from fusedshape.spec import ActSpec
+from fusedshape.theory.gaussian import Array, rule
+
+_TERMS = 20  # of the Hermite series; the rest of E[φ²] goes with the next power of c
+_PER_OCTAVE = 4  # values of q at which the series is computed, cubic interpolation between them
+_FAR = 60 * _PER_OCTAVE  # |log₂ q| up to which q is followed
+_SMALL = 128  # channels up to which tr(G²) is computed, not estimated
+_CONVS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+@dataclass(frozen=True)
+class Phi:
+    """A pointwise function, and what a wide layer of it does to kernels.
+
+    Attributes:
+        expr: how it is computed; see `evaluate`.
+        name: for people.
+        spec: its constants, where the activation table has it.
+    """
+
+    expr: tuple[Any, ...]
+    name: str
+    spec: ActSpec | None = None
+
+    @staticmethod
+    def of(expr: tuple[Any, ...]) -> Phi | None:
+        """The function that an expression computes; None if it cannot be computed on numbers."""
+        try:
+            return _phi(expr)
+        except TypeError:  # an argument that cannot be hashed
+            return None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """φ(u), in float64."""
+        return evaluate(self.expr, u)
+
+    def at(self, u: Array) -> Array:
+        """φ(u) of an array."""
+        found: Array = self(torch.from_numpy(np.ascontiguousarray(u))).numpy()
+        return found
+
+    @cached_property
+    def slopes(self) -> tuple[float, float] | None:
+        """φ(1) and −φ(−1) if φ is positively homogeneous, else None."""
+        points = torch.tensor([1.0, 2.0, 1e-3, 50.0, -1.0, -2.0, -1e-3, -50.0, 0.0]).double()
+        got = self(points)
+        right, left = got[0], -got[4]
+        line = torch.where(points > 0, right, left) * points
+        same = torch.allclose(got, line, rtol=1e-6, atol=1e-12)
+        return (right.item(), left.item()) if same else None
+
+    @property
+    def is_linear(self) -> bool:
+        """φ(u) = wu."""
+        return self.slopes is not None and math.isclose(*self.slopes, rel_tol=1e-9)
+
+    def q(self, q: float) -> float:
+        """E[φ(√q z)²]."""
+        z, w = _nodes(self, q)
+        return float(w @ self.at(math.sqrt(q) * z) ** 2)
+
+    def growth(self, q: float, c: float) -> tuple[float, float]:
+        """d ln Q / d ln q, which is 1 for TAT and DKS at q = 1, and dC / dc."""
+        if self.slopes is None:
+            return _growth(self, _rounded(q), round(c, 2))
+        right, left = self.slopes
+        bend = (right - left) ** 2 / (math.pi * (right**2 + left**2)) if right or left else 0.0
+        return 1.0, 1 - bend * math.acos(min(max(c, -1.0), 1.0))
+
+    def slope(self, q: float) -> float:
+        """C′(1) at q: E[φ′(√q z)²] q / Q(q)."""
+        return _slope(self, _rounded(q))
+
+    def c(self, c: float, q: float = 1.0) -> float:
+        """C(c) for two inputs of mean square q."""
+        kernel = torch.tensor([q, q, c * q], dtype=torch.float64).reshape(3, 1)
+        first, _, k = self.map(kernel).flatten().tolist()
+        return k / first if first > 0 else math.nan
+
+    def noise(self, q: float, c: float) -> tuple[float, float]:
+        """n·Var of ln q and of c after n channels, given exact q and c before."""
+        return _noise(self, _rounded(q), round(min(max(c, -0.99), 0.9999), 3))
+
+    def idle(self, q: float) -> float:
+        """Share of Gaussian inputs at which |φ′| is below a tenth of its largest value."""
+        z, w = _nodes(self, q)
+        steepest = np.abs(_slopes_at(self, np.linspace(-8, 8, 801, dtype=np.float64))).max()
+        return float(w @ (np.abs(_slopes_at(self, math.sqrt(q) * z)) < 0.1 * steepest))
+
+    def map(self, kernel: Tensor) -> Tensor:
+        """The kernel after the layer."""
+        first, second, k = kernel
+        root = (first * second).sqrt()
+        c = torch.where(root > 0, k / root, 0.0).clamp(-1, 1)
+        if self.slopes is not None:
+            return self._homogeneous(first, second, root, c)
+        a, rest = self._series(first)
+        b, other = self._series(second)
+        power = torch.ones_like(c)
+        total = torch.zeros_like(c)
+        for i in range(_TERMS):
+            total += a[..., i] * b[..., i] * power
+            power *= c
+        total += (rest * other).sqrt() * power
+        squares = a.square().sum(-1) + rest, b.square().sum(-1) + other
+        return torch.stack((*squares, total))
+
+    def _homogeneous(self, first: Tensor, second: Tensor, root: Tensor, c: Tensor) -> Tensor:
+        assert self.slopes is not None
+        right, left = self.slopes
+        scale = 0.5 * (right**2 + left**2)
+        kappa = (right - left) ** 2 / (2 * math.pi)
+        bend = ((1 - c) * (1 + c)).sqrt() - c * c.arccos()
+        return torch.stack((scale * first, scale * second, root * (scale * c + kappa * bend)))
+
+    def _series(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """aᵢ(q), and what is missing from Σ aᵢ² = E[φ²]."""
+        at = q.clamp(min=2.0 ** (-_FAR / _PER_OCTAVE)).log2() * _PER_OCTAVE
+        at = at.clamp(max=float(_FAR))
+        low = at.min().floor().int().item() - 1
+        high = at.max().floor().int().item() + 2
+        table = torch.stack([_coefficients(self, j) for j in range(int(low), int(high) + 1)])
+        left = at.floor()
+        t = (at - left).unsqueeze(-1)
+        i = (left - low).long()
+        weights = (
+            -t * (t - 1) * (t - 2) / 6,
+            (t + 1) * (t - 1) * (t - 2) / 2,
+            -(t + 1) * t * (t - 2) / 2,
+            (t + 1) * t * (t - 1) / 6,
+        )
+        found = sum(w * table[i + d] for d, w in zip((-1, 0, 1, 2), weights, strict=True))
+        assert isinstance(found, Tensor)
+        return found[..., :-1], found[..., -1].clamp(min=0)
+
+
+def evaluate(expr: tuple[Any, ...], u: Tensor) -> Tensor:
+    """A pointwise expression at u.
+
+    Expressions are ("x",), ("c", number), ("scale", a, factor), ("add", a, b, alpha),
+    ("spec", ActSpec) and ("f", function, arguments, options).
+    """
+    kind, *rest = expr
+    if kind == "x":
+        return u
+    if kind == "c":
+        return torch.tensor(rest[0], dtype=torch.float64)
+    if kind == "scale":
+        return evaluate(rest[0], u) * rest[1]
+    if kind == "add":
+        return evaluate(rest[0], u) + rest[2] * evaluate(rest[1], u)
+    if kind == "spec":
+        return reference.shaped_act(u, rest[0])
+
+    def leaf(a: Any) -> Any:
+        return evaluate(a, u) if isinstance(a, tuple) and a and isinstance(a[0], str) else a
+
+    function, args, options = rest
+    found: Tensor = function(*map(leaf, args), **{k: leaf(v) for k, v in options})
+    return found
+
+
+@lru_cache(maxsize=256)
+def _phi(expr: tuple[Any, ...]) -> Phi | None:
+    phi = Phi(expr, _name(expr), expr[1] if expr[0] == "spec" else None)
+    u = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    try:
+        found = phi(u)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    whole = found.shape == u.shape and found.dtype == u.dtype
+    return phi if whole and bool(found.isfinite().all()) else None
+
+
+def _name(expr: tuple[Any, ...]) -> str:
+    """The names of an expression's functions, innermost first."""
+    found: dict[str, None] = {}
+
+    def visit(e: Any) -> None:
+        if not isinstance(e, tuple) or not e or not isinstance(e[0], str):
+            return
+        for part in e[2] if e[0] == "f" else e[1:]:
+            visit(part)
+        if e[0] == "f":
+            found[e[1]._schema.name.partition("::")[2].strip("_")] = None
+        elif e[0] == "spec":
+            found[e[1].activation] = None
+
+    visit(expr)
+    arithmetic = {"add", "mul", "sub", "div", "neg"}
+    return "·".join([n for n in found if n not in arithmetic] or found) or "scale"
+
+
+def _rounded(q: float) -> float:
+    """q to a thirtieth of an octave, for caches."""
+    return 2 ** (round(30 * math.log2(q)) / 30) if 0 < q < math.inf else 1.0
+
+
+@lru_cache(maxsize=4096)
+def _nodes(phi: Phi, q: float) -> tuple[Array, Array]:
+    # Kinks of what is in no table are looked for at 0 only.
+    scale = max(math.sqrt(q), 1e-3)
+    if phi.spec is None:
+        return rule(scale)
+    spec = phi.spec
+    return rule(scale * spec.input_scale, spec.input_shift, spec.row.kinks or (0.0,))
+
+
+def _slopes_at(phi: Phi, u: Array) -> Array:
+    h = 1e-5 * (1 + np.abs(u))
+    return (phi.at(u + h) - phi.at(u - h)) / (2 * h)
+
+
+@lru_cache(maxsize=4096)
+def _slope(phi: Phi, q: float) -> float:
+    z, w = _nodes(phi, q)
+    out = phi.q(q)
+    return float(w @ _slopes_at(phi, math.sqrt(q) * z) ** 2) * q / out if out > 0 else math.nan
+
+
+@lru_cache(maxsize=4096)
+def _growth(phi: Phi, q: float, c: float) -> tuple[float, float]:
+    h = 1e-3
+    up, down = phi.q(q * (1 + h)), phi.q(q * (1 - h))
+    of_q = (math.log(up) - math.log(down)) / (2 * h) if up > 0 and down > 0 else 1.0
+    low, high = max(c - 0.01, -1.0), min(c + 0.01, 1.0)
+    return of_q, (phi.c(high, q) - phi.c(low, q)) / (high - low)
+
+
+@lru_cache(maxsize=4096)
+def _coefficients(phi: Phi, j: int) -> Tensor:
+    """aᵢ at q = 2^(j / _PER_OCTAVE), and the rest."""
+    q = 2.0 ** (j / _PER_OCTAVE)
+    z, w = _nodes(phi, q)
+    f = phi.at(math.sqrt(q) * z)
+    before, h = np.zeros_like(z), np.ones_like(z)
+    found = []
+    for i in range(_TERMS):
+        found.append(float(w @ (f * h)))
+        before, h = h, (z * h - math.sqrt(i) * before) / math.sqrt(i + 1)
+    rest = max(float(w @ f**2) - sum(a * a for a in found), 0.0)
+    return torch.tensor([*found, rest], dtype=torch.float64)
+
+
+@lru_cache(maxsize=4096)
+def _noise(phi: Phi, q: float, c: float) -> tuple[float, float]:
+    x, y, w = _pairs(c)
+    f, g = phi.at(math.sqrt(q) * x), phi.at(math.sqrt(q) * y)
+    size = float(w @ f**2)
+    if not size > 0:
+        return 0.0, 0.0
+    correlation = float(w @ (f * g)) / size
+    # The mean squares and the product of x and y are what they are; their part is no noise.
+    given = np.stack((np.ones_like(x), x * x, y * y, x * y))
+    gram = (given * w) @ given.T
+
+    def spread(effect: Array) -> float:
+        left = effect - given.T @ np.linalg.lstsq(gram, (given * w) @ effect, rcond=None)[0]
+        return float(w @ left**2)
+
+    effect = (f * g - 0.5 * correlation * (f * f + g * g)) / size
+    return spread(f * f / size), spread(effect)
+
+
+@lru_cache(maxsize=256)
+def _pairs(c: float) -> tuple[Array, Array, Array]:
+    """Nodes for normal x and y of correlation c; coarse, as noise need not be known well."""
+    z, w = np.polynomial.hermite_e.hermegauss(40)
+    w = w / w.sum()
+    x, other = np.meshgrid(z, z, indexing="ij")
+    y = c * x + math.sqrt(1 - c * c) * other
+    return x.ravel(), y.ravel(), np.outer(w, w).ravel()
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What the theory must know of an affine layer's weights.
+
+    Attributes:
+        gain: the factor on q for inputs of random direction, ‖W‖² per output channel.
+        chance: Var of ln q_out / q_in for inputs of random direction; 0 for orthogonal weights.
+        bias: mean square of the bias.
+        fan: in and out channels of a group, as PyTorch's layout has them.
+        spreads: how far `gain` may be off for random weights of the right scale.
+        taps: each tap's share of `gain`, (1, 1, *kernel); None for a linear layer.
+        geometry: stride, padding, dilation, transposed, output_padding.
+    """
+
+    gain: float = 1.0
+    chance: float = 0.0
+    bias: float = 0.0
+    fan: tuple[int, int] = (0, 0)
+    spread: float = 0.0
+    taps: Tensor | None = None
+    geometry: tuple[Any, ...] = ()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is more than a bias."""
+        return self.fan != (0, 0)
+
+    def over(self, locations: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """What weights of gain 1 make of a kernel at these locations."""
+        taps = self.taps
+        if taps is None:
+            return lambda kernel: kernel
+        stride, padding, dilation, transposed, output_padding = self.geometry
+        n, place = taps.ndim - 3, tuple(locations)
+
+        def move(kernel: Tensor) -> Tensor:
+            flat = kernel.reshape(-1, 1, *place)
+            if transposed:
+                out = _TRANSPOSED[n](
+                    flat,
+                    taps * math.prod(stride),
+                    None,
+                    stride,
+                    padding,
+                    output_padding,
+                    1,
+                    dilation,
+                )
+            else:
+                out = _CONVS[n](flat, taps, None, stride, padding, dilation)
+            return out.reshape(*kernel.shape[:2], *out.shape[2:])
+
+        return move
+
+
+def matrix(weight: Tensor, bias: Tensor | None) -> Affine:
+    """Look at the weights (in, out) of a linear layer."""
+    w = weight.detach().float().t()
+    return Affine(
+        _energy(w) / len(w),
+        _chance(w.unsqueeze(0)),
+        _bias(bias),
+        (w.shape[1], w.shape[0]),
+        math.sqrt(2 / w.numel()),
+    )
+
+
+def convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Affine:
+    """Look at the weights of a convolution, in PyTorch's layout."""
+    w = weight.detach().float()
+    w = w.reshape(groups, -1, *w.shape[1:])
+    w = w.transpose(1, 2) if transposed else w
+    taps = w.square().sum((0, 1, 2)).double().cpu()
+    total = float(taps.sum())
+    phases = math.prod(stride) if transposed else 1
+    used = w.flatten(3)[..., (taps > 0).flatten().to(w.device)]
+    shares = taps / total if total > 0 else torch.full_like(taps, 1 / taps.numel())
+    out = w.shape[0] * w.shape[1]
+    return Affine(
+        total / out / phases,
+        _chance(used.flatten(2)) / groups,
+        _bias(bias),
+        (w.shape[2], w.shape[1] if transposed else out),
+        math.sqrt(2 / max(used.numel(), 1)),
+        shares[None, None],
+        (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding)),
+    )
+
+
+def _energy(w: Tensor) -> float:
+    return float(w.square().sum())
+
+
+def _bias(bias: Tensor | None) -> float:
+    return 0.0 if bias is None else float(bias.detach().double().square().mean())
+
+
+def _chance(w: Tensor) -> float:
+    """Var of |Wx|² relative to its mean, for x uniform on a sphere; w is (groups, out, in).
+
+    2/(in + 2) · (in · tr(G²)/tr(G)² − 1) with G = WᵀW, whose tr(G²) = E|Gv|² is estimated with
+    random signs v where W is large.
+    """
+    out, n = w.shape[1:]
+    trace = _energy(w) / len(w)
+    if not 0 < trace < math.inf:
+        return 0.0
+    if min(out, n) <= _SMALL:
+        gram = w @ w.mT if out < n else w.mT @ w
+        squared = gram.square().sum((1, 2)).mean().item()
+    else:
+        generator = torch.Generator().manual_seed(0)
+        signs = 2 * torch.randint(0, 2, (len(w), n, 8), generator=generator).to(w) - 1
+        squared = (w.mT @ (w @ signs)).square().sum(1).mean().item()
+    return 2 / (n + 2) * max(n * squared / trace**2 - 1, 0.0)

@@ -1,0 +1,137 @@
+"""What is measured of one step's value, and how it adds up over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_KEPT = 2048  # values a batch for the quantiles
+_TRACED = 2048  # pairs · locations a batch whose kernels are predicted
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One batch's measurements of one step; tensors stay where the model is.
+
+    Attributes:
+        kernel: q, q′ and k of some pairs of inputs at every location, (3, pairs, *locations).
+        q: some of the mean squares over channels, of all inputs and locations.
+        q_mean: their mean, of all.
+        c: some of the cosines between paired inputs, at every location.
+        channel_mean: mean of every channel over inputs and locations.
+        channel_square: mean square of every channel.
+    """
+
+    kernel: Tensor
+    q: Tensor
+    q_mean: Tensor
+    c: Tensor
+    channel_mean: Tensor
+    channel_square: Tensor
+
+
+def sample(t: Tensor, dim: int) -> Sample:
+    """Measure a value: inputs in dimension 0, channels in `dim`; float32 inside, or float64."""
+    x = t if t.dtype == torch.float64 else t.float()
+    half = len(x) // 2
+    square = x.square()
+    q = square.mean(dim)
+    k = (x[:half] * x[half : 2 * half]).mean(dim)
+    first, second = q[:half], q[half : 2 * half]
+    pairs = min(half, max(1, _TRACED // max(1, k[0].numel())))
+    others = [d for d in range(x.ndim) if d != dim]
+    cosine = k / (first * second).sqrt()
+    return Sample(
+        torch.stack((first[:pairs], second[:pairs], k[:pairs])),
+        _thinned(q),
+        q.mean(),
+        _thinned(cosine),
+        x.mean(others),
+        square.mean(others),
+    )
+
+
+def parted(t: Tensor, dim: int) -> Tensor:
+    """|x − x′|² / |x|² between the first half of a batch and the second."""
+    x = t if t.dtype == torch.float64 else t.float()
+    first, second = x.chunk(2)
+    return (first - second).square().sum() / first.square().sum()
+
+
+def _thinned(values: Tensor) -> Tensor:
+    flat = values.flatten()
+    return flat[:: max(1, len(flat) // _KEPT)]
+
+
+@dataclass
+class Stats:
+    """Measurements of one step over all batches."""
+
+    q_means: list[float] = field(default_factory=list)
+    q: list[Tensor] = field(default_factory=list)
+    c: list[Tensor] = field(default_factory=list)
+    mean: list[Tensor] = field(default_factory=list)
+    square: list[Tensor] = field(default_factory=list)
+
+    def add(self, s: Sample) -> None:
+        """Take one more batch in."""
+        self.q_means.append(float(s.q_mean))
+        self.q.append(s.q.cpu())
+        self.c.append(s.c.cpu())
+        self.mean.append(s.channel_mean.cpu())
+        self.square.append(s.channel_square.cpu())
+
+    @property
+    def q_mean(self) -> float:
+        """Mean of q over everything."""
+        return sum(self.q_means) / len(self.q_means) if self.q_means else math.nan
+
+    @property
+    def c_mean(self) -> float:
+        """Mean of c where it is defined."""
+        return float(torch.cat(self.c).nanmean()) if self.c else math.nan
+
+    def quantiles(self, what: str) -> tuple[float, ...]:
+        """`QUANTILES` of "q" and "c" over inputs and locations, or of q over "channels"."""
+        values = {"q": self.q, "c": self.c}.get(what) or self._channels()
+        return quantiles(values)
+
+    def _channels(self) -> list[Tensor]:
+        return [torch.stack(self.square).mean(0)] if self.square else []
+
+    @property
+    def still(self) -> float:
+        """Share of channels that have one value, whatever the input and the location."""
+        if not self.square:
+            return math.nan
+        square, mean = torch.stack(self.square).mean(0), torch.stack(self.mean).mean(0)
+        return float((square - mean.square() <= 1e-6 * square).double().mean())
+
+    @property
+    def empty(self) -> float:
+        """Share of locations at which all channels are zero."""
+        return float((torch.cat(self.q) == 0).double().mean()) if self.q else math.nan
+
+    @property
+    def offset(self) -> float:
+        """Share of the mean square that is the square of the channels' means."""
+        if not self.square:
+            return math.nan
+        total = torch.stack(self.square).mean()
+        return float(torch.stack(self.mean).mean(0).square().mean() / total) if total else 0.0
+
+
+def quantiles(values: Sequence[Tensor]) -> tuple[float, ...]:
+    """`QUANTILES` of the numbers among some values; nan where there are none."""
+    if not values:
+        return (math.nan,) * len(QUANTILES)
+    flat = torch.cat(list(values)).double()
+    flat = flat[flat.isfinite()]
+    if not len(flat):
+        return (math.nan,) * len(QUANTILES)
+    return tuple(flat.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist())

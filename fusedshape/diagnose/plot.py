@@ -1,0 +1,89 @@
+"""The figure of a diagnosis: q, c and sensitivity over depth, theory and measurement."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusedshape.diagnose.report import Diagnosis
+
+
+def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
+    """Write the figure; see `Diagnosis.plot`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib; install it with: pip install 'fusedshape[plot]'"
+        ) from error
+    rows = diagnosis.layers
+    x = list(range(len(rows)))
+    figure: Any = Figure(figsize=(9, 9), layout="constrained")
+    figure.suptitle(title or diagnosis.verdict, fontsize=10, wrap=True)
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    _band(top, x, [r.q_quantiles for r in rows])
+    top.plot(x, [r.q_measured for r in rows], color="C0", label="measured, 5…95 % and mean")
+    _theory(top, x, [_known(r.q, r.op) for r in rows])
+    width = [
+        (r.q * math.exp(-2 * r.q_spread), r.q * math.exp(2 * r.q_spread))
+        if r.q_spread > 0
+        else (math.nan, math.nan)
+        for r in rows
+    ]
+    for side, label in ((0, "theory ± 2σ of finite width"), (1, None)):
+        top.plot(x, [w[side] for w in width], color="k", lw=0.8, ls=":", label=label)
+    shown = [q for r in rows for q in (*r.q_quantiles, r.q) if q > 0]
+    shown += [q for pair in width for q in pair if q > 0]
+    top.set(yscale="log", ylabel="q, mean square over channels")
+    if shown:
+        top.set_ylim(max(min(shown), 1e-12) / 1.5, min(max(shown), 1e12) * 1.5)
+    _band(middle, x, [r.c_quantiles for r in rows])
+    middle.plot(x, [r.c_measured for r in rows], color="C0")
+    _theory(middle, x, [_known(r.c, r.op) for r in rows])
+    middle.set(ylabel="c, cosine of two inputs", ylim=(-1.05 if _negative(rows) else -0.05, 1.05))
+    bottom.plot(x, [r.sensitivity_measured for r in rows], color="C0", label="measured")
+    _theory(bottom, x, [r.sensitivity for r in rows], "theory, product of C'(1)")
+    nonlinear = [i for i, r in enumerate(rows) if not math.isnan(r.slope)]
+    slopes = [rows[i].slope for i in nonlinear]
+    bottom.plot(nonlinear, slopes, ".", color="C1", ms=4, label="C'(1) of the layer")
+    apart = [s for r in rows for s in (r.sensitivity, r.sensitivity_measured, r.slope) if s > 0]
+    bottom.set(yscale="log", ylabel="sensitivity", xlabel="steps of the forward pass")
+    if apart:
+        bottom.set_ylim(max(min(apart), 1e-12) / 3, min(max(apart), 1e12) * 3)
+    for axes in (top, middle, bottom):
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.01)
+        for number, finding in enumerate(diagnosis.findings[:3]):
+            at = next((i for i, r in enumerate(rows) if r.path == finding.paths[0]), None)
+            if at is not None:
+                label = f"{number + 1}. {finding.cause} at {finding.paths[0]!r}"
+                axes.axvline(at, color="C3", lw=1, ls="--", label=label)
+    top.legend(fontsize=8)
+    bottom.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _known(value: float, op: str) -> float:
+    return math.nan if op == "input" else value
+
+
+def _negative(rows: Any) -> bool:
+    return any(r.c_quantiles[0] < -0.05 for r in rows)
+
+
+def _band(axes: Any, x: list[int], quantiles: list[tuple[float, ...]]) -> None:
+    for low, high, alpha in ((0, -1, 0.15), (1, -2, 0.25)):
+        axes.fill_between(
+            x,
+            [q[low] for q in quantiles],
+            [q[high] for q in quantiles],
+            color="C0",
+            alpha=alpha,
+            lw=0,
+        )
+
+
+def _theory(axes: Any, x: list[int], y: list[float], label: str = "theory") -> None:
+    axes.plot(x, y, color="k", lw=1.2, ls="--", label=label)

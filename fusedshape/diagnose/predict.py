@@ -1,0 +1,256 @@
+"""What theory says of every step of a tape: kernels from the input on, and from the step before."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from fusedshape.diagnose.layers import Phi
+from fusedshape.diagnose.measure import Sample
+from fusedshape.diagnose.tape import Step
+
+# Steps behind which theory starts again from what was measured.
+RESTARTS = ("input", "norm", "pool", "dropout", "unknown")
+# Theory and measurement part at so many standard deviations of what finite width explains, and not
+# below these differences, which more than width explains: few inputs, few locations, rounding.
+SIGMAS = 6.0
+LEAST_LN_Q = 0.1
+LEAST_C = 0.03
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the weights should be: N(0, σ_w²/fan_in) or σ_w · orthogonal; biases N(0, σ_b²).
+
+    Attributes:
+        gain: σ_w².
+        bias: σ_b².
+        read: whether the two were read off the weights, as nothing else tells.
+    """
+
+    gain: float = 1.0
+    bias: float = 0.0
+    read: bool = False
+
+
+def contract(
+    steps: Sequence[Step], sigma_w: float | None = None, sigma_b: float | None = None
+) -> Contract:
+    """What the weights of a model should be.
+
+    Activations that keep q = 1, as those of DKS, TAT and SELU do, want weights that keep q. For
+    others no single scale is right; then the model's own is taken, the median of its layers.
+    """
+    phis = [s.phi for s in steps if s.phi is not None and not s.phi.is_linear]
+    keeping = [phi for phi in phis if keeps_q(phi)]
+    affine = [s.affine for s in steps if s.affine is not None]
+    gains = [a.gain for a in affine if a.has_weights]
+    # A fused layer's bias is a step of its own.
+    biases = [a.bias for a in affine if a.bias or not a.has_weights]
+    read = len(keeping) * 2 < len(phis) and bool(gains)
+    gain = median(gains) if read else 1.0
+    bias = median(biases) if read and biases else 0.0
+    return Contract(
+        gain if sigma_w is None else sigma_w**2,
+        bias if sigma_b is None else sigma_b**2,
+        read and sigma_w is None,
+    )
+
+
+def keeps_q(phi: Phi) -> bool:
+    """Whether φ keeps q = 1, as those of DKS and TAT do."""
+    return abs(phi.q(1.0) - 1) < 0.05
+
+
+def offsets(
+    actual: tuple[float, float], theory: tuple[float, float], spread: tuple[float, float]
+) -> tuple[float, float]:
+    """ln q and c, actual minus theory, in standard deviations; nan where one is not known."""
+    (q, c), (q_theory, c_theory) = actual, theory
+    ln_q = math.log(q / q_theory) if q > 0 and q_theory > 0 else math.nan
+    return (
+        ln_q / math.hypot(spread[0], LEAST_LN_Q / SIGMAS),
+        (c - c_theory) / math.hypot(spread[1], LEAST_C / SIGMAS),
+    )
+
+
+@dataclass
+class Forecast:
+    """What theory says of one step of one batch.
+
+    Attributes:
+        kernel: from the input on; see `fusedshape.diagnose.layers`.
+        near: from what was measured just before; None where it starts anew.
+        spread: standard deviations of ln q and of c of `kernel`, that finite width explains.
+        near_spread: the same of `near`.
+        slope: C′(1) of a nonlinear step.
+        parting: how much two inputs that are close are apart, relative to the input.
+        distant: kernel of two inputs whose c was 0.
+    """
+
+    kernel: Tensor | None = None
+    near: Tensor | None = None
+    spread: tuple[float, float] = (0.0, 0.0)
+    near_spread: tuple[float, float] = (0.0, 0.0)
+    slope: float = math.nan
+    parting: float = 1.0
+    distant: Tensor | None = None
+
+
+def summary(kernel: Tensor | None) -> tuple[float, float]:
+    """Mean q and mean c of a kernel, c where it is defined."""
+    if kernel is None:
+        return math.nan, math.nan
+    q, other, k = kernel
+    return float(kernel[:2].mean()), float((k / (q * other).sqrt()).nanmean())
+
+
+def measured(step: Step) -> Tensor | None:
+    """The kernel measured at a step, in float64 on the CPU."""
+    value = step.value
+    return value.kernel.double().cpu() if isinstance(value, Sample) else None
+
+
+def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float]) -> list[Forecast]:
+    """What theory says of each step of a tape.
+
+    Args:
+        steps: the tape's.
+        weights: what the weights should be.
+        partings: measured, step by step, for where theory starts anew.
+    """
+    found: list[Forecast] = []
+    actual: list[Tensor | None] = []
+    for number, step in enumerate(steps):
+        before = [found[i] for i in step.inputs]
+        here = measured(step)
+        kernels = [f.kernel for f in before]
+        made = None if step.op in RESTARTS else apply(step, kernels, weights)
+        if made is None or not _fits(made, here):
+            own = math.nan if step.op == "dropout" else partings[number]
+            apart = _mean([f.parting for f in before], 1.0) if math.isnan(own) else own
+            found.append(Forecast(here, parting=apart, distant=_distant(before, here)))
+            actual.append(here)
+            continue
+        near = apply(step, [actual[i] for i in step.inputs], weights)
+        f = Forecast(made, near)
+        f.distant = apply(step, [g.distant for g in before], weights, only_mean=True)
+        f.spread = _spread(step, [g.spread for g in before], kernels, made)
+        unseen = [
+            (0.0, 0.0) if steps[i].value is not None else g.near_spread
+            for i, g in zip(step.inputs, before, strict=True)
+        ]
+        f.near_spread = _spread(step, unseen, [actual[i] for i in step.inputs], near)
+        f.parting = before[0].parting
+        if step.phi is not None:
+            f.slope = step.phi.slope(summary(kernels[0])[0])
+            f.parting *= f.slope
+        elif step.affine is not None and step.affine.bias and weights.bias:
+            # What is the same for both inputs makes them alike.
+            f.parting *= 1 - weights.bias / summary(made)[0]
+        elif len(before) > 1:
+            shares = _shares(step, kernels)
+            f.parting = sum(s * g.parting for s, g in zip(shares, before, strict=True))
+        found.append(f)
+        actual.append(near if here is None else here)
+    return found
+
+
+def apply(
+    step: Step, kernels: Sequence[Tensor | None], weights: Contract, only_mean: bool = False
+) -> Tensor | None:
+    """The kernel after a step; None where theory does not say.
+
+    Args:
+        step: the step.
+        kernels: those that it takes.
+        weights: what the weights should be.
+        only_mean: the kernels stand for all locations at once.
+    """
+    whole = [k for k in kernels if k is not None]
+    if not whole or len(whole) < len(kernels):
+        return None
+    first = whole[0]
+    if step.phi is not None:
+        return step.phi.map(first)
+    if step.affine is not None:
+        moved = first if only_mean or step.move is None else step.move(first)
+        gain = weights.gain if step.affine.has_weights else 1.0
+        return moved * gain + (weights.bias if step.affine.bias else 0.0)
+    if step.op in ("sum", "concat"):
+        if any(k.numel() != first.numel() for k in whole):
+            return None
+        shares = [w * w for w in step.weights]
+        if step.op == "concat":
+            shares = [w / sum(step.weights) for w in step.weights]
+        total = torch.zeros_like(first)
+        for share, k in zip(shares, whole, strict=True):
+            total += share * k.reshape(first.shape)
+        return total
+    if only_mean:
+        return first
+    return None if step.move is None else step.move(first)
+
+
+def _fits(made: Tensor, here: Tensor | None) -> bool:
+    return here is None or made.numel() == here.numel()
+
+
+def _distant(before: Sequence[Forecast], here: Tensor | None) -> Tensor:
+    """Start from c = 0, or go on with what c there was, at the q that was measured."""
+    q = summary(here)[0]
+    q = q if math.isfinite(q) else 1.0
+    c = [summary(f.distant)[1] for f in before if f.distant is not None]
+    return torch.tensor([[q], [q], [q * _mean(c, 0.0)]], dtype=torch.float64)
+
+
+def _shares(step: Step, kernels: Sequence[Tensor | None]) -> list[float]:
+    """How much of the sum's or concat's q comes from each input."""
+    sizes = [w * w if step.op == "sum" else w for w in step.weights]
+    parts = [w * summary(k)[0] for w, k in zip(sizes, kernels, strict=True)]
+    total = sum(parts)
+    return [p / total if total > 0 else 1 / len(parts) for p in parts]
+
+
+def _spread(
+    step: Step,
+    before: Sequence[tuple[float, float]],
+    kernels: Sequence[Tensor | None],
+    after: Tensor | None,
+) -> tuple[float, float]:
+    """Standard deviations of ln q and of c after a step: those before, and its own chance."""
+    q_in, c_in = summary(kernels[0])
+    ln_q, c = before[0]
+    own = (0.0, 0.0)
+    width = max(step.channels, 1)
+    _, c_out = summary(after)
+    if step.phi is not None:
+        if not (q_in > 0 and math.isfinite(c_in)):
+            return before[0]
+        growth = step.phi.growth(q_in, c_in)
+        ln_q, c = ln_q * growth[0], c * growth[1]
+        noise = step.phi.noise(q_in, c_in)
+        own = noise[0] / width, noise[1] / width
+    elif step.affine is not None:
+        chance = step.affine.chance
+        own = chance, 0.5 * chance * (1 - c_in * c_in) ** 2
+    elif len(before) > 1:
+        shares = _shares(step, kernels)
+        # The branches may have drifted together.
+        ln_q = sum(s * b[0] for s, b in zip(shares, before, strict=True))
+        c = sum(s * b[1] for s, b in zip(shares, before, strict=True))
+        if step.op == "sum":
+            cross = sum(4 * a * b for a, b in itertools.combinations(shares, 2)) / width
+            own = cross, cross * (1 - min(1.0, c_out * c_out))
+    return math.hypot(ln_q, math.sqrt(own[0])), math.hypot(c, math.sqrt(own[1]))
+
+
+def _mean(values: Sequence[float], default: float) -> float:
+    known = [v for v in values if math.isfinite(v)]
+    return sum(known) / len(known) if known else default

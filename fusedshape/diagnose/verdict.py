@@ -1,0 +1,349 @@
+"""From steps, forecasts and measurements to findings: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fusedshape.diagnose.layers import Affine
+from fusedshape.diagnose.measure import Stats
+from fusedshape.diagnose.predict import LEAST_LN_Q, SIGMAS, Contract, keeps_q
+from fusedshape.diagnose.report import Finding, Layer
+from fusedshape.diagnose.tape import Step
+
+#: Everything that a `Finding` may name.
+CAUSES = {
+    "non-finite": "values that are inf or nan",
+    "input data": "inputs that are not normalised, or all alike",
+    "no PLN": "locations of the input with q = 0, or of very different q",
+    "init layout": "weights drawn with in and out channels swapped",
+    "weight scale": "weights of another scale than theory wants",
+    "biases": "biases that are not zero",
+    "BatchNorm": "a normalisation over inputs or locations",
+    "un-normalised sum": "x + f(x) whose squared weights do not add up to 1",
+    "correlated branches": "a sum of branches that are not independent",
+    "plain activation": "an activation that was not transformed",
+    "wrong depth": "constants that were solved for another depth",
+    "saturated": "an activation that is flat where its inputs are",
+    "dead": "a layer whose output does not depend on the input",
+    "width": "too few channels for this depth, or for this layer",
+    "weights not random": "weights that depend on the data, as after training",
+}
+
+_ALIKE = 0.97  # c from which on inputs cannot be told apart
+_CHAOTIC = 30.0  # product of C′(1) from which on inputs that are close have nothing in common
+_DRIFT = math.log(10)  # standard deviation of ln q from which on chance decides on q
+_FLAT = 0.3  # more of an activation's inputs on its flat parts than at q = 1
+# What other causes bring about, further on.
+_SYMPTOMS = ("weights not random", "wrong depth")
+_CARRIERS = ("reshape", "pool", "dropout")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything there is to judge by, step by step.
+
+    Attributes:
+        steps: of the first batch.
+        rows: their `Layer`s.
+        stats: measurements over all batches.
+        distant: predicted c of two inputs whose c was 0.
+        far: ln of measured over predicted q, both from the input on, in standard deviations.
+        weights: what the weights should be.
+    """
+
+    steps: Sequence[Step]
+    rows: Sequence[Layer]
+    stats: Sequence[Stats]
+    distant: Sequence[float]
+    far: Sequence[float]
+    weights: Contract
+
+    def users(self, i: int) -> Iterator[Step]:
+        """The steps that take a step's value, seen through what only moves values."""
+        for j in range(i + 1, len(self.steps)):
+            if i in self.steps[j].inputs:
+                if self.steps[j].op in _CARRIERS:
+                    yield from self.users(j)
+                else:
+                    yield self.steps[j]
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all nonlinear layers are, so that the scale of q does not matter to them."""
+        return all(s.phi.slopes is not None for s in self.steps if s.phi is not None)
+
+
+def findings(case: Case) -> tuple[Finding, ...]:
+    """What is wrong, the earliest first; one finding for each cause."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for i, cause, text in [*_local(case), *_global(case)]:
+        found.setdefault(cause, []).append((i, text))
+    if not found:
+        for i, cause, text in _drift(case):
+            found.setdefault(cause, []).append((i, text))
+    order = sorted(found.items(), key=lambda item: min(item[1])[0])
+    if order[1:] and order[0][0] not in _SYMPTOMS:
+        order = [item for item in order if item[0] not in _SYMPTOMS]
+    made = []
+    for cause, places in order:
+        places.sort()
+        paths = dict.fromkeys(case.rows[i].path for i, _ in places)
+        made.append(Finding(cause, tuple(paths), places[0][1]))
+    return tuple(made)
+
+
+_Found = Iterator[tuple[int, str, str]]
+
+
+def _local(case: Case) -> _Found:
+    for i, (step, row) in enumerate(zip(case.steps, case.rows, strict=True)):
+        if math.isinf(row.q_measured) or (case.stats[i].q_means and math.isnan(row.q_measured)):
+            yield i, "non-finite", "it holds inf or nan; look at the step before"
+            return
+        if step.op in ("input", "norm") and any(u.op != "norm" for u in case.users(i)):
+            yield from _start(case, i)
+        if step.op == "norm" and ("batch" in step.name or "group" in step.name):
+            yield (
+                i,
+                "BatchNorm",
+                f"{step.name} undoes what shaped activations set up; build the model without it "
+                "(convert(..., strip_batchnorm=True) takes BatchNorm out)",
+            )
+        if step.affine is not None:
+            yield from _weights(case, i, step.affine)
+        if step.op == "sum":
+            yield from _sum(case, i)
+        if step.phi is not None and not step.phi.is_linear:
+            yield from _activation(case, i)
+
+
+def _start(case: Case, i: int) -> _Found:
+    """The first values that layers see."""
+    row, stats = case.rows[i], case.stats[i]
+    foreign = row.op == "norm" and row.name != "PerLocationNorm"
+    if not stats.q_means or foreign:
+        return
+    low, high = row.q_quantiles[0], row.q_quantiles[-1]
+    advice = "put fusedshape.nn.PerLocationNorm first in the model"
+    if stats.empty > 0:
+        share = f"{100 * stats.empty:.3g} % of its locations are zero in all channels"
+        yield i, "no PLN", f"{share}, so that their q is 0 and their c undefined; {advice}"
+    elif not case.homogeneous and high > 100 * low:
+        yield i, "no PLN", f"q lies between {low:.3g} and {high:.3g} over locations; {advice}"
+    q = row.q_measured
+    limit = 10.0 if case.homogeneous else 2.0
+    if not 1 / limit <= q <= limit:
+        yield (
+            i,
+            "input data",
+            f"its mean square q is {q:.3g}, not 1; standardise the inputs, or {advice}",
+        )
+    elif row.c_measured > _ALIKE and not stats.empty:
+        yield (
+            i,
+            "input data",
+            f"its inputs are nearly the same, c = {row.c_measured:.3f}, and "
+            f"{100 * stats.offset:.0f} % of q is the channels' mean; subtract the mean",
+        )
+
+
+def _weights(case: Case, i: int, affine: Affine) -> _Found:
+    """The weights by themselves, and what they did to q."""
+    want = case.weights.gain
+    if affine.has_weights:
+        if affine.gain == 0:
+            yield i, "dead", "all its weights are zero; initialise them (fusedshape.init.suo_)"
+            return
+        off = math.log(affine.gain / want) if want > 0 else math.inf
+        if abs(off) > LEAST_LN_Q + SIGMAS * affine.spread:
+            yield i, *_scale(affine, case.weights)
+            return
+    step, row = case.steps[i], case.rows[i]
+    q_before = case.rows[step.inputs[0]].q_measured if step.inputs else math.nan
+    excess = affine.bias - case.weights.bias
+    if not case.weights.read and excess > 0.05 * max(want * q_before, affine.bias):
+        yield (
+            i,
+            "biases",
+            f"its biases have mean square {affine.bias:.3g}, against {case.weights.bias:.3g} in "
+            "theory; set them to zero at the start (fusedshape.init.init_module_)",
+        )
+    elif affine.has_weights and _is_off(row):
+        yield (
+            i,
+            "weights not random",
+            f"q went from {q_before:.3g} to {row.q_measured:.3g} with weights whose own scale is "
+            f"right ({_deviation(row)}): they fit these inputs, as trained weights do; diagnose "
+            "the model as it is initialised",
+        )
+
+
+def _scale(affine: Affine, weights: Contract) -> tuple[str, str]:
+    """Which mistake makes weights of this scale."""
+    gain, want = affine.gain, weights.gain
+    seen = f"its weights multiply q by {gain:.3g}"
+    in_channels, out_channels = affine.fan
+    near = 0.02 + SIGMAS * affine.spread
+
+    def is_like(value: float) -> bool:
+        return abs(math.log(gain / value)) < near
+
+    advice = "use fusedshape.init.suo_, or convert(..., init='suo')"
+    if in_channels != out_channels and is_like(want * in_channels / out_channels):
+        return (
+            "init layout",
+            f"{seen}, which is {in_channels}/{out_channels} of what it should be: weights "
+            "[out, in] were drawn as if they were [in, out], as the dks package does, or so as to "
+            f"keep norms, not q; {advice}",
+        )
+    if is_like(1 / 3):
+        return "weight scale", f"{seen}, not by {want:.3g}: PyTorch's default weights; {advice}"
+    if is_like(2) and want == 1:
+        return (
+            "weight scale",
+            f"{seen}, not by 1: He's initialisation, for a plain ReLU; {advice}",
+        )
+    return (
+        "weight scale",
+        f"{seen}, not by {want:.3g} (gain {math.sqrt(gain / want):.3g}); {advice}",
+    )
+
+
+def _sum(case: Case, i: int) -> _Found:
+    step, row = case.steps[i], case.rows[i]
+    total = math.fsum(w * w for w in step.weights)
+    if abs(total - 1) > 0.01 and len(step.inputs) > 1:
+        shown = ", ".join(f"{w:.4g}" for w in step.weights)
+        yield (
+            i,
+            "un-normalised sum",
+            f"its weights ({shown}) have squares that add up to {total:.4g}, so that q grows by as "
+            "much; use fusedshape.NormalizedSum, or "
+            "fusedshape.shortcuts.reweight_shortcuts(model, shortcut_weight)",
+        )
+    elif len(step.inputs) > 1 and _is_off(row):
+        yield (
+            i,
+            "correlated branches",
+            f"q is {row.q_measured:.3g} where independent branches would give "
+            f"{row.q_near:.3g}; let every branch end in a layer "
+            "with weights of its own",
+        )
+
+
+def _activation(case: Case, i: int) -> _Found:
+    step, row, stats = case.steps[i], case.rows[i], case.stats[i]
+    phi = step.phi
+    assert phi is not None
+    q = case.rows[step.inputs[0]].q_measured
+    if stats.q_means and (row.q_measured == 0 or stats.still > 0.99):
+        yield (
+            i,
+            "dead",
+            f"{100 * stats.still:.0f} % of its channels have the same value whatever the input; "
+            "look at the weights and biases before it",
+        )
+        return
+    inner = any(u.op in ("affine", "sum") for u in case.users(i))
+    if inner and not case.weights.read and not keeps_q(phi):
+        yield (
+            i,
+            "plain activation",
+            f"{step.name} turns q = 1 into {phi.q(1.0):.3g}: it is not transformed; convert it too",
+        )
+    if q > 0 and phi.idle(q) - phi.idle(1.0) > _FLAT:
+        yield (
+            i,
+            "saturated",
+            f"{100 * phi.idle(q):.0f} % of its inputs (q = {q:.3g}) lie where {step.name} is flat, "
+            f"{100 * phi.idle(1.0):.0f} % at q = 1; bring q back to 1 before it",
+        )
+    elif _is_off(row):
+        yield (
+            i,
+            "weights not random",
+            f"its inputs are not Gaussian over channels ({_deviation(row)}), as trained weights or "
+            "too few channels before it make them; diagnose the model as it is initialised",
+        )
+
+
+def _global(case: Case) -> _Found:
+    """What theory itself says against the network."""
+    phis = {i: s.phi for i, s in enumerate(case.steps) if s.phi and not s.phi.is_linear}
+    nonlinear = list(phis)
+    if not nonlinear:
+        return
+    plain = [i for i, phi in phis.items() if not keeps_q(phi)]
+    names = ", ".join(dict.fromkeys(case.steps[i].name for i in nonlinear))
+    is_plain = 2 * len(plain) >= len(nonlinear)
+    cause = "plain activation" if is_plain else "wrong depth"
+    advice = (
+        "transform the activations: fusedshape.convert(model)"
+        if is_plain
+        else "solve for the depth that the network has: fusedshape.convert(model)"
+    )
+    last = nonlinear[-1]
+    alike = [i for i in nonlinear if case.distant[i] > _ALIKE]
+    if alike and case.distant[last] > _ALIKE:
+        yield (
+            alike[0],
+            cause,
+            f"from here on {names} leaves all inputs alike: two that had c = 0 have "
+            f"{case.distant[alike[0]]:.3f} here and {case.distant[last]:.3f} at the last layer; "
+            f"{advice}",
+        )
+    apart = [i for i in nonlinear if case.rows[i].sensitivity > _CHAOTIC]
+    if apart and not alike:
+        yield (
+            apart[0],
+            cause,
+            f"from here on {names} tears apart what is close: the product of C'(1) is "
+            f"{case.rows[apart[0]].sensitivity:.3g} here and {case.rows[last].sensitivity:.3g} at "
+            f"the last layer; {advice}",
+        )
+    ends = [i for i in nonlinear if math.isfinite(case.rows[i].q) and case.rows[i].q >= 0]
+    lost = [i for i in ends if not 1e-3 < case.rows[i].q < 1e3]
+    if case.weights.read and lost:
+        i = lost[0]
+        needed = f"{1 / phis[i].q(1.0):.3g}" if phis[i].slopes else "that of fusedshape.theory.eoc"
+        yield (
+            i,
+            "weight scale",
+            f"q is {case.rows[i].q:.3g} in theory too: the weights have σ_w² = "
+            f"{case.weights.gain:.3g}, and {names} needs {needed}",
+        )
+    wild = [i for i in range(len(case.rows)) if case.rows[i].q_spread > _DRIFT]
+    if wild:
+        i = wild[0]
+        yield (
+            i,
+            "width",
+            f"with {case.rows[i].channels} channels, chance alone changes q by a factor of "
+            f"{math.exp(case.rows[i].q_spread):.3g} up to here (one standard deviation); use more "
+            "channels, or fewer layers",
+        )
+
+
+def _drift(case: Case) -> _Found:
+    """Every step by itself looks right, but they add up."""
+    for i, far in enumerate(case.far):
+        if abs(far) > SIGMAS:
+            row = case.rows[i]
+            yield (
+                i,
+                "weight scale",
+                f"q is {row.q_measured:.3g}, {row.q:.3g} in theory: many small differences in "
+                "scale add up; use fusedshape.init.suo_",
+            )
+            return
+
+
+def _is_off(row: Layer) -> bool:
+    return abs(row.q_off) > SIGMAS or abs(row.c_off) > SIGMAS
+
+
+def _deviation(row: Layer) -> str:
+    what, off = ("q", row.q_off) if abs(row.q_off) > abs(row.c_off) else ("c", row.c_off)
+    return f"{what} is {abs(off):.1f} standard deviations off"

@@ -1,0 +1,215 @@
+"""Measurements on disk: one file each, found by a hash of all they depend on.
+
+A file is written under another name and then renamed, so that whoever reads sees all of it or none,
+and no process takes another's files away. What cannot be read, or was made for something else, is
+said once and treated as absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedshape.ops import dispatch
+
+logger = logging.getLogger("fusedshape.tuning")
+
+#: Counts up whenever files, keys, or the rules of measuring change their meaning.
+FORMAT = 1
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured for one direction of one problem.
+
+    Attributes:
+        engine: who is to compute it.
+        kernel: its kernel and configuration, as `fusedshape.tuning.kernels` writes them; or None.
+        size: the batch (rows of a linear layer) it was measured at.
+        base_seconds: of "aten".
+        seconds: of `engine`.
+    """
+
+    engine: str
+    kernel: dict[str, Any] | None
+    size: int
+    base_seconds: float
+    seconds: float
+
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: data that is not a record's.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(data, dict) or sorted(data) != sorted(names):
+            raise ValueError(f"a record has the fields {', '.join(names)}")
+        record = cls(**data)
+        good = (
+            isinstance(record.engine, str)
+            and (record.kernel is None or isinstance(record.kernel, dict))
+            and type(record.size) is int
+            and record.size > 0
+            and all(_is_time(value) for value in (record.base_seconds, record.seconds))
+        )
+        if not good:
+            raise ValueError(f"no values of a record: {data}")
+        return record
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+class Cache:
+    """The measurements of one environment.
+
+    Args:
+        root: directory of all environments; need not exist.
+        environment: what every measurement depends on: device and versions. JSON data.
+    """
+
+    def __init__(self, root: Path, environment: Mapping[str, Any]) -> None:
+        self.environment = dict(environment)
+        self.folder = root / _digest(self.environment)
+        self._told: set[Path] = set()
+        self._writable = True
+        self._missed = False
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the measurement of `key` is, or would be."""
+        return self.folder / f"{_digest(key)}.json"
+
+    def get(self, key: Mapping[str, Any]) -> Record | None:
+        """The record of `key`; None if there is none that can be used."""
+        path = self.path(key)
+        try:
+            own, record = self._read(path)
+            if own != _plain(key):
+                raise ValueError("it is of another problem")
+        except FileNotFoundError:
+            if not self._missed and not self.folder.is_dir():
+                root = self.folder.parent
+                if any(root.glob("*/*.json")):
+                    self._tell(root, "it holds measurements of other devices or versions only")
+            self._missed = True
+            return None
+        except (OSError, ValueError) as error:
+            self._tell(path, str(error))
+            return None
+        return record
+
+    def put(self, key: Mapping[str, Any], record: Record) -> None:
+        """Write a record in one piece. Where that cannot be, say so once and go on."""
+        content = {
+            "environment": self.environment,
+            "key": dict(key),
+            "record": dataclasses.asdict(record),
+        }
+        text = json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False)
+        if not self._writable:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text + "\n")
+                os.replace(temporary, self.path(key))
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except OSError as error:
+            self._writable = False
+            logger.warning("tuning results cannot be kept in %s: %s", self.folder, error.strerror)
+
+    def count(self) -> int:
+        """How many records can be used."""
+        return sum(self._is_valid(path) for path in self.folder.glob("*.json"))
+
+    def _is_valid(self, path: Path) -> bool:
+        try:
+            key, _ = self._read(path)
+        except (OSError, ValueError):
+            return False
+        return path == self.path(key)
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], Record]:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"it has not the format {FORMAT}")
+        if data.get("environment") != _plain(self.environment):
+            raise ValueError("it is of another device or version")
+        key = data.get("key")
+        if not isinstance(key, dict):
+            raise ValueError("it has no key")
+        return key, Record.from_json(data.get("record"))
+
+    def _tell(self, path: Path, problem: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            line = " ".join(problem.split())
+            logger.warning("ignoring %s: %s; `fusedshape tune` measures anew", path, line)
+
+
+def _plain(data: Mapping[str, Any]) -> Any:
+    """Data as it comes back from a file."""
+    return json.loads(json.dumps(data))
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cache_directory() -> Path:
+    """Where measurements lie, for all devices and versions; need not exist.
+
+    Example:
+        >>> cache_directory().name
+        'tuning'
+    """
+    own = os.environ.get("FUSEDSHAPE_CACHE")
+    if own:
+        return Path(own).expanduser() / "tuning"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fusedshape" / "tuning"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What every measurement on a device depends on."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "triton": importlib.metadata.version("triton") if dispatch.HAS_TRITON else None,
+        "interpreted": dispatch.INTERPRET,
+        "kernels": kernel_hash(_PACKAGE),
+    }
+
+
+@functools.cache
+def kernel_hash(package: Path) -> str:
+    """Hash of the sources that decide how fast an engine is."""
+    digest = hashlib.sha256()
+    for path in [*sorted((package / "kernels").glob("*.py")), package / "ops" / "engine.py"]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,241 @@
+"""What "auto" means for a layer: modes, and the answers that this process knows already."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fusedshape.kernels import tuned
+from fusedshape.ops import engine
+from fusedshape.ops.engine import Direction, Problem
+from fusedshape.tuning import measuring
+from fusedshape.tuning.cache import Cache, Record, cache_directory, environment
+from fusedshape.tuning.kernels import adopt
+from fusedshape.tuning.problems import (
+    bucket,
+    key_of,
+    resized,
+    settings,
+    size_of,
+    switches,
+)
+
+logger = logging.getLogger("fusedshape.tuning")
+
+MODES = ("off", "cached", "full")
+_VARIABLE = "FUSEDSHAPE_TUNING"
+
+_mode: str | None = None
+_answers: dict[tuple[Direction, Problem, tuple[bool, bool, bool]], str | None] = {}
+_caches: dict[tuple[Path, torch.device], Cache] = {}
+
+
+class mode:  # noqa: N801 (read as a function)
+    """Set the mode of this process; as a context manager, until the end of the block.
+
+    What torch.compile or a CUDA graph has recorded keeps the engines it was recorded with.
+
+    Args:
+        name: "off", "cached" or "full"; see `fusedshape.tuning`.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> with mode("off"):
+        ...     current_mode()
+        'off'
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in MODES:
+            raise ValueError(f"unknown tuning mode {name!r}; known: {', '.join(MODES)}")
+        self._before = current_mode()
+        _set(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _set(self._before)
+
+
+def current_mode() -> str:
+    """The mode of this process, which starts as ``$FUSEDSHAPE_TUNING``, or as "cached"."""
+    global _mode
+    if _mode is None:
+        _mode = os.environ.get(_VARIABLE) or "cached"
+        if _mode not in MODES:
+            known = ", ".join(MODES)
+            logger.warning("%s=%s is unknown, taking cached; known: %s", _VARIABLE, _mode, known)
+            _mode = "cached"
+    return _mode
+
+
+def _set(name: str) -> None:
+    global _mode
+    _mode = name
+    forget()
+    engine.install_chooser(None if name == "off" else choose)
+
+
+def forget() -> None:
+    """Forget what this process has read of the cache, so that it is read anew."""
+    _answers.clear()
+    _caches.clear()
+    tuned.unpin()
+
+
+def choose(direction: Direction, problem: Problem) -> str | None:
+    """The fastest engine for one direction of a layer; None where that is not known.
+
+    From the second time on a look into a dictionary. Never raises.
+
+    Args:
+        direction: "fprop", "dgrad", "dgrad_act" (dgrad that goes on through the activation of the
+            layer before) or "wgrad".
+        problem: the layer and its input.
+    """
+    if torch.compiler.is_compiling():
+        return _while_compiling(direction, problem)
+    known = direction, problem, switches(problem.dtype, len(problem.weight) == 2)
+    try:
+        return _answers[known]
+    except KeyError:
+        return _learn(*known)
+
+
+def _while_compiling(direction: Direction, problem: Problem) -> str | None:
+    """`choose` as Dynamo traces it: what is known holds for the bucket, whose bounds it guards."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    size = size_of(problem)
+    sizes = resized(problem, 1).input + problem.weight
+    if torch.compiler.is_exporting():  # what is exported takes no guards
+        sizes = (*sizes, size)
+    if not _anything() or not all([has_static_value(n) for n in sizes]):  # noqa: C419
+        return None
+    return _traced(direction, *resized(problem, bucket(size)))
+
+
+def _traced(direction: Direction, *fields: Any) -> str | None:
+    problem = Problem(*fields)
+    return _learn(direction, problem, settings(problem))
+
+
+def _anything() -> bool:
+    """Whether there may be anything to look up, and so a reason for guards."""
+    return cache_directory().is_dir()
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_anything._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _learn(direction: Direction, problem: Problem, now: tuple[bool, bool, bool]) -> str | None:
+    device = _device_of(problem)
+    if device is None or size_of(problem) == 0 or current_mode() == "off":
+        return None
+    record = lookup(direction, problem, device)
+    if record is None and current_mode() == "full":
+        if not _may_measure(device):
+            return None  # and ask again next time
+        record = _measured(direction, problem, device)
+    answer = None if record is None else _adopt(problem, device, record)
+    _answers[direction, problem, now] = answer
+    return answer
+
+
+def cache_of(device: torch.device) -> Cache:
+    """The cache of a device with the versions of now."""
+    place = cache_directory(), device
+    if place not in _caches:
+        _caches[place] = Cache(place[0], environment(device))
+    return _caches[place]
+
+
+def lookup(direction: Direction, problem: Problem, device: torch.device) -> Record | None:
+    """What has been measured for a problem's bucket."""
+    return cache_of(device).get(key_of(direction, problem))
+
+
+def keep(direction: Direction, problem: Problem, device: torch.device, record: Record) -> None:
+    """Write a measurement to the cache."""
+    cache_of(device).put(key_of(direction, problem), record)
+
+
+def _measured(direction: Direction, problem: Problem, device: torch.device) -> Record | None:
+    try:
+        record, _, failed = measuring.measure(direction, problem, device)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("%s of %s could not be measured: %s", direction, problem, reason)
+        return None
+    if record is None:
+        logger.info(
+            "aten computes the %s of %s: %s", direction, problem, "; ".join(failed.values())
+        )
+    else:
+        keep(direction, problem, device, record)
+    return record
+
+
+def _adopt(problem: Problem, device: torch.device, record: Record) -> str | None:
+    try:
+        return adopt(record, device)
+    except (ValueError, ImportError) as error:
+        logger.warning("a measurement of %s cannot be used: %s", problem, error)
+        return None
+
+
+def _device_of(problem: Problem) -> torch.device | None:
+    """A device of this process that the problem can be on; None where there is none."""
+    if problem.device != "cuda":
+        return torch.device(problem.device)
+    if not torch.cuda.is_available():
+        return None
+    # Devices of one capability but of different names are taken for the same.
+    current = torch.cuda.current_device()
+    for index in (current, *range(torch.cuda.device_count())):
+        if torch.cuda.get_device_capability(index) == problem.capability:
+            return torch.device("cuda", index)
+    return None
+
+
+def _may_measure(device: torch.device) -> bool:
+    """Whether operations run now, instead of being recorded or faked."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def status() -> Mapping[str, Any]:
+    """The mode, where measurements lie, and how many can be used on this machine's first device.
+
+    Example:
+        >>> sorted(status())
+        ['tuning', 'tuning_cache', 'tuning_entries']
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return {
+        "tuning": current_mode(),
+        "tuning_cache": str(cache_directory()),
+        "tuning_entries": cache_of(device).count(),
+    }
+
+
+if os.environ.get(_VARIABLE) != "off":
+    engine.install_chooser(choose)

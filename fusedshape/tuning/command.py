@@ -1,0 +1,258 @@
+"""`fusedshape tune`: measure a model's fused layers, say what was chosen and what it won."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fusedshape.ops.engine import Direction, Problem
+from fusedshape.timing import Clock, clock_for
+from fusedshape.tuning import chooser
+from fusedshape.tuning.cache import Record, cache_directory
+from fusedshape.tuning.layers import Layer, fused_layers
+from fusedshape.tuning.measuring import RIVALS, Result, able, measure
+from fusedshape.tuning.problems import settings
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `fusedshape tune`."""
+    parser.add_argument("model", help="pkg.module:factory, called without arguments")
+    parser.add_argument(
+        "--input", required=True, type=_shape, metavar="N,C,H,W", help="shape of the model's input"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="default fp32")
+    parser.add_argument(
+        "--autocast",
+        action="store_true",
+        help="leave the model in fp32 and run it under autocast to --dtype",
+    )
+    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument(
+        "--no-channels-last", action="store_true", help="leave model and input contiguous"
+    )
+    parser.add_argument("--benchmark", action="store_true", help="with cudnn.benchmark = True")
+    parser.add_argument("--force", action="store_true", help="measure what is in the cache, too")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="measure nothing, show what is chosen now"
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive integers like 32,3,8,8")
+    return shape
+
+
+class Row(NamedTuple):
+    """One direction of one layer's call.
+
+    Attributes:
+        layer: the module's name.
+        direction: as in `fusedshape.tuning.measuring.measure`.
+        problem: the layer and its input.
+        record: what was found; None where "aten" is the only candidate.
+        result: of the measurement; None where the cache had it; without a record, who cannot run.
+    """
+
+    layer: str
+    direction: Direction
+    problem: Problem
+    record: Record | None
+    result: Result | None
+
+
+def run(model: nn.Module, args: argparse.Namespace) -> None:
+    """Tune a model's layers as the arguments say, and print what was found.
+
+    Raises:
+        ValueError: no fused layers, or a device that is not there.
+        RuntimeError: the model cannot take the input, or "aten" cannot run.
+    """
+    device = _device(args.device)
+    dtype = _DTYPES[args.dtype]
+    own = torch.float32 if args.autocast else dtype
+    model = model.to(device, own)
+    x = torch.zeros(args.input, dtype=own, device=device)
+    if not args.no_channels_last and x.ndim in (4, 5):
+        memory = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        model.to(memory_format=memory)  # type: ignore[call-overload]
+        x = x.to(memory_format=memory)
+    with torch.autocast(device.type, dtype, enabled=args.autocast):
+        layers = fused_layers(model, x)
+    rows: list[Row] = []
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or args.benchmark
+    try:
+        rows.extend(tune(layers, device, force=args.force, dry_run=args.dry_run))
+    finally:
+        # Also after Ctrl-C: what is measured is kept, and shown.
+        if rows:
+            print(json.dumps(_as_json(rows), indent=1) if args.json else text(rows))
+        torch.backends.cudnn.benchmark = before
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {error}") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: there are {count} CUDA device(s); try --device cpu")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def tune(
+    layers: Sequence[Layer],
+    device: torch.device,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    clock: Clock | None = None,
+    progress: bool = True,
+) -> Iterator[Row]:
+    """Measure what the cache does not have, and keep it there.
+
+    Args:
+        layers: as `fused_layers` finds them.
+        device: where they are.
+        force: measure what the cache has, too.
+        dry_run: measure nothing.
+        clock: of the device; None makes one.
+        progress: whether to show a bar on stderr, if that is a terminal.
+
+    Yields:
+        A row for each direction of each layer, in order.
+    """
+    if force and not dry_run:
+        chooser.forget()
+    found: dict[tuple[Direction, Problem], tuple[Record | None, Result | None]] = {}
+    todo = [(layer, direction) for layer in layers for direction in layer.directions]
+    for layer, direction in _bar(todo, progress):
+        problem = layer.problem
+        if (direction, problem) not in found:
+            record = result = None
+            if dry_run or not force:
+                record = chooser.lookup(direction, problem, device)
+            if record is None and dry_run:
+                result = Result(None, {}, able(problem, device)[1])
+            elif record is None:
+                clock = clock or clock_for(device)
+                result = measure(direction, problem, device, clock)
+                record = result.record
+                if record is not None:
+                    chooser.keep(direction, problem, device, record)
+            found[direction, problem] = record, result
+        yield Row(layer.path, direction, problem, *found[direction, problem])
+
+
+def _bar(cases: list[Any], progress: bool) -> Iterable[Any]:
+    if not progress or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+        return cases
+    from tqdm import tqdm
+
+    return tqdm(cases, desc="measuring", unit="case", leave=False)
+
+
+def text(rows: Sequence[Row]) -> str:
+    """A table of what was chosen, what it won, and what was left out."""
+    lines = [("layer", "direction", "input", "weight", "chosen", "aten", "chosen", "gain")]
+    for row in rows:
+        lines.append((row.layer or ".", row.direction, *_shapes(row.problem), *_figures(row)))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    last: tuple[Callable[..., str], ...] = (*[str.ljust] * 5, *[str.rjust] * 3)
+    table = [
+        "  ".join(
+            align(cell, w) for align, cell, w in zip(last, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*table, "", *_summary(rows)])
+
+
+def _shapes(problem: Problem) -> tuple[str, str]:
+    layout = " channels_last" if problem.channels_last and len(problem.weight) > 2 else ""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    weight = "×".join(map(str, problem.weight))
+    if any(s != 1 for s in problem.stride):
+        weight += "/" + "×".join(map(str, problem.stride))
+    return f"{'×'.join(map(str, problem.input))} {dtype}{layout}", weight
+
+
+def _figures(row: Row) -> tuple[str, str, str, str]:
+    record = row.record
+    if record is None:
+        able = row.result is None or len(row.result.failed) < len(RIVALS)
+        return f"aten ({'not measured' if able else 'only candidate'})", "", "", ""
+    name = record.engine
+    if record.kernel is not None:
+        name += " " + ",".join(f"{k}={int(v)}" for k, v in record.kernel["config"].items())
+    if row.result is None:
+        name += " (cached)"
+    base, own = (f"{1e6 * s:.1f} µs" for s in (record.base_seconds, record.seconds))
+    return name, base, own, f"{record.base_seconds / record.seconds:.2f}×"
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    records = [row.record for row in rows if row.record is not None]
+    lines = []
+    if records:
+        base, own = (sum(getattr(r, n) for r in records) for n in ("base_seconds", "seconds"))
+        won = sum(r.engine != "aten" for r in records)
+        lines += [
+            f"{won} of {len(rows)} cases have a faster engine than aten. Those measured, of one "
+            f"training step: {1e3 * base:.3f} ms → {1e3 * own:.3f} ms ({base / own:.2f}×).",
+            f"kept in {cache_directory()}",
+        ]
+    elif all(_figures(row)[0] == "aten (only candidate)" for row in rows):
+        lines.append("aten is the only candidate, nothing to measure")
+    left_out: dict[str, list[str]] = {}
+    for row in rows:
+        if row.result is not None:
+            where = f"{row.layer or '.'} {row.direction}"
+            for name, reason in row.result.wrong.items():
+                left_out.setdefault(f"WRONG NUMBERS, not used: {name}: {reason}", []).append(where)
+            for name, reason in row.result.failed.items():
+                left_out.setdefault(f"left out: {name}: {reason}", []).append(where)
+    for line, cases in left_out.items():
+        more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
+        lines.append(f"{line} [{', '.join(cases[:3])}{more}]")
+    return lines
+
+
+def _as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    def one(row: Row) -> dict[str, Any]:
+        problem = row.problem._asdict() | {"dtype": str(row.problem.dtype).removeprefix("torch.")}
+        result = row.result
+        return {
+            "layer": row.layer,
+            "direction": row.direction,
+            "problem": problem | settings(row.problem)._asdict(),
+            "record": None if row.record is None else row.record.__dict__,
+            "measured": result is not None and result.record is not None,
+            "wrong": {} if result is None else result.wrong,
+            "failed": {} if result is None else result.failed,
+        }
+
+    return {"cache": str(cache_directory()), "rows": [one(row) for row in rows]}

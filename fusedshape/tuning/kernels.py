@@ -1,0 +1,98 @@
+"""A kernel's configuration in the cache: which kernel, asked for what, and what it is to take."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedshape.kernels.tuned import Tunable, family_of
+from fusedshape.tuning.cache import Record
+from fusedshape.tuning.problems import bucket
+
+_KERNELS = ("conv", "gemm")
+
+
+class Choice(NamedTuple):
+    """One configuration of a kernel.
+
+    Attributes:
+        tunable: the kernel's choice of a configuration.
+        args: what it is asked with; the last but one is the kernel's problem, the last the GPU.
+        config: the answer.
+    """
+
+    tunable: Tunable
+    args: tuple[Any, ...]
+    config: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data, without the GPU, which is the environment's."""
+        *before, problem, _ = self.args
+        return {
+            "kernel": self.tunable.name,
+            "before": before,
+            "problem": {k: _encoded(v) for k, v in dataclasses.asdict(problem).items()},
+            "config": dataclasses.asdict(self.config),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], device: torch.device) -> Choice:
+        """Inverse of `to_json`, on a device of the same kind.
+
+        Raises:
+            ValueError: a kernel, problem or configuration that is not to be had.
+            ImportError: the kernels' Triton is not installed.
+        """
+        name = data.get("kernel")
+        if name not in _KERNELS:
+            raise ValueError(f"unknown kernel {name!r}; known: {', '.join(_KERNELS)}")
+        module = importlib.import_module(f"fusedshape.kernels.{name}")
+        gemm = importlib.import_module("fusedshape.kernels.gemm")
+        try:
+            problem = module.Problem(**{k: _decoded(v) for k, v in data["problem"].items()})
+            args = (*data["before"], problem, gemm.gpu_of(device))
+            candidates = module.config_for.candidates(*args)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no problem of kernel {name}: {error}") from None
+        for config in candidates:
+            if dataclasses.asdict(config) == data.get("config"):
+                return cls(module.config_for, args, config)
+        raise ValueError(f"kernel {name} has no configuration {data.get('config')}")
+
+    def pin(self, size: int) -> None:
+        """Take the configuration for all of the bucket of `size`, at which it was measured."""
+        # The kernel's size may count all rows, some for each image.
+        each = family_of(self.args)[1] // size
+        high = bucket(size)
+        self.tunable.pin(self.args, (high // 2 + 1) * each, high * each, self.config)
+
+
+def adopt(record: Record, device: torch.device) -> str:
+    """A record's engine, its kernel told which configuration to take.
+
+    Where the kernel has been told already, as for the same shapes under another activation, that
+    stays.
+
+    Raises:
+        ValueError, ImportError: as `Choice.from_json`.
+    """
+    if record.kernel is not None:
+        choice = Choice.from_json(record.kernel, device)
+        if choice.tunable.pinned(*choice.args) is None:
+            choice.pin(record.size)
+    return record.engine
+
+
+def _encoded(value: Any) -> Any:
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
+    return value

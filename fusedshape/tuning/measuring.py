@@ -1,0 +1,149 @@
+"""Measuring one direction of one layer on a device, against torch's convolution."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedshape.kernels import tuned
+from fusedshape.ops import engine
+from fusedshape.ops.engine import ENGINES, Direction, LayerEngine, Problem
+from fusedshape.timing import Clock, clock_for
+from fusedshape.tuning import contest
+from fusedshape.tuning.cache import Record
+from fusedshape.tuning.kernels import Choice
+from fusedshape.tuning.problems import (
+    empty_input,
+    geometry_of,
+    operands,
+    settings,
+    size_of,
+    spec_of,
+    terms_of,
+)
+
+logger = logging.getLogger("fusedshape.tuning")
+
+#: Every engine but torch's.
+RIVALS = tuple(name for name in ENGINES if name not in ("auto", "aten"))
+_LOCK = threading.Lock()
+
+
+class Result(NamedTuple):
+    """What measuring one direction of one problem gave.
+
+    Attributes:
+        record: what is kept; None where no engine but "aten" can run.
+        wrong: candidates that computed something else than "aten", and how far off.
+        failed: candidates that could not run, and why; engines as a whole, too.
+    """
+
+    record: Record | None
+    wrong: dict[str, str]
+    failed: dict[str, str]
+
+
+class _Entrant(NamedTuple):
+    engine: str
+    choice: Choice | None
+    call: Callable[[], Sequence[Tensor]]
+
+
+def measure(
+    direction: Direction, problem: Problem, device: torch.device, clock: Clock | None = None
+) -> Result:
+    """Find the fastest engine, and its configuration, of one direction of a layer.
+
+    The kernel's configuration is pinned for the rest of the process, if its engine wins; where one
+    is pinned already, by the same shapes under another activation, it is measured alone.
+
+    Args:
+        direction: "fprop", "dgrad", "dgrad_act" (through the layer before) or "wgrad".
+        problem: the layer and its input.
+        device: where to measure; of the problem's type.
+        clock: of the device; None makes one.
+
+    Returns:
+        The record and what was left out. Candidates with wrong numbers are logged too.
+
+    Raises:
+        RuntimeError: "aten" itself cannot run: out of memory, for one.
+    """
+    with _LOCK, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                return _measure(direction, problem, device, clock or clock_for(device))
+        return _measure(direction, problem, device, clock or clock_for(device))
+
+
+def _measure(direction: Direction, problem: Problem, device: torch.device, clock: Clock) -> Result:
+    rivals, failed = able(problem, device)
+    if not rivals:
+        return Result(None, {}, failed)
+    tensors = operands(problem, engine.ATEN, device)
+    entrants: dict[str, _Entrant] = {}
+    for name, rival in rivals.items():
+        entrants |= _entrants(name, functools.partial(tensors.call, rival, direction))
+    verdict = contest.contest(
+        functools.partial(tensors.call, engine.ATEN, direction),
+        {name: entrant.call for name, entrant in entrants.items()},
+        clock=clock,
+        terms=terms_of(direction, problem),
+        tf32=settings(problem).tf32,
+    )
+    for name, how in verdict.wrong.items():
+        logger.warning("%s is not used for the %s of %s: %s", name, direction, problem, how)
+    if verdict.winner is None:
+        record = Record("aten", None, size_of(problem), verdict.base_seconds, verdict.seconds)
+        return Result(record, verdict.wrong, failed | verdict.failed)
+    name, choice, _ = entrants[verdict.winner]
+    if choice is not None:
+        choice.pin(size_of(problem))
+    kernel = None if choice is None else choice.to_json()
+    record = Record(name, kernel, size_of(problem), verdict.base_seconds, verdict.seconds)
+    return Result(record, verdict.wrong, failed | verdict.failed)
+
+
+def able(problem: Problem, device: torch.device) -> tuple[dict[str, LayerEngine], dict[str, str]]:
+    """The engines beside "aten" that can run a problem, and why the others cannot."""
+    rivals: dict[str, LayerEngine] = {}
+    reasons: dict[str, str] = {}
+    x = empty_input(problem, device)
+    weight = torch.empty(problem.weight, dtype=problem.dtype, device=device)
+    for name in RIVALS:
+        try:
+            engines = engine.engines_for(name, x, weight, spec_of(problem), geometry_of(problem))
+        except (ValueError, RuntimeError) as error:
+            reasons[name] = str(error)
+        else:
+            rivals[name] = engines.fprop
+    return rivals, reasons
+
+
+def _entrants(name: str, call: Callable[[], Sequence[Tensor]]) -> dict[str, _Entrant]:
+    """One engine with each configuration its kernel may take; those already pinned alone."""
+    with tuned.asked() as log, contextlib.suppress(Exception):
+        call()  # if it fails, it will fail again in the contest, which says why
+    if not log:
+        return {name: _Entrant(name, None, call)}
+    tunable, args = log[0]
+    pinned = tunable.pinned(*args)
+    configs = tunable.candidates(*args) if pinned is None else (pinned,)
+
+    def with_config(config: Any) -> Sequence[Tensor]:
+        with tunable.trying(args, config):
+            return call()
+
+    return {
+        f"{name} {config}": _Entrant(
+            name, Choice(tunable, args, config), functools.partial(with_config, config)
+        )
+        for config in configs
+    }

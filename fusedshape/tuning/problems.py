@@ -1,0 +1,181 @@
+"""A problem as the cache files it, and as tensors to measure with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedshape.activations import ACTIVATIONS
+from fusedshape.ops import dispatch
+from fusedshape.ops.checks import Geometry
+from fusedshape.ops.engine import Before, Direction, LayerEngine, Problem, channel_dim
+from fusedshape.spec import ActSpec
+
+
+class Settings(NamedTuple):
+    """torch's switches that decide how fast "aten" is."""
+
+    benchmark: bool
+    deterministic: bool
+    tf32: bool
+
+
+# Of torch._C, because the public attributes take longer than all the rest of a look-up.
+_benchmark = torch._C._get_cudnn_benchmark
+_cudnn_deterministic = torch._C._get_cudnn_deterministic
+_all_deterministic = torch._C._get_deterministic_algorithms
+_precision = torch._C._get_fp32_precision_getter
+
+
+def switches(dtype: torch.dtype, linear: bool) -> tuple[bool, bool, bool]:
+    """`Settings` as they are, for a layer of this dtype; a plain tuple, which is quicker."""
+    return (
+        _benchmark(),
+        _cudnn_deterministic() or _all_deterministic(),
+        dtype is torch.float32 and _precision("cuda", "matmul" if linear else "conv") == "tf32",
+    )
+
+
+def settings(problem: Problem) -> Settings:
+    """The switches as they are, for a problem."""
+    return Settings(*switches(problem.dtype, len(problem.weight) == 2))
+
+
+def bucket(size: int) -> int:
+    """The least power of two that is not below `size`.
+
+    Example:
+        >>> [bucket(n) for n in (1, 2, 3, 32, 33)]
+        [1, 2, 4, 32, 64]
+    """
+    # With a symbolic size, each comparison is a guard, and so the bucket's bounds are all that
+    # torch.compile compiles anew for.
+    power = 1
+    while power < size:
+        power *= 2
+    return power
+
+
+def size_of(problem: Problem) -> int:
+    """The batch, or the rows of a linear layer."""
+    if len(problem.weight) > 2:
+        return problem.input[0]
+    rows = 1
+    for n in problem.input[:-1]:
+        rows *= n
+    return rows
+
+
+def resized(problem: Problem, size: int) -> Problem:
+    """The same layer with another batch, or number of rows."""
+    rest = problem.input[1:] if len(problem.weight) > 2 else problem.input[-1:]
+    return problem._replace(input=(size, *rest))
+
+
+def key_of(direction: Direction, problem: Problem) -> dict[str, Any]:
+    """What a measurement under torch's switches of now is filed under, one for each bucket."""
+    fields = resized(problem, bucket(size_of(problem)))._asdict()
+    for name in ("device", "capability"):
+        del fields[name]  # of the environment
+    fields["dtype"] = str(problem.dtype).removeprefix("torch.")
+    return {"direction": direction, **fields, **settings(problem)._asdict()}
+
+
+def terms_of(direction: Direction, problem: Problem) -> int:
+    """Numbers added up for each element of what a direction computes, at most."""
+    taps = math.prod(problem.weight[2:])
+    if direction == "fprop":
+        return math.prod(problem.weight[1:])
+    pixels = size_of(problem) * math.prod(problem.input[2:] if taps else ())
+    if direction == "wgrad":
+        return pixels
+    return max(problem.weight[0] * taps, pixels if direction == "dgrad_act" else 0)
+
+
+class Operands(NamedTuple):
+    """Tensors of a layer, with numbers as a network at its start has them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    spec: ActSpec
+    geometry: Geometry | None
+    before: Before
+    dz: Tensor
+
+    def call(self, engine: LayerEngine, direction: Direction) -> Sequence[Tensor]:
+        """Let an engine compute one direction."""
+        x, weight, bias, spec, geometry, before, dz = self
+        if direction == "fprop":
+            return [engine.fprop_act(x, weight, bias, spec, geometry, before.kernels)]
+        if direction == "wgrad":
+            return [engine.wgrad(dz, x, weight, geometry)]
+        chained = before if direction == "dgrad_act" else None
+        found = engine.dgrad(dz, weight, x, geometry, chained)
+        return [t for t in found if t is not None]
+
+
+def spec_of(problem: Problem) -> ActSpec:
+    """Constants to measure with; which ones does not change how fast a kernel is."""
+    slope = 0.5 if ACTIVATIONS[problem.activation].has_slope else 0.0
+    for spec in (
+        ActSpec(problem.activation, negative_slope=slope),
+        ActSpec(problem.activation, output_shift=0.125, negative_slope=-slope),
+    ):
+        if spec.saves_output == problem.saves_output:
+            return spec
+    raise ValueError(f"no {problem.activation} has saves_output={problem.saves_output}")
+
+
+def geometry_of(problem: Problem) -> Geometry | None:
+    """The convolution's geometry; None for a linear layer."""
+    p = problem
+    if len(p.weight) == 2:
+        return None
+    zeros = [0] * len(p.stride)
+    return list(p.stride), list(p.padding), list(p.dilation), False, zeros, p.groups
+
+
+def empty_input(problem: Problem, device: torch.device) -> Tensor:
+    """A tensor of the input's shape, dtype and layout, without numbers."""
+    batch, *rest = problem.input
+    if not problem.channels_last or len(problem.weight) == 2:
+        return torch.empty(problem.input, dtype=problem.dtype, device=device)
+    shape = batch, *rest[1:], rest[0]
+    return torch.empty(shape, dtype=problem.dtype, device=device).movedim(-1, 1)
+
+
+def operands(problem: Problem, base: LayerEngine, device: torch.device) -> Operands:
+    """Tensors to measure a problem with; always the same, and no generator of torch's is touched.
+
+    Args:
+        problem: the layer.
+        base: who can compute it in any case.
+        device: where the tensors are to be.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(like: Tensor, scale: float = 1.0) -> Tensor:
+        numbers = torch.empty_like(like, dtype=torch.float32)
+        return numbers.normal_(0.0, scale, generator=generator).to(problem.dtype)
+
+    def vector(size: int) -> Tensor:
+        return normal(torch.empty(size, device=device), 0.1)
+
+    spec, geometry = spec_of(problem), geometry_of(problem)
+    z = normal(empty_input(problem, device))
+    fan_in = math.prod(problem.weight[1:])
+    weight = normal(torch.empty(problem.weight, device=device), fan_in**-0.5)
+    if problem.channels_last and geometry is not None:
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    kernels = dispatch.choose("auto", z)
+    dim = channel_dim(z, geometry)
+    before_bias = vector(problem.input[dim])
+    x = kernels.bias_act(z, before_bias, spec, dim)
+    before = Before(x if spec.saves_output else z, before_bias, spec, kernels, True)
+    dz = normal(base.fprop(x, weight, geometry))
+    return Operands(x, weight, vector(problem.weight[0]), spec, geometry, before, dz)
