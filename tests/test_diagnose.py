@@ -424,6 +424,13 @@ def test_finds_bad_data(data: Tensor, words: str) -> None:
     assert words in found.findings[0].text
 
 
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "leaky_relu"])
+@pytest.mark.parametrize("size", [1e-15, 1e12])
+def test_data_of_absurd_size(activation: str, size: float) -> None:
+    net = converted(mlp(12), method="DKS", activation=activation)
+    assert_finds(diagnose(net, size * torch.randn(32, 32)), "input data", "input")
+
+
 def test_finds_constants_for_another_depth() -> None:
     found = diagnose(converted(mlp(100), depth=20), torch.randn(32, 32))
     assert found.cause == "wrong depth"

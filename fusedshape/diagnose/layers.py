@@ -95,7 +95,7 @@ class Phi:
 
     def slope(self, q: float) -> float:
         """C′(1) at q: E[φ′(√q z)²] q / Q(q)."""
-        return _slope(self, _rounded(q))
+        return _slope(self, self._where(q))
 
     def c(self, c: float, q: float = 1.0) -> float:
         """C(c) for two inputs of mean square q."""
@@ -105,10 +105,15 @@ class Phi:
 
     def noise(self, q: float, c: float) -> tuple[float, float]:
         """n·Var of ln q and of c after n channels, given exact q and c before."""
-        return _noise(self, _rounded(q), round(min(max(c, -0.99), 0.9999), 3))
+        return _noise(self, self._where(q), round(min(max(c, -0.99), 0.9999), 3))
+
+    def _where(self, q: float) -> float:
+        """Where to evaluate what homogeneous functions have at any q alike."""
+        return _rounded(q) if self.slopes is None else 1.0
 
     def idle(self, q: float) -> float:
         """Share of Gaussian inputs at which |φ′| is below a tenth of its largest value."""
+        q = self._where(q)
         z, w = _nodes(self, q)
         steepest = np.abs(_slopes_at(self, np.linspace(-8, 8, 801, dtype=np.float64))).max()
         return float(w @ (np.abs(_slopes_at(self, math.sqrt(q) * z)) < 0.1 * steepest))
@@ -224,8 +229,9 @@ def _rounded(q: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _nodes(phi: Phi, q: float) -> tuple[Array, Array]:
-    # Kinks of what is in no table are looked for at 0 only.
-    scale = max(math.sqrt(q), 1e-3)
+    # Kinks of what is in no table are looked for at 0 only. Beyond a scale of 1000, what φ does
+    # near its kinks no longer counts, and panels would become too many.
+    scale = min(max(math.sqrt(q), 1e-3), 1e3)
     if phi.spec is None:
         return rule(scale)
     spec = phi.spec

@@ -9,6 +9,7 @@ written. Linear arithmetic is gathered as Σ wᵢ·stepᵢ, and becomes one "sum
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -159,7 +160,10 @@ class Tape(TorchDispatchMode):
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
-            yield
+            with warnings.catch_warnings():
+                # That they run for the wrapper of torch.compile, too, is as it should be.
+                warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)`")
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -82,7 +82,7 @@ class Compiler:
         """Compile one direction, by default with all its epilogue has."""
         self.monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
         names = {F16: "float16", BF16: "bfloat16", F32: "tf32" if tf32 else "float32"}
-        self.monkeypatch.setattr(conv, "_arithmetic", names.__getitem__)
+        self.monkeypatch.setattr(conv, "_arithmetic", lambda dtype, linear: names[dtype])
         spec = shaped(activation)
         pad = layer.kernel // 2
         geometry = [layer.stride] * 2, [pad] * 2, [1, 1]
