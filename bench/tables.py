@@ -287,6 +287,22 @@ def overhead(record: Record, rows: list[Row]) -> str:
     return _table(head, body)
 
 
+@_optional("diagnose", _CPU)
+def diagnosis(record: Record, rows: list[Row]) -> str:
+    """What diagnose costs."""
+    body = [
+        [
+            row["case"].rpartition("/")[2],
+            "×".join(map(str, row["parameters"]["shape"])),
+            f"{_ms(row, 'bare'):.0f}",
+            f"{_ms(row, 'fused'):.0f}",
+            f"{row['ratios']['fused/bare'][1]:.2f}",
+        ]
+        for row in rows
+    ]
+    return _table(["network", "input", "forward ms", "diagnose ms", "ratio"], body)
+
+
 @_optional("scaling", _SCALING)
 def scaling(record: Record, rows: list[Row]) -> str:
     """Fitted exponents."""
@@ -345,6 +361,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "nets": nets,
         "memory": memory,
         "overhead": overhead,
+        "diagnose": diagnosis,
         "scaling": scaling,
         "gpu": gpu,
     },

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SPECS, assert_as_good_as, shaped
 from torch import Tensor
 
-from fusedshape import ActSpec, reference
+from fusedshape import ActSpec, reference, tuning
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
 
 pytestmark = pytest.mark.gpu
@@ -121,10 +122,13 @@ SPECS_OF_CHAIN = (LEAKY, SWISH, LEAKY)
 @pytest.fixture
 def ieee() -> Iterator[None]:
     """Multiply float32 as such."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
 
 
 def chain(engine: str, x: Tensor, *params: Tensor) -> Tensor:
@@ -188,3 +192,83 @@ def test_chain_in_a_cuda_graph() -> None:
     graph.replay()
     for got, want in zip(captured, chain_step("triton", tensors, grad), strict=True):
         assert torch.equal(got, want)
+
+
+# (input, weight, stride, padding, dilation): one of each kind that the Triton engine serves.
+CONVOLUTIONS = {
+    "3x3": ((4, 64, 28, 28), (128, 64, 3, 3), 1, 1, 1),
+    "3x3 large": ((8, 256, 28, 28), (256, 256, 3, 3), 1, 1, 1),
+    "3x3 strided": ((4, 64, 29, 28), (64, 64, 3, 3), 2, 1, 1),
+    "1x1": ((4, 256, 28, 28), (64, 256, 1, 1), 1, 0, 1),
+    "1x1 strided": ((4, 64, 28, 28), (128, 64, 1, 1), 2, 0, 1),
+    "stem": ((4, 3, 64, 64), (64, 3, 7, 7), 2, 3, 1),
+    "dilated": ((2, 32, 20, 20), (32, 32, 3, 3), 1, 2, 2),
+    "odd": ((3, 5, 13, 11), (7, 5, 3, 2), 1, 1, 1),
+    "7x7 maps": ((2, 512, 7, 7), (512, 512, 3, 3), 1, 1, 1),
+}
+
+
+def layer_step(
+    op: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
+) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = op(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_triton_convolutions(case: str, dtype: torch.dtype, spec: ActSpec) -> None:
+    size, kernel, stride, padding, dilation = CONVOLUTIONS[case]
+    x = draw(*size, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = draw(*kernel, dtype=dtype, seed=1) / (kernel[1] * kernel[2] * kernel[3]) ** 0.5
+    bias = draw(kernel[0], dtype=dtype, seed=2)
+    how = {"stride": stride, "padding": padding, "dilation": dilation}
+
+    def op(engine: str) -> Callable[..., Tensor]:
+        return lambda x, w, b: conv_act(x, w, b, spec, engine=engine, **how)
+
+    shape = op("aten")(x, weight, bias).shape
+    grad = draw(*shape, dtype=dtype, seed=3).to(memory_format=torch.channels_last)
+    operands = (x, weight, bias, grad)
+    got = layer_step(op("triton"), *operands)
+    truth = layer_step(op("aten"), *(t.double() for t in operands))
+    plain = layer_step(op("aten"), *operands)
+    for g, p, t in zip(got, plain, truth, strict=True):
+        assert_as_good_as(g, p, t)
+
+
+@pytest.mark.usefixtures("ieee")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)
+@pytest.mark.parametrize("sizes", [(1024, 512, 256), (77, 130, 33)], ids=str)
+def test_triton_products(sizes: tuple[int, int, int], spec: ActSpec) -> None:
+    rows, inner, outer = sizes
+    dtype = torch.bfloat16
+    operands = (
+        draw(rows, inner, dtype=dtype),
+        draw(outer, inner, dtype=dtype, seed=1) / inner**0.5,
+        draw(outer, dtype=dtype, seed=2),
+        draw(rows, outer, dtype=dtype, seed=3),
+    )
+
+    def op(engine: str) -> Callable[..., Tensor]:
+        return lambda x, w, b: linear_act(x, w, b, spec, engine=engine)
+
+    got = layer_step(op("triton"), *operands)
+    truth = layer_step(op("aten"), *(t.double() for t in operands))
+    plain = layer_step(op("aten"), *operands)
+    for g, p, t in zip(got, plain, truth, strict=True):
+        assert_as_good_as(g, p, t)
+
+
+def test_tuning_measures_and_stays_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FUSEDSHAPE_CACHE", str(tmp_path))
+    tensors, grad = chain_tensors(torch.bfloat16)
+    with tuning.mode("full"):
+        got = chain_step("auto", tensors, grad)
+    assert list(tmp_path.rglob("*.json")), "what was measured is kept"
+    want = chain_step("aten", [t.double() for t in tensors], grad.double())
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).abs().max() <= 32 * torch.finfo(g.dtype).eps * w.abs().max()

@@ -14,6 +14,8 @@ from fusedshape import theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import constants, providers
 from fusedshape.bench.providers import Mode, Problem
+from fusedshape.convert import convert
+from fusedshape.diagnose import diagnose
 from fusedshape.models import vanilla_convnet, vanilla_mlp, vanilla_resnet, vanilla_vgg16
 from fusedshape.spec import ActSpec
 from fusedshape.timing import Candidate
@@ -313,6 +315,32 @@ def _tracing(depth: int, loop: bool) -> Case:
     return Case(f"scaling/{name}/{depth}", suites, build, series)
 
 
+def _diagnosing(
+    suites: tuple[str, ...], name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> Case:
+    """All of diagnose beside one forward pass."""
+
+    def build(setting: Setting) -> Problem:
+        generator = torch.Generator().manual_seed(setting.seed)
+        model, x = make(), torch.randn(shape, generator=generator)
+        depth = convert(model, generator=generator).depth
+
+        def forward(_: object) -> torch.Tensor:
+            with torch.no_grad():
+                return model(x)
+
+        def check() -> dict[str, torch.Tensor]:
+            layers = [row for row in diagnose(model, x).layers if row.op == "nonlinear"]
+            return {"depth": torch.tensor(len(layers))}
+
+        own = Candidate(lambda _: diagnose(model, x), check=check, claims=True)
+        return Problem(
+            {"fused": own, "bare": Candidate(forward)}, lambda: {"depth": torch.tensor(depth)}
+        )
+
+    return Case(f"diagnose/{name}", suites, build, {"shape": list(shape)})
+
+
 def _all() -> Iterator[Case]:
     smoke, cpu, scaling = ("smoke",), ("cpu",), ("scaling",)
     quick, gpu = ("gpu-quick", "gpu"), ("gpu",)
@@ -384,6 +412,12 @@ def _all() -> Iterator[Case]:
     yield _net(cpu, "resnet50-w16", resnet, (8, 3, 64, 64), "float32")
     yield _net(cpu, "mlp-30-w128", mlp, (256, 128), "float32")
     yield Case("import/fusedshape", cpu, lambda setting: constants.importing())
+    convnet = partial(vanilla_convnet, 50, width=64, in_channels=3)
+    yield _diagnosing(cpu, "convnet-50-w64", convnet, (32, 3, 32, 32))
+    mlp = partial(vanilla_mlp, 50, width=1024, in_features=1024)
+    yield _diagnosing(cpu, "mlp-50-w1024", mlp, (256, 1024))
+    mlp = partial(vanilla_mlp, 50, width=64, in_features=64)
+    yield _diagnosing((*cpu, *smoke), "mlp-50-w64", mlp, (32, 64))
     for method in ("DKS", "TAT"):
         for activation in SHAPED:
             if (method, activation) != ("TAT", "relu"):
