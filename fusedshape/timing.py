@@ -163,9 +163,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, round by round, in an order drawn anew for each.
 
-    Machines drift; only times of the same round are compared with one another. And what a candidate
-    leaves in caches and allocator falls on the next one, so that a fixed order would favour some.
-    The orders are the same in every run.
+    Machines drift; only times of the same round are compared with one another. What a candidate
+    leaves in caches and allocator falls on the next one: so the order changes (the same way in
+    every run), and each turn begins with a call that is not timed, as in a training loop its own
+    last step would have come before.
 
     Args:
         candidates: by name.
@@ -188,7 +189,7 @@ def interleaved(
     shortest = max(min(call.values(), default=1.0), 1e-9)
     repeats = min(10_000, max(1, math.ceil(clock.least / shortest)))
     bounded = {name for name in names if candidates[name].most is not None}
-    one_round = repeats * sum(c for name, c in cost.items() if name not in bounded)
+    one_round = (repeats + 1) * sum(c for name, c in cost.items() if name not in bounded)
     rounds = max(least, min(most, int(budget / max(one_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in names}
     # A dear candidate's only sample was its pilot.
@@ -199,6 +200,8 @@ def interleaved(
         for name in order.sample(names, len(names)):
             limit = candidates[name].most
             if limit is None or len(times[name]) < limit:
+                if limit is None:
+                    clock.seconds(candidates[name], 1)
                 times[name].append(clock.seconds(candidates[name], repeats))
     return times
 

@@ -487,10 +487,13 @@ def test_candidates_take_turns() -> None:
     named = {name: Candidate(lambda _, name=name: name) for name in "abc"}
     times = timing.interleaved(named, clock, budget=0.0, least=40, most=40)
     asked = clock.asked[6:]
+    assert asked[::2] == asked[1::2], "a call before each that is timed"
+    asked = asked[::2]
     rounds = ["".join(asked[i : i + 3]) for i in range(0, len(asked), 3)]
     assert {"".join(sorted(turn)) for turn in rounds} == {"abc"}
     assert len(set(rounds)) == 6, "everybody comes after everybody"
     assert all(len(samples) == 40 for samples in times.values())
+    assert all(second % 2 == 0 for samples in times.values() for second in samples)
 
 
 def test_dear_candidates_are_asked_once() -> None:
