@@ -404,7 +404,7 @@ def test_names_are_unique_and_every_suite_has_cases(capsys: pytest.CaptureFixtur
     groups = {case.group for case in CASES if {"cpu", "solver", "scaling"} & set(case.suites)}
     assert groups == {
         *("pointwise", "conv_act", "linear_act", "chain", "net"),
-        *("constants", "overhead", "import", "scaling"),
+        *("constants", "overhead", "import", "scaling", "diagnose"),
     }
     json.dumps([case.parameters for case in CASES])
 
