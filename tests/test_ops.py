@@ -565,6 +565,7 @@ def conv_calls(draw_: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, dict[st
     return x, weight, None if bias is None else torch.ones(bias), geometry
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own convolution
 @settings(max_examples=300, deadline=None)
 @given(conv_calls())
 def test_conv_act_is_right_or_refuses(call: tuple[Tensor, Tensor, Tensor | None, Any]) -> None:

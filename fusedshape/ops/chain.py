@@ -21,6 +21,7 @@ from fusedshape.ops.checks import (
     check_tensor,
     expand,
     match,
+    node,
     padding_of,
     transformed,
 )
@@ -202,7 +203,7 @@ def run(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> 
         x = engine.fprop_act(x, weight, bias, spec, geometry, kernels)
     if live == len(steps):
         return x
-    return Chain.apply(steps[live:], x, *params[2 * live :])
+    return node(Chain)(steps[live:], x, *params[2 * live :])
 
 
 class Chain(torch.autograd.Function):

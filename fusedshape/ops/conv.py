@@ -19,6 +19,7 @@ from fusedshape.ops.checks import (
     check_spec,
     expand,
     match,
+    node,
     padding_of,
     transformed,
 )
@@ -114,7 +115,7 @@ def conv_act(
         return chain.run(x, (chain.Step(spec, geometry, kernels, engine),), (weight, bias))
     if transformed():
         return reference.conv_act(x, weight, bias, spec, strides, pads, dilations, groups)
-    return ConvAct.apply(x, weight, bias, spec, geometry, kernels)
+    return node(ConvAct)(x, weight, bias, spec, geometry, kernels)
 
 
 class ConvAct(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedshape import reference
 from fusedshape.ops import chain
-from fusedshape.ops.checks import check_bias, check_linear, check_spec, match, transformed
+from fusedshape.ops.checks import check_bias, check_linear, check_spec, match, node, transformed
 from fusedshape.ops.dispatch import Backend, Kernels, choose
 from fusedshape.ops.engine import Engine, only_aten
 from fusedshape.ops.pointwise import act_grad, remember
@@ -64,7 +64,7 @@ def linear_act(
         return chain.run(x, (chain.Step(spec, None, kernels, engine),), (weight, bias))
     if transformed():
         return reference.linear_act(x, weight, bias, spec)
-    return LinearAct.apply(x, weight, bias, spec, kernels)
+    return node(LinearAct)(x, weight, bias, spec, kernels)
 
 
 class LinearAct(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import reference
-from fusedshape.ops.checks import check_bias, check_spec, check_tensor, transformed
+from fusedshape.ops.checks import check_bias, check_spec, check_tensor, node, transformed
 from fusedshape.ops.dispatch import Backend, Kernels, choose
 from fusedshape.spec import ActSpec
 
@@ -41,7 +41,7 @@ def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor
     kernels = choose(backend, x)
     if transformed():
         return reference.bias_act(x, None, spec, 0)
-    return BiasAct.apply(x, None, spec, 0, kernels)
+    return node(BiasAct)(x, None, spec, 0, kernels)
 
 
 def bias_act(
@@ -84,7 +84,7 @@ def bias_act(
     kernels = choose(backend, x)
     if transformed():
         return reference.bias_act(x, bias, spec, dim)
-    return BiasAct.apply(x, bias, spec, dim, kernels)
+    return node(BiasAct)(x, bias, spec, dim, kernels)
 
 
 class BiasAct(torch.autograd.Function):
