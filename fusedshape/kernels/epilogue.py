@@ -1,4 +1,4 @@
-"""φ̂ and its gradient on a tile in registers: what the GEMM and convolution kernels end with.
+"""φ̂ and its gradient on a tile in registers: all of a pointwise kernel, the end of the others.
 
 A kernel takes the constants as `tl.float64` arguments, in the order of `constants` (forward) or
 `grad_constants` (backward), and hands them on.

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedshape.kernels import phi
+from fusedshape.kernels import epilogue
 from fusedshape.reference import opmath_dtype
 
 #: Bytes of a tensor that one program has in flight: 2 vectors of 16 bytes for each of 128 threads.
@@ -86,12 +86,12 @@ def _bias_act_kernel(
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     index = row[:, None] * cols + col[None, :]
 
-    u = tl.load(x_ptr + index, mask=inside, other=0.0).to(T)
+    z = tl.load(x_ptr + index, mask=inside, other=0.0).to(T)
     if HAS_BIAS:
-        u += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
-    u = tl.full((), input_scale, T) * u + tl.full((), input_shift, T)
-    v = phi.value(u, tl.full((), negative_slope, T), ACTIVATION)
-    y = tl.full((), output_scale, T) * (v + tl.full((), output_shift, T))
+        z += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
+    y = epilogue.act(
+        z, negative_slope, input_scale, input_shift, output_shift, output_scale, ACTIVATION
+    )
     tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -134,11 +134,6 @@ def _act_grad_kernel(
     first_row = (pid // tiles) * ROWS * (steps if BY_COLUMN else 1)
     first_col = (pid % tiles) * COLS * (1 if BY_COLUMN else steps)
 
-    slope = tl.full((), negative_slope, T)
-    # What bias_act writes for φ = 0, rounded as there: the place of the kink at u = 0.
-    at_zero = tl.full((), output_scale, T) * tl.full((), output_shift, T)
-    at_zero = at_zero.to(saved_ptr.dtype.element_ty).to(T)
-    rising = tl.full((), output_scale, T) > 0
     total = tl.zeros((ROWS, COLS), T)
     step = 0
     while step < steps:
@@ -148,17 +143,24 @@ def _act_grad_kernel(
         index = row[:, None] * cols + col[None, :]
         # Outside the tensor the gradient is 0 and φ′ finite, which leaves the sums alone.
         grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(T)
-        saved = tl.load(saved_ptr + index, mask=inside, other=0.0).to(T)
-        if SAVE_OUTPUT:
-            right = tl.where(rising, saved > at_zero, saved < at_zero)
-            v = saved * tl.full((), output_unscale, T) - tl.full((), output_shift, T)
-            d = phi.d1_from_output(v, right, slope, ACTIVATION)
-        else:
+        saved = tl.load(saved_ptr + index, mask=inside, other=0.0)
+        if not SAVE_OUTPUT:
+            saved = saved.to(T)
             if HAS_BIAS:
                 saved += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
-            u = tl.full((), input_scale, T) * saved + tl.full((), input_shift, T)
-            d = phi.d1(u, slope, ACTIVATION)
-        dx = d * tl.full((), scale, T) * grad
+        dx = epilogue.act_grad(
+            grad,
+            saved,
+            negative_slope,
+            input_scale,
+            input_shift,
+            output_shift,
+            output_scale,
+            output_unscale,
+            scale,
+            ACTIVATION,
+            SAVE_OUTPUT,
+        )
         tl.store(dx_ptr + index, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if BIAS_GRAD:
             total += dx
