@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape.kernels import pointwise
+from fusedshape.kernels.gemm import Gpu
 from fusedshape.kernels.pointwise import Plan
 
 ARCHES = (80, 90, 100)
@@ -25,6 +28,9 @@ NAMES = {
     torch.bfloat16: "bf16",
 }
 DOUBLES = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")
+#: A100, H100 or H200, B200, and the bytes of shared memory that a program can have there.
+GPUS = {80: Gpu(80, 108), 90: Gpu(90, 132), 100: Gpu(100, 148)}
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -178,3 +184,55 @@ def compile_reduce(dtype: torch.dtype, arch: int, wide: bool = False) -> Compile
         8,
         specialised=("channels",),
     )
+
+
+class Recorder:
+    """Stands in for a kernel and keeps its last launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        self.grid = grid
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+    def compile(self, arch: int) -> Compiled:
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes = {}
+        options = dict(self.options)
+        warps_and_stages = {n: options.pop(n) for n in ("num_warps", "num_stages") if n in options}
+        names = [param.name for param in self.kernel.params]
+        given = dict(zip(names, self.args, strict=False)) | options
+        for i, param in enumerate(self.kernel.params):
+            value = given[param.name]
+            if param.is_constexpr or value is None:
+                signature[param.name], constants[param.name] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                block = ", ".join(map(str, value.block_shape))
+                signature[param.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
+            elif isinstance(value, Tensor):
+                signature[param.name] = f"*{NAMES[value.dtype]}"
+                if value.data_ptr() % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[param.name] = "fp64"
+            else:
+                assert param.do_not_specialize
+                signature[param.name] = "i32" if value < 2**31 else "i64"
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=warps_and_stages)
+        usage = assemble(built.asm["ptx"], arch)
+        assert built.metadata.global_scratch_size == 0
+        return Compiled(*usage, built.metadata.shared, built.asm["ptx"], built.asm["source"])
+
+
+def multiplies(kernel: Compiled) -> str:
+    """The instruction by which the kernel multiplies."""
+    for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync"):
+        if name in kernel.ptx:
+            return name
+    return "fma"

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from aot import ARCHES, Compiled
+from aot import ARCHES, GPUS, SHARED, Compiled, Recorder, multiplies
 from conftest import shaped
-from test_gemm_compiled import GPUS, SHARED, Recorder, multiplies
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS

@@ -11,69 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-from aot import ARCHES, NAMES, Compiled, assemble
+from aot import ARCHES, GPUS, SHARED, Recorder, multiplies
 from conftest import shaped
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.activations import Activation
 from fusedshape.kernels import gemm, pointwise
-from fusedshape.kernels.gemm import Config, Gpu, Problem
+from fusedshape.kernels.gemm import Config, Problem
 
 pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-GPUS = {80: Gpu(80, 108), 90: Gpu(90, 132), 100: Gpu(100, 148)}
-SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 ROWS = list(ACTIVATIONS.values())
-
-
-class Recorder:
-    """Stands in for a kernel and keeps its last launch."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
-        self.grid = grid
-        return self
-
-    def __call__(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-
-    def compile(self, arch: int) -> Compiled:
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes = {}
-        options = dict(self.options)
-        warps_and_stages = {n: options.pop(n) for n in ("num_warps", "num_stages") if n in options}
-        names = [param.name for param in self.kernel.params]
-        given = dict(zip(names, self.args, strict=False)) | options
-        for i, param in enumerate(self.kernel.params):
-            value = given[param.name]
-            if param.is_constexpr or value is None:
-                signature[param.name], constants[param.name] = "constexpr", value
-            elif isinstance(value, TensorDescriptor):
-                block = ", ".join(map(str, value.block_shape))
-                signature[param.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
-            elif isinstance(value, Tensor):
-                signature[param.name] = f"*{NAMES[value.dtype]}"
-                if value.data_ptr() % 16 == 0:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[param.name] = "fp64"
-            else:
-                assert param.do_not_specialize
-                signature[param.name] = "i32" if value < 2**31 else "i64"
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=warps_and_stages)
-        usage = assemble(built.asm["ptx"], arch)
-        assert built.metadata.global_scratch_size == 0
-        return Compiled(*usage, built.metadata.shared, built.asm["ptx"], built.asm["source"])
 
 
 @pytest.fixture(autouse=True)
@@ -115,14 +65,6 @@ def problem(
 ) -> Problem:
     reads = reads and direction != "wgrad"
     return Problem(direction, 512, 512, 512, dtype, precision, reads=reads)
-
-
-def multiplies(kernel: Compiled) -> str:
-    """The instruction by which the kernel multiplies."""
-    for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync"):
-        if name in kernel.ptx:
-            return name
-    return "fma"
 
 
 def check(
