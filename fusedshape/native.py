@@ -41,14 +41,40 @@ def _sources() -> Path:
     return inside if inside.is_dir() else beside
 
 
-def _cpu_flags() -> str:
+@functools.cache
+def _cpu_info() -> dict[str, str]:
+    """What the kernel says of the first CPU; empty where it says nothing."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return " ".join(sorted(line.partition(":")[2].split()))
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor()
+        return {}
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
+def cpu_vendor() -> str:
+    """The CPU's maker as it names itself, "AuthenticAMD" or "GenuineIntel"; "" if unknown.
+
+    Example:
+        >>> isinstance(cpu_vendor(), str)
+        True
+    """
+    return _cpu_info().get("vendor_id", "")
+
+
+def cpu_name() -> str:
+    """The CPU's name, or its architecture where it has none.
+
+    Example:
+        >>> cpu_name() != ""
+        True
+    """
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> str:
+    flags = _cpu_info().get("flags") or _cpu_info().get("Features")
+    return " ".join(sorted(flags.split())) if flags else platform.processor()
 
 
 @functools.cache

@@ -41,11 +41,11 @@ def asked() -> Iterator[list[tuple[Direction, Problem]]]:
     assert install_chooser(previous) is chooser
 
 
-def fits() -> str | None:
+def fits(name: str) -> str | None:
     return None
 
 
-def fits_not() -> str | None:
+def fits_not(name: str) -> str | None:
     return "it is Tuesday"
 
 
@@ -84,7 +84,9 @@ def test_choice(direction: Direction) -> None:
     assert choose_engine(direction, PROBLEM, "triton", fits) == "triton"
     with pytest.raises(ValueError, match="'triton' cannot run this layer: it is Tuesday"):
         choose_engine(direction, PROBLEM, "triton", fits_not)
-    with pytest.raises(ValueError, match="unknown engine 'cudnn'; known: auto, aten, triton"):
+    with pytest.raises(
+        ValueError, match="unknown engine 'cudnn'; known: auto, aten, triton, native"
+    ):
         choose_engine(direction, PROBLEM, "cudnn", fits)
 
 

@@ -84,8 +84,8 @@ def rival(monkeypatch: pytest.MonkeyPatch) -> Rival:
     """A second engine for CPU tensors."""
     one = Rival()
     monkeypatch.setitem(engine._ENGINES, "triton", one)
-    monkeypatch.setattr(engine, "_SERVED", ("cpu", "cuda"))
-    monkeypatch.setattr(engine, "why_not_triton", lambda *args: None)
+    monkeypatch.setitem(engine._SERVED, "cpu", ("triton",))
+    monkeypatch.setattr(engine, "why_not", lambda name, *_: None if name == "triton" else "not now")
     return one
 
 
@@ -509,7 +509,7 @@ def test_a_rival_that_computes_wrongly(rival: Rival, log: pytest.LogCaptureFixtu
 def test_nobody_but_path_i() -> None:
     result = tuning.measure("fprop", PROBLEM, CPU)
     assert result.record is None
-    assert "serves CUDA tensors" in result.failed["triton"]
+    assert "8 channels or features" in result.failed["native"]
 
 
 # ------------------------------------------------------------------ modes
@@ -704,7 +704,7 @@ def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
     def note(direction: str, problem: Problem) -> None:
         seen.append((direction, problem))
 
-    monkeypatch.setattr(engine, "_SERVED", ("cpu", "cuda"))
+    monkeypatch.setitem(engine._SERVED, "cpu", ("triton",))
     monkeypatch.setattr(engine, "_chooser", note)
     model(x).sum().backward()
     monkeypatch.undo()
@@ -839,7 +839,7 @@ def test_tune_without_another_engine(capsys: pytest.CaptureFixture[str], own_cac
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[-2] == "aten is the only candidate, nothing to measure"
-    assert lines[-1].startswith("left out: triton: ")
+    assert lines[-1].startswith("left out: native: ")
     assert lines[-1].endswith("[0 fprop, 0 wgrad, 1 fprop and 5 more]")
     assert sum("aten (only candidate)" in line for line in lines) == 8
     assert not own_cache.exists()
@@ -884,10 +884,10 @@ def test_tune_measures_and_keeps(
 
 
 def test_who_cannot_run_is_told(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:
-    def why_not(x: Tensor, weight: Tensor, groups: int) -> str | None:
+    def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
         return None if groups == 1 else f"groups={groups}"
 
-    monkeypatch.setattr(engine, "why_not_triton", why_not)
+    monkeypatch.setattr(engine, "why_not", why_not)
     model = nn.Sequential(*(ShapedConv2d(4, 4, 1, groups=n, spec=LEAKY) for n in (1, 2, 4, 2)))
     found = tuning.fused_layers(model, torch.zeros(1, 4, 3, 3))
     lines = command.text(list(command.tune(found, CPU, dry_run=True))).splitlines()

@@ -7,39 +7,19 @@
 // sums' roundings, whatever the number of threads.
 #include "kernels.h"
 
-#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "parallel.h"
+
 namespace fusedshape {
 namespace {
 
-constexpr int64_t kGrain = 16384;      // numbers that are worth a thread
 constexpr int64_t kLongRun = 32;       // shorter runs do not pay for a row each
 constexpr int64_t kRowsPerFlush = 32;  // rows added up in A before they go into a double
 constexpr int64_t kMinRows = 8, kMaxRows = 128;
 constexpr int64_t kBlocks = 64;  // blocks to aim at, enough for many threads
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// f(i) for i in [0, count), where each is worth `size` numbers.
-template <class F>
-void parallel(int64_t count, int64_t size, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / size);
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      f(i);
-    }
-  };
-  if (count <= grain) {
-    run(0, count);  // without the price of a fork
-  } else {
-    torch::stable::parallel_for(0, count, grain, run);
-  }
-}
 
 // Numbers of the type they are computed in are used where they lie, others through a buffer.
 template <class T, class A>

@@ -1,36 +1,16 @@
-// What torch sees: the native_* ops of fusedshape/ops/schema.py for CPU tensors, on the stable ABI.
+// What torch sees of the pointwise kernels: native_bias_act and native_act_grad, for CPU tensors.
 //
 // Checks arguments, finds out how tensors lie in memory, allocates results.
-#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 11) << 48))
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
-#include "phi.h"
+#include "tensors.h"
 
 namespace fusedshape {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::headeronly::toString;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-std::string shape_of(const Tensor& x) {
-  std::string text = "(";
-  for (const int64_t size : x.sizes()) {
-    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  }
-  return text + ")";
-}
 
 // Whether the elements fill one stretch of memory, each number once.
 bool is_dense(const Tensor& x) {
@@ -65,14 +45,6 @@ bool same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Calls of ops by name look them up each time; this one costs half as much.
-Tensor empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      ndim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
-  return Tensor(y);
-}
-
 // torch.empty_like, whose strides the fakes promise.
 Tensor empty_like(const Tensor& x, bool dense) {
   if (!dense || x.numel() == 0) {
@@ -102,11 +74,6 @@ void check_x(const char* op, const char* name, const Tensor& x) {
                       type == ScalarType::BFloat16 || type == ScalarType::Half,
                   op, ": ", name, " has dtype ", toString(type),
                   "; supported are Float, Double, BFloat16 and Half");
-}
-
-void check_activation(const char* op, int64_t activation) {
-  STD_TORCH_CHECK(0 <= activation && activation < kActivations, op, ": activation=", activation,
-                  " is not known; ids run from 0 to ", kActivations - 1);
 }
 
 // Where the channels of x lie. Without bias and sum there is one channel, and `dim` means nothing.
@@ -183,12 +150,6 @@ void with_type(ScalarType type, const F& f) {
     case ScalarType::BFloat16: return f(BFloat16{});
     default: return f(Float16{});
   }
-}
-
-template <class A>
-Constants<A> constants_of(double slope, double input_scale, double input_shift,
-                          double output_shift, double output_scale) {
-  return {A(slope), A(input_scale), A(input_shift), A(output_shift), A(output_scale)};
 }
 
 // x and y lie in memory alike.

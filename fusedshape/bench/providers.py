@@ -259,8 +259,10 @@ def randn_like(x: Tensor, seed: int) -> Tensor:
 def asked(op: Callable[..., Any], device: torch.device) -> dict[str, dict[str, Any]]:
     """Providers of this library for `op`, with the arguments that ask for them."""
     found: dict[str, dict[str, Any]] = {"fused": {}, "reference": {"backend": "reference"}}
-    if "engine" in inspect.signature(op).parameters and device.type == "cuda":
-        found |= {f"fused {engine}": {"engine": engine} for engine in ("aten", "triton")}
+    if "engine" in inspect.signature(op).parameters:
+        # On the CPU "native" does not serve every case.
+        engines = ("aten", "triton") if device.type == "cuda" else ("aten",)
+        found |= {f"fused {engine}": {"engine": engine} for engine in engines}
     return found
 
 

@@ -26,7 +26,15 @@ from fusedshape.ops.checks import (
     transformed,
 )
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.ops.engine import Before, Engine, Engines, channel_dim, engines_for, forward_engine
+from fusedshape.ops.engine import (
+    Before,
+    Engine,
+    Engines,
+    asked_engine,
+    channel_dim,
+    engines_for,
+    forward_engine,
+)
 from fusedshape.spec import ActSpec
 
 
@@ -182,7 +190,11 @@ def _checked(
     if layer.bias is not None:
         out = weight.shape[0]
         check_bias(op, layer.bias, x, out, f"weight has {out} output channels")
-    return x, weight, Step(spec, geometry, choose(layer.backend, x), layer.engine)
+    return (
+        x,
+        weight,
+        Step(spec, geometry, choose(layer.backend, x), asked_engine(layer.engine, layer.backend)),
+    )
 
 
 def run(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> Tensor:

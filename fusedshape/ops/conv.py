@@ -24,7 +24,7 @@ from fusedshape.ops.checks import (
     transformed,
 )
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.ops.engine import Engine, only_aten
+from fusedshape.ops.engine import Engine, asked_engine, only_aten
 from fusedshape.ops.linear import activate
 from fusedshape.ops.pointwise import act_grad, remember
 from fusedshape.spec import ActSpec
@@ -62,9 +62,10 @@ def conv_act(
         groups: number of groups.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         backend: as in `shaped_act`, for a pass of the activation by itself.
-        engine: who convolves. "aten" is torch, with a pass of the activation after it; "triton" one
-            kernel for both, for x in channels_last layout; "auto" the faster one where that has
-            been measured, else "aten".
+        engine: who convolves. "aten" is torch, with a pass of the activation after it; "triton" on
+            CUDA, and "native" on the CPU, are one kernel for both, for x in channels_last layout;
+            "auto" is the fastest where that has been measured, else `pinned_engine`'s choice, and
+            "aten" where a backend is named.
 
     Returns:
         (N, K, *out) or (K, *out).
@@ -111,8 +112,9 @@ def conv_act(
     check_reach("conv_act", x.shape[2:], kernel, pads, dilations)
     kernels = choose(backend, x)
     geometry = (strides, pads, dilations, False, [0] * n, groups)
-    if not only_aten(engine, x):
-        return chain.run(x, (chain.Step(spec, geometry, kernels, engine),), (weight, bias))
+    asked = asked_engine(engine, backend)
+    if not only_aten(asked, x):
+        return chain.run(x, (chain.Step(spec, geometry, kernels, asked),), (weight, bias))
     if transformed():
         return reference.conv_act(x, weight, bias, spec, strides, pads, dilations, groups)
     return node(ConvAct)(x, weight, bias, spec, geometry, kernels)

@@ -1,14 +1,13 @@
-"""Who computes one convolution or linear layer, in each direction: torch, or our Triton kernels.
+"""Who computes one convolution or linear layer, in each direction: torch, or kernels of ours.
 
-"aten" is torch's convolution or product and one fused pointwise pass after it, in place. "triton"
-is one kernel that ends with the activation (forward), or with φ′ of the layer before and that
-layer's bias gradient (dgrad). `choose_engine` says which, and `install_chooser` is where
-measurements come in.
+"aten" is torch's convolution or product and one fused pointwise pass after it, in place. "triton",
+on CUDA, and "native", on the CPU, are one kernel that ends with the activation (forward), or with
+φ′ of the layer before and that layer's bias gradient (dgrad). `choose_engine` says which, and
+`install_chooser` is where measurements come in.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedshape.ops import dispatch
+from fusedshape import native
+from fusedshape.ops import dispatch, schema
 from fusedshape.ops.checks import Geometry
 from fusedshape.ops.dispatch import Kernels
 from fusedshape.spec import ActSpec
 
-Engine = Literal["auto", "aten", "triton"]
+Engine = Literal["auto", "aten", "triton", "native"]
 #: "dgrad_act" is a dgrad that goes on through the activation of the layer before.
 Direction = Literal["fprop", "dgrad", "dgrad_act", "wgrad"]
-ENGINES: tuple[str, ...] = ("auto", "aten", "triton")
+ENGINES: tuple[str, ...] = ("auto", "aten", "triton", "native")
 DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "dgrad_act", "wgrad")
 
 
@@ -208,12 +208,19 @@ def _through(
     return kernels.act_grad(dx, saved, bias, spec, dim, bias_grad)
 
 
-class _Triton:
-    name = "triton"
+class _Kernels:
+    """The ops `<name>_conv*` of `fusedshape.ops.schema`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        ops = torch.ops.fusedshape
+        self._conv = getattr(ops, f"{name}_conv").default
+        self._conv_act = getattr(ops, f"{name}_conv_act").default
+        self._dgrad = getattr(ops, f"{name}_conv_dgrad").default
+        self._wgrad = getattr(ops, f"{name}_conv_wgrad").default
 
     def fprop(self, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
-        ops = torch.ops.fusedshape
-        z = ops.triton_conv(_dense(x, geometry), weight, *_sizes(geometry))
+        z = self._conv(_dense(x, geometry), weight, *_sizes(geometry))
         return _like_input(z, x, geometry)
 
     def fprop_act(
@@ -226,7 +233,7 @@ class _Triton:
         kernels: Kernels,
     ) -> Tensor:
         args = (bias, None, 0.0, *_sizes(geometry), *spec.kernel_args)
-        y = torch.ops.fusedshape.triton_conv_act(_dense(x, geometry), weight, *args)
+        y = self._conv_act(_dense(x, geometry), weight, *args)
         return _like_input(y, x, geometry)
 
     def dgrad(
@@ -246,15 +253,13 @@ class _Triton:
             spec = before.spec
             operands = _dense(before.saved, geometry), None if spec.saves_output else before.bias
             epilogue = (*spec.kernel_args, spec.saves_output, before.bias_grad)
-        dx, sums = torch.ops.fusedshape.triton_conv_dgrad(
-            dz, weight, *operands, size, *_sizes(geometry), *epilogue
-        )
+        dx, sums = self._dgrad(dz, weight, *operands, size, *_sizes(geometry), *epilogue)
         return dx.view(x.shape), sums if before is not None and before.bias_grad else None
 
     def wgrad(self, dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
         operands = _dense(dz, geometry), _dense(x, geometry)
         sizes = _sizes(geometry)
-        return torch.ops.fusedshape.triton_conv_wgrad(*operands, weight.shape, *sizes)
+        return self._wgrad(*operands, weight.shape, *sizes)
 
     def both(
         self,
@@ -293,9 +298,10 @@ def channel_dim(x: Tensor, geometry: Geometry | None) -> int:
 
 
 ATEN: LayerEngine = _Aten()
-_ENGINES: dict[str, LayerEngine] = {"aten": ATEN, "triton": _Triton()}
-# Where Triton can run at all; elsewhere nobody is asked.
-_SERVED = ("cuda", "cpu") if dispatch.INTERPRET else ("cuda",)
+_ENGINES: dict[str, LayerEngine] = {
+    "aten": ATEN,
+    **{name: _Kernels(name) for name in schema.KERNEL_BACKENDS},
+}
 
 
 class Engines(NamedTuple):
@@ -306,15 +312,14 @@ class Engines(NamedTuple):
     wgrad: LayerEngine
 
 
-_ALL_ATEN = Engines(ATEN, ATEN, ATEN)
 _chooser: Chooser | None = None
 
 
 def install_chooser(chooser: Chooser | None) -> Chooser | None:
-    """Let `chooser` say what "auto" means, for each direction of each problem that Triton serves.
+    """Let `chooser` say what "auto" means, for each direction of each problem worth a question.
 
     It is called for every layer on every call, so it must be quick, and it must not raise. Where it
-    returns None, or names an engine that cannot run, the pinned choice holds: "aten".
+    returns None, or names an engine that cannot run, the pinned choice holds: `pinned_engine`.
 
     Args:
         chooser: who knows measurements; None for the pinned choice alone.
@@ -332,7 +337,7 @@ def install_chooser(chooser: Chooser | None) -> Chooser | None:
 
 
 def choose_engine(
-    direction: Direction, problem: Problem, asked: str, obstacle: Callable[[], str | None]
+    direction: Direction, problem: Problem, asked: str, obstacle: Callable[[str], str | None]
 ) -> str:
     """Name of the engine that computes one direction of a layer.
 
@@ -340,10 +345,10 @@ def choose_engine(
         direction: one of `DIRECTIONS`.
         problem: the layer and its input.
         asked: "auto", or an engine's name to insist on it.
-        obstacle: says why the Triton engine cannot run the layer; None if it can.
+        obstacle: says why an engine other than "aten" cannot run the layer; None if it can.
 
     Returns:
-        "aten" or "triton".
+        One of `ENGINES`, but not "auto".
 
     Raises:
         ValueError: an unknown engine, or one that cannot run the layer.
@@ -351,31 +356,93 @@ def choose_engine(
     Example:
         >>> shapes = (2, 8, 5, 5), (8, 8, 3, 3), True, (1, 1), (1, 1), (1, 1)
         >>> problem = Problem("cpu", None, torch.float32, *shapes, 1, "relu", True)
-        >>> choose_engine("fprop", problem, "auto", lambda: None)
+        >>> choose_engine("fprop", problem, "auto", lambda name: None)
         'aten'
     """
-    if asked == "triton":
-        reason = obstacle()
-        if reason is not None:
-            raise ValueError(f"engine 'triton' cannot run this layer: {reason}")
-        return "triton"
-    if asked == "auto" and _chooser is not None and _chooser(direction, problem) == "triton":
-        return "triton" if obstacle() is None else "aten"
-    if asked in ENGINES:
+    if asked == "auto":
+        measured = None if _chooser is None else _chooser(direction, problem)
+        for name in (measured, pinned_engine(problem)):
+            if name == "aten" or (name in _ENGINES and obstacle(name) is None):
+                return name
         return "aten"
-    raise ValueError(f"unknown engine {asked!r}; known: {', '.join(ENGINES)}")
+    if asked not in _ENGINES:
+        raise ValueError(f"unknown engine {asked!r}; known: {', '.join(ENGINES)}")
+    reason = None if asked == "aten" else obstacle(asked)
+    if reason is not None:
+        raise ValueError(f"engine {asked!r} cannot run this layer: {reason}")
+    return asked
 
 
-def why_not_triton(x: Tensor, weight: Tensor, groups: int) -> str | None:
-    """Why the Triton engine cannot run a layer on this input; None if it can."""
-    missing = dispatch.why_not("triton", x.device.type)
+def pinned_engine(problem: Problem) -> str:
+    """The engine for a layer that has not been measured.
+
+    On CUDA "aten". On the CPU "native" where it has been at least as fast wherever it was measured:
+    float32 convolutions of one tap, or with a stride; and linear layers on AMD's CPUs, which torch
+    leaves to MKL.
+
+    Example:
+        >>> shapes = (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1)
+        >>> pinned_engine(Problem("cpu", None, torch.float32, *shapes, 1, "relu", True))
+        'native'
+    """
+    if problem.device != "cpu" or problem.dtype != torch.float32 or not problem.channels_last:
+        return "aten"
+    kernel = problem.weight[2:]
+    if not kernel:
+        return "native" if _is_amd() else "aten"
+    one_tap = all(k == 1 for k in kernel)
+    return "native" if one_tap or any(s > 1 for s in problem.stride) else "aten"
+
+
+def _is_amd() -> bool:
+    return native.cpu_vendor() == "AuthenticAMD"
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
+_is_amd._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
+    """Why "triton" or "native" cannot run a layer on this input; None if it can.
+
+    Example:
+        >>> x = torch.zeros(2, 8, 5, 5, dtype=torch.float64)
+        >>> why_not("native", x, torch.zeros(4, 8, 3, 3, dtype=torch.float64), 1) is None
+        False
+    """
+    missing = dispatch.why_not(name, x.device.type)
     if missing is not None:
         return str(missing)
     if weight.ndim == 2:
         x = x.reshape(-1, x.shape[-1])
+    if name == "native":
+        return _why_not_native(x, weight, groups)
     from fusedshape.kernels import conv  # imports Triton
 
     return conv.why_not(x, weight, groups=groups)
+
+
+# csrc's kChannels.
+_CHANNELS = 16
+
+
+def _why_not_native(x: Tensor, weight: Tensor, groups: int) -> str | None:
+    if groups != 1:
+        return f"groups={groups}, csrc's convolutions have groups=1 only; use another engine"
+    if x.dtype != torch.float32:
+        return f"csrc's convolutions are for float32, got {x.dtype}; use another engine"
+    for channels in weight.shape[:2]:
+        if channels == 0 or channels % _CHANNELS:
+            return (
+                f"{channels} channels or features, csrc's convolutions take multiples of "
+                f"{_CHANNELS}; use another engine"
+            )
+    if not x.movedim(1, -1).is_contiguous():
+        return (
+            f"x of shape {tuple(x.shape)} and strides {x.stride()} is not channels_last: channels "
+            "must be innermost and memory dense; pass x.to(memory_format=torch.channels_last)"
+        )
+    return None
 
 
 def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | None) -> Problem:
@@ -402,15 +469,45 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
+# As _is_amd.
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# The engines beside "aten" that "auto" and the tuning consider, by the tensors' device.
+_SERVED = {"cuda": ("triton",), "cpu": ("triton",) if dispatch.INTERPRET else ("native",)}
+# An input of fewer numbers on the CPU is not worth the time that choosing takes.
+_WORTH_CHOOSING = 1 << 15
+
+
+def rivals(device: str) -> tuple[str, ...]:
+    """The engines beside "aten" that may compute a layer on a type of device.
+
+    Example:
+        >>> rivals("cuda")
+        ('triton',)
+    """
+    return _SERVED.get(device, ())
 
 
 def only_aten(asked: str, x: Tensor) -> bool:
     """Whether torch computes a layer in every direction, known without looking at the problem."""
-    if asked == "auto":
-        return _chooser is None or x.device.type not in _SERVED
-    return asked == "aten"
+    if asked != "auto":
+        return asked == "aten"
+    served = rivals(x.device.type)
+    if "native" not in served:
+        return not served or _chooser is None  # nobody else is pinned
+    if x.dtype != torch.float32 or not native.available():
+        return True
+    # Under torch.compile a comparison would be a guard on sizes that may vary.
+    return not torch.compiler.is_compiling() and x.numel() < _WORTH_CHOOSING
+
+
+def asked_engine(engine: Engine, backend: str) -> str:
+    """The engine that a caller's two choices ask for.
+
+    Who names a backend wants its pass, and so, unless told otherwise, the engine that has one.
+    """
+    return "aten" if engine == "auto" and backend != "auto" else engine
 
 
 def forward_engine(
@@ -421,11 +518,7 @@ def forward_engine(
     Raises:
         ValueError: as `choose_engine`.
     """
-    if only_aten(asked, x):
-        return ATEN
-    problem = problem_of(x, weight, spec, geometry)
-    obstacle = functools.partial(why_not_triton, x, weight, problem.groups)
-    return _ENGINES[choose_engine("fprop", problem, asked, obstacle)]
+    return _engines(("fprop",), asked, x, weight, spec, geometry)[0]
 
 
 def engines_for(
@@ -441,10 +534,26 @@ def engines_for(
     Raises:
         ValueError: as `choose_engine`.
     """
-    if only_aten(asked, x):
-        return _ALL_ATEN
-    problem = problem_of(x, weight, spec, geometry)
-    obstacle = functools.partial(why_not_triton, x, weight, problem.groups)
     directions: tuple[Direction, ...] = ("fprop", "dgrad_act" if chained else "dgrad", "wgrad")
-    names = [choose_engine(d, problem, asked, obstacle) for d in directions]
-    return Engines(*(_ENGINES[name] for name in names))
+    return Engines(*_engines(directions, asked, x, weight, spec, geometry))
+
+
+def _engines(
+    directions: tuple[Direction, ...],
+    asked: str,
+    x: Tensor,
+    weight: Tensor,
+    spec: ActSpec,
+    geometry: Geometry | None,
+) -> list[LayerEngine]:
+    if only_aten(asked, x):
+        return [ATEN] * len(directions)
+    problem = problem_of(x, weight, spec, geometry)
+    known: dict[str, str | None] = {}
+
+    def obstacle(name: str) -> str | None:
+        if name not in known:
+            known[name] = why_not(name, x, weight, problem.groups)
+        return known[name]
+
+    return [_ENGINES[choose_engine(d, problem, asked, obstacle)] for d in directions]

@@ -12,7 +12,7 @@ from fusedshape import reference
 from fusedshape.ops import chain
 from fusedshape.ops.checks import check_bias, check_linear, check_spec, match, node, transformed
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.ops.engine import Engine, only_aten
+from fusedshape.ops.engine import Engine, asked_engine, only_aten
 from fusedshape.ops.pointwise import act_grad, remember
 from fusedshape.spec import ActSpec
 
@@ -60,8 +60,9 @@ def linear_act(
         out = weight.shape[0]
         check_bias("linear_act", bias, x, out, f"weight has {out} output features")
     kernels = choose(backend, x)
-    if not only_aten(engine, x):
-        return chain.run(x, (chain.Step(spec, None, kernels, engine),), (weight, bias))
+    asked = asked_engine(engine, backend)
+    if not only_aten(asked, x):
+        return chain.run(x, (chain.Step(spec, None, kernels, asked),), (weight, bias))
     if transformed():
         return reference.linear_act(x, weight, bias, spec)
     return node(LinearAct)(x, weight, bias, spec, kernels)

@@ -156,11 +156,9 @@ def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
 
 
 _library = torch.library.Library("fusedshape", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    for _backend in KERNEL_BACKENDS:
+for _backend in KERNEL_BACKENDS:
+    for _name, _schema in (_SCHEMAS | _CONV_SCHEMAS).items():
         _define(f"{_backend}_{_name}", _schema, _FAKES[_name])
-for _name, _schema in _CONV_SCHEMAS.items():
-    _define(f"triton_{_name}", _schema, _FAKES[_name])
 _KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
 for _module, _names in (("pointwise", _SCHEMAS), ("conv", _CONV_SCHEMAS)):
     for _name, _key in itertools.product(_names, _KEYS):

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fusedshape import native
 from fusedshape.ops import dispatch
 
 logger = logging.getLogger("fusedshape.tuning")
@@ -195,7 +196,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What every measurement on a device depends on."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else native.cpu_name(),
+        "threads": None if cuda else torch.get_num_threads(),
         "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -203,6 +205,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": importlib.metadata.version("triton") if dispatch.HAS_TRITON else None,
         "interpreted": dispatch.INTERPRET,
         "kernels": kernel_hash(_PACKAGE),
+        "native": native.library_path().name if not cuda and native.available() else None,
     }
 
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fusedshape.ops.engine import Direction, Problem
+from fusedshape.ops.engine import Direction, Problem, rivals
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory
 from fusedshape.tuning.layers import Layer, fused_layers
-from fusedshape.tuning.measuring import RIVALS, Result, able, measure
+from fusedshape.tuning.measuring import Result, able, measure
 from fusedshape.tuning.problems import settings
 
 _DTYPES = {
@@ -203,7 +203,7 @@ def _shapes(problem: Problem) -> tuple[str, str]:
 def _figures(row: Row) -> tuple[str, str, str, str]:
     record = row.record
     if record is None:
-        able = row.result is None or len(row.result.failed) < len(RIVALS)
+        able = row.result is None or len(row.result.failed) < len(rivals(row.problem.device))
         return f"aten ({'not measured' if able else 'only candidate'})", "", "", ""
     name = record.engine
     if record.kernel is not None:

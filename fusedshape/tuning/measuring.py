@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedshape.kernels import tuned
 from fusedshape.ops import engine
-from fusedshape.ops.engine import ENGINES, Direction, LayerEngine, Problem
+from fusedshape.ops.engine import Direction, LayerEngine, Problem
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import contest
 from fusedshape.tuning.cache import Record
@@ -31,8 +31,6 @@ from fusedshape.tuning.problems import (
 
 logger = logging.getLogger("fusedshape.tuning")
 
-#: Every engine but torch's.
-RIVALS = tuple(name for name in ENGINES if name not in ("auto", "aten"))
 _LOCK = threading.Lock()
 
 
@@ -117,7 +115,7 @@ def able(problem: Problem, device: torch.device) -> tuple[dict[str, LayerEngine]
     reasons: dict[str, str] = {}
     x = empty_input(problem, device)
     weight = torch.empty(problem.weight, dtype=problem.dtype, device=device)
-    for name in RIVALS:
+    for name in engine.rivals(device.type):
         try:
             engines = engine.engines_for(name, x, weight, spec_of(problem), geometry_of(problem))
         except (ValueError, RuntimeError) as error:

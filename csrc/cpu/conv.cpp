@@ -1,0 +1,446 @@
+// Convolution as a product: rows of the result, gathered by pointers, times panels of the weight.
+//
+// Forward and dgrad differ in what they gather. Forward takes, for each output position and tap, one
+// row of x. dgrad takes, for each input position and tap, one row of dz; with strides, positions of
+// one residue share their taps and are a section of their own. How the work is cut depends on the
+// sizes alone, and so do the roundings, whatever the number of threads.
+#include "conv.h"
+
+#include <vector>
+
+#include "gemm.h"
+#include "parallel.h"
+#include "workspace.h"
+
+namespace fusedshape {
+namespace {
+
+constexpr int64_t kBlockRows = 96;       // of a result, whose left operand stays in the cache
+constexpr int64_t kReduce = 512;         // numbers of a sum before a tile is written
+constexpr int64_t kItems = 64;           // pieces of work to aim at, enough for many threads
+constexpr int64_t kRowsPerFlush = 32;    // rows added up in float before they go into a double
+constexpr int64_t kCorrelateRows = 96;   // positions of one panel of wgrad's
+constexpr int64_t kGroupPanels = 4;      // panels of x that wgrad copies at once
+constexpr int64_t kSumNumbers = 1 << 16;      // of dw, which stay in the cache for a chunk
+constexpr int64_t kChunkNumbers = 1 << 17;    // of dz, which do for all of wgrad's groups
+constexpr int64_t kPartialNumbers = 1 << 21;  // of dw, for all chunks together
+
+// One dimension of a section: `count` positions first, first + step, … of the result; tap t of
+// position i takes position i · scale + offset[t] of the source.
+struct Axis {
+  int64_t count, first, step, size, scale, source_size;
+  std::vector<int64_t> offset, tap;
+};
+
+using Section = std::array<Axis, kSpatial>;
+
+Section forward_section(const Conv& conv) {
+  Section section;
+  for (int d = 0; d < kSpatial; ++d) {
+    section[d] = {conv.out[d], 0, 1, conv.out[d], conv.stride[d], conv.in[d], {}, {}};
+    for (int64_t k = 0; k < conv.kernel[d]; ++k) {
+      section[d].offset.push_back(k * conv.dilation[d] - conv.padding[d]);
+      section[d].tap.push_back(k);
+    }
+  }
+  return section;
+}
+
+Section dgrad_section(const Conv& conv, const Sizes& residue) {
+  Section section;
+  for (int d = 0; d < kSpatial; ++d) {
+    const int64_t stride = conv.stride[d];
+    const int64_t count = ceil_div(std::max<int64_t>(conv.in[d] - residue[d], 0), stride);
+    section[d] = {count, residue[d], stride, conv.in[d], 1, conv.out[d], {}, {}};
+    for (int64_t k = 0; k < conv.kernel[d]; ++k) {
+      const int64_t reach = residue[d] + conv.padding[d] - k * conv.dilation[d];
+      if (reach % stride == 0) {
+        section[d].offset.push_back(reach / stride);
+        section[d].tap.push_back(k);
+      }
+    }
+  }
+  return section;
+}
+
+int64_t positions(const Section& s) { return s[0].count * s[1].count * s[2].count; }
+
+int64_t taps(const Section& s) {
+  return static_cast<int64_t>(s[0].tap.size() * s[1].tap.size() * s[2].tap.size());
+}
+
+// f(i, offsets) for each tap i of a section.
+template <class F>
+void each_tap(const Section& s, const F& f) {
+  int64_t i = 0;
+  for (size_t a = 0; a < s[0].tap.size(); ++a) {
+    for (size_t b = 0; b < s[1].tap.size(); ++b) {
+      for (size_t c = 0; c < s[2].tap.size(); ++c) {
+        f(i++, std::array<size_t, kSpatial>{a, b, c});
+      }
+    }
+  }
+}
+
+// The panels of the weight for one section: `reduced` and `columns` are W's channels, which are
+// summed over and which the result has.
+void pack_panels(const Section& section, const Weight& w, int64_t reduced, int64_t columns,
+                 int64_t row, int64_t column, float* panels) {
+  const int64_t length = taps(section) * reduced;
+  std::vector<const float*> starts(taps(section));
+  each_tap(section, [&](int64_t i, const std::array<size_t, kSpatial>& t) {
+    starts[i] = w.data;
+    for (int d = 0; d < kSpatial; ++d) {
+      starts[i] += section[d].tap[t[d]] * w.tap[d];
+    }
+  });
+  const int64_t count = ceil_div(columns, kPanel);
+  parallel(count * taps(section), reduced * kPanel, [&](int64_t item) {
+    const int64_t j = item / taps(section) * kPanel, i = item % taps(section);
+    const int64_t width = std::min(kPanel, columns - j);
+    pack(starts[i] + j * column, row, column, reduced, width,
+         panels + j * length + i * reduced * width);
+  });
+}
+
+// Where the rows of a block of the result go, and the rows of the source that make them.
+class Rows {
+ public:
+  // `zeros` stand for what lies beyond the source's edges.
+  Rows(const Section& section, const float* source, int64_t channels, const float* zeros)
+      : section_(section), source_(source), channels_(channels), zeros_(zeros),
+        taps_(taps(section)) {
+    for (int d = 0; d < kSpatial; ++d) {
+      from_[d].resize(section[d].tap.size());
+    }
+  }
+
+  void find(int64_t begin, int64_t rows) {
+    target_.resize(rows);
+    left_.resize(rows * taps_);
+    Sizes at;
+    int64_t image = begin;
+    for (int d = kSpatial - 1; d >= 0; --d) {
+      at[d] = image % section_[d].count;
+      image /= section_[d].count;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t target = image;
+      for (int d = 0; d < kSpatial; ++d) {
+        target = target * section_[d].size + section_[d].first + at[d] * section_[d].step;
+      }
+      target_[r] = target;
+      const int64_t tile = r / kTile * kTile;
+      take(image, at, left_.data() + tile * taps_ + r - tile, std::min(kTile, rows - tile));
+      for (int d = kSpatial - 1; d >= 0 && ++at[d] == section_[d].count; --d) {
+        at[d] = 0;
+        image += d == 0;
+      }
+    }
+  }
+
+  int64_t target(int64_t r) const { return target_[r]; }
+
+  // For the tile that begins at row r: for each tap, from `tap` on, one pointer a row.
+  const float* const* left(int64_t r, int64_t tap) const {
+    const int64_t height = std::min<int64_t>(kTile, target_.size() - r);
+    return left_.data() + r * taps_ + tap * height;
+  }
+
+  // How far the next tile's rows are from those of the tile that begins at row r.
+  int64_t ahead(int64_t r, int64_t tap) const {
+    const int64_t next = r + kTile, rows = target_.size();
+    return next < rows ? *left(next, tap) - *left(r, tap) : 0;
+  }
+
+ private:
+  static constexpr int64_t kOutside = -1;
+
+  // left[t · pitch] = the row that tap t takes for one position.
+  void take(int64_t image, const Sizes& at, const float** left, int64_t pitch) {
+    int64_t size = channels_;
+    for (int d = kSpatial - 1; d >= 0; --d) {
+      const Axis& axis = section_[d];
+      for (size_t t = 0; t < axis.offset.size(); ++t) {
+        const int64_t p = at[d] * axis.scale + axis.offset[t];
+        from_[d][t] = 0 <= p && p < axis.source_size ? p * size : kOutside;
+      }
+      size *= axis.source_size;
+    }
+    const float* first = source_ + image * size;
+    for (const int64_t a : from_[0]) {
+      for (const int64_t b : from_[1]) {
+        const bool outside = a == kOutside || b == kOutside;
+        for (const int64_t c : from_[2]) {
+          *left = outside || c == kOutside ? zeros_ : first + a + b + c;
+          left += pitch;
+        }
+      }
+    }
+  }
+
+  const Section& section_;
+  const float* source_;
+  int64_t channels_;
+  const float* zeros_;
+  int64_t taps_;
+  std::array<std::vector<int64_t>, kSpatial> from_;
+  std::vector<int64_t> target_;
+  std::vector<const float*> left_;
+};
+
+// How a result is cut into items, all of about one size: blocks of rows × groups of panels.
+struct Cut {
+  int64_t rows, columns, blocks, group;
+
+  Cut(int64_t rows, int64_t columns)
+      : rows(rows), columns(columns), blocks(ceil_div(rows, kBlockRows)) {
+    const int64_t panels = ceil_div(columns, kPanel);
+    group = ceil_div(panels, std::min(panels, ceil_div(kItems, blocks))) * kPanel;
+  }
+
+  int64_t groups() const { return ceil_div(columns, group); }
+
+  // Where a block begins.
+  int64_t row(int64_t block) const {
+    return std::min(rows, ceil_div(rows, kTile) * block / blocks * kTile);
+  }
+};
+
+// Finishes the rows of one item.
+void finish_rows(const Finish& finish, const Rows& rows, int64_t count, float* result,
+                 int64_t channels, int64_t column, int64_t width, double* partial) {
+  if (finish.value != nullptr) {
+    for (int64_t r = 0; r < count; ++r) {
+      float* y = result + rows.target(r) * channels + column;
+      finish.value(y, finish.bias + column, y, width, finish.constants);
+    }
+  } else if (finish.grad != nullptr) {
+    std::vector<float> sums(width);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = rows.target(r) * channels + column;
+      finish.grad(result + at, finish.saved + at, finish.bias + column, result + at, sums.data(),
+                  width, finish.constants);
+      if (partial != nullptr && (r + 1 == count || (r + 1) % kRowsPerFlush == 0)) {
+        for (int64_t j = 0; j < width; ++j) {
+          partial[j] += sums[j];
+        }
+        std::fill(sums.begin(), sums.end(), 0.0f);
+      }
+    }
+  }
+}
+
+// One section of a result: rows of source times W.
+void gather(const Section& section, int64_t batch, const float* source, int64_t reduced,
+            const Weight& w, int64_t row, int64_t column, float* result, int64_t columns,
+            const Finish& finish, double* totals) {
+  const int64_t count = batch * positions(section), tap_count = taps(section);
+  if (count == 0) {
+    return;
+  }
+  const Workspace panels(tap_count * reduced * columns);
+  pack_panels(section, w, reduced, columns, row, column, panels.get());
+  const std::vector<float> zeros(reduced);
+  const Cut cut(count, columns);
+  const int64_t piece = ceil_div(ceil_div(reduced, ceil_div(reduced, kReduce)), kStep) * kStep;
+  const int64_t runs = ceil_div(tap_count, std::max<int64_t>(1, kReduce / reduced));
+  const int64_t run = ceil_div(tap_count, std::max<int64_t>(runs, 1));
+  std::vector<double> partials(totals == nullptr ? 0 : cut.blocks * columns);
+  parallel(cut.blocks * cut.groups(), kGrain, [&](int64_t item) {
+    const int64_t block = item / cut.groups(), first = item % cut.groups() * cut.group;
+    const int64_t begin = cut.row(block), height = cut.row(block + 1) - begin;
+    const int64_t last = std::min(first + cut.group, columns);
+    Rows rows(section, source, reduced, zeros.data());
+    rows.find(begin, height);
+    for (int64_t tap = 0; tap < tap_count; tap += run) {
+      for (int64_t from = 0; from < reduced; from += piece) {
+        const int64_t n = std::min(piece, reduced - from), some = std::min(run, tap_count - tap);
+        for (int64_t j = first; j < last; j += kPanel) {
+          const int64_t width = std::min(kPanel, columns - j);
+          const float* panel =
+              panels.get() + j * tap_count * reduced + (tap * reduced + from) * width;
+          for (int64_t r = 0; r < height; r += kTile) {
+            const int64_t tile = std::min(kTile, height - r);
+            float* c[kTile];
+            for (int64_t i = 0; i < tile; ++i) {
+              c[i] = result + rows.target(r + i) * columns + j;
+            }
+            multiply(tile, width, rows.left(r, tap), from, some, n, rows.ahead(r, tap), panel, c,
+                     tap + from > 0);
+          }
+        }
+      }
+    }
+    if (tap_count == 0) {
+      for (int64_t r = 0; r < height; ++r) {
+        std::fill_n(result + rows.target(r) * columns + first, last - first, 0.0f);
+      }
+    }
+    finish_rows(finish, rows, height, result, columns, first, last - first,
+                totals == nullptr ? nullptr : partials.data() + block * columns + first);
+  });
+  if (totals != nullptr) {
+    for (int64_t block = 0; block < cut.blocks; ++block) {
+      for (int64_t j = 0; j < columns; ++j) {
+        totals[j] += partials[block * columns + j];
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void conv_forward(const Conv& conv, const float* x, const Weight& w, float* y,
+                  const Finish& finish) {
+  gather(forward_section(conv), conv.batch, x, conv.in_channels, w, w.column, w.row, y,
+         conv.out_channels, finish, nullptr);
+}
+
+void conv_dgrad(const Conv& conv, const float* dz, const Weight& w, float* dx,
+                const Finish& finish) {
+  std::vector<double> totals(conv.in_channels);
+  Sizes residue;
+  for (residue[0] = 0; residue[0] < conv.stride[0]; ++residue[0]) {
+    for (residue[1] = 0; residue[1] < conv.stride[1]; ++residue[1]) {
+      for (residue[2] = 0; residue[2] < conv.stride[2]; ++residue[2]) {
+        gather(dgrad_section(conv, residue), conv.batch, dz, conv.out_channels, w, w.row, w.column,
+               dx, conv.in_channels, finish, finish.sums == nullptr ? nullptr : totals.data());
+      }
+    }
+  }
+  if (finish.sums != nullptr) {
+    std::copy(totals.begin(), totals.end(), finish.sums);
+  }
+}
+
+namespace {
+
+Sizes tap_at(const Conv& conv, int64_t t) {
+  const int64_t k1 = conv.kernel[1], k2 = conv.kernel[2];
+  return {t / (k1 * k2), t / k2 % k1, t % k2};
+}
+
+// The rows of x that one tap takes for a block of output positions.
+class Taken {
+ public:
+  Taken(const Conv& conv, const float* x, int64_t tap)
+      : conv_(conv), x_(x), offset_(tap_at(conv, tap)) {
+    for (int d = 0; d < kSpatial; ++d) {
+      offset_[d] = offset_[d] * conv.dilation[d] - conv.padding[d];
+    }
+  }
+
+  void find(int64_t begin, int64_t rows) {
+    rows_ = rows;
+    Sizes at;
+    int64_t image = begin;
+    for (int d = kSpatial - 1; d >= 0; --d) {
+      at[d] = image % conv_.out[d];
+      image /= conv_.out[d];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t row = image;
+      bool inside = true;
+      for (int d = 0; d < kSpatial; ++d) {
+        const int64_t p = at[d] * conv_.stride[d] + offset_[d];
+        inside &= 0 <= p && p < conv_.in[d];
+        row = row * conv_.in[d] + p;
+      }
+      row_[r] = inside ? x_ + row * conv_.in_channels : nullptr;
+      for (int d = kSpatial - 1; d >= 0 && ++at[d] == conv_.out[d]; --d) {
+        at[d] = 0;
+        image += d == 0;
+      }
+    }
+  }
+
+  int64_t rows() const { return rows_; }
+
+  // Columns [first, last) as panels, zeros beyond the edges.
+  void copy(int64_t first, int64_t last, float* panels) const {
+    for (int64_t j = first; j < last; j += kPanel) {
+      copy_rows(row_.data(), rows_, j, std::min(kPanel, last - j), panels + (j - first) * rows_);
+    }
+  }
+
+  void fetch(int64_t r, int64_t first, int64_t last) const {
+    if (row_[r] != nullptr) {
+      fetch_row(row_[r] + first, last - first);
+    }
+  }
+
+ private:
+  const Conv& conv_;
+  const float* x_;
+  Sizes offset_;
+  int64_t rows_ = 0;
+  std::array<const float*, kCorrelateRows> row_;
+};
+
+}  // namespace
+
+void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight& dw) {
+  const int64_t rows = conv.out_rows(), in = conv.in_channels, out = conv.out_channels;
+  const int64_t taps = conv.taps(), size = taps * in * out;
+  const int64_t group =
+      std::clamp(kSumNumbers / out / kPanel, int64_t{1}, kGroupPanels) * kPanel;
+  const int64_t groups = ceil_div(in, group);
+  int64_t chunk = std::max({kChunkNumbers / out, rows * size / kPartialNumbers, int64_t{1}});
+  chunk = ceil_div(chunk, kCorrelateRows) * kCorrelateRows;
+  const int64_t chunks = ceil_div(rows, chunk);
+  // (chunk, tap, panel, output channel, column of the panel)
+  const Workspace partials(chunks * size);
+  parallel(chunks * taps * groups, kGrain, [&](int64_t item) {
+    const int64_t c = item / (taps * groups), t = item / groups % taps;
+    const int64_t first = item % groups * group, last = std::min(first + group, in);
+    float* sum = partials.get() + c * size + t * in * out;
+    alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
+    const int64_t end = std::min(rows, (c + 1) * chunk);
+    Taken taken(conv, x, t);
+    taken.find(c * chunk, std::min(kCorrelateRows, end - c * chunk));
+    for (int64_t begin = c * chunk; begin < end; begin += kCorrelateRows) {
+      const int64_t n = taken.rows(), next = begin + kCorrelateRows;
+      taken.copy(first, last, panels);
+      // The next block's rows are fetched into the cache, a few by each tile.
+      taken.find(next, std::clamp(end - next, int64_t{0}, kCorrelateRows));
+      const int64_t tiles = ceil_div(last - first, kPanel) * ceil_div(out, kTile);
+      const int64_t step = ceil_div(kCorrelateRows, tiles);
+      int64_t fetched = 0;
+      for (int64_t j = first; j < last; j += kPanel) {
+        const int64_t width = std::min(kPanel, in - j);
+        for (int64_t k = 0; k < out; k += kTile) {
+          for (int64_t i = 0; i < step && fetched < taken.rows(); ++i, ++fetched) {
+            taken.fetch(fetched, first, last);
+            fetch_row(dz + (next + fetched) * out, out);
+          }
+          correlate(std::min(kTile, out - k), width, dz + begin * out + k, out, n,
+                    panels + (j - first) * n, sum + j * out + k * width, begin > c * chunk);
+        }
+      }
+    }
+  });
+  const int64_t panels = ceil_div(in, kPanel);
+  parallel(taps * panels, chunks * out * kPanel, [&](int64_t item) {
+    const int64_t t = item / panels, j = item % panels * kPanel, width = std::min(kPanel, in - j);
+    const Sizes tap = tap_at(conv, t);
+    float* target = dw.data + j * dw.column;
+    for (int d = 0; d < kSpatial; ++d) {
+      target += tap[d] * dw.tap[d];
+    }
+    for (int64_t k = 0; k < out; ++k) {
+      alignas(64) float total[kPanel] = {};
+      for (int64_t c = 0; c < chunks; ++c) {
+        const float* sum = partials.get() + c * size + t * in * out + j * out + k * width;
+        for (int64_t i = 0; i < width; ++i) {
+          total[i] += sum[i];
+        }
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        target[k * dw.row + i * dw.column] = total[i];
+      }
+    }
+  });
+}
+
+}  // namespace fusedshape

@@ -1,0 +1,202 @@
+// Tiles of rows × vectors, one function for each size, and panels.
+#include "gemm.h"
+
+#include <array>
+#include <cstring>
+#include <utility>
+
+namespace fusedshape {
+namespace {
+
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+
+inline Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+inline void store(float* y, Vector x) { *reinterpret_cast<Unaligned*>(y) = x; }
+
+template <int rows, int vectors>
+void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64_t n,
+                   int64_t ahead, const float* panel, float* const* c, bool add) {
+  Vector sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      sum[i][j] = add ? load(c[i] + j * kLanes) : Vector{};
+    }
+  }
+  for (int64_t t = 0; t < taps; ++t) {
+    const float* row[rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      row[i] = left[t * rows + i] + offset;
+    }
+    for (int64_t begin = 0; begin < n; begin += kStep) {
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        __builtin_prefetch(row[i] + begin + ahead);
+      }
+      for (int64_t r = begin; r < begin + kStep; ++r, panel += vectors * kLanes) {
+        Vector right[vectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; ++j) {
+          right[j] = load(panel + j * kLanes);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const Vector l = row[i][r] - Vector{};
+#pragma GCC unroll 4
+          for (int j = 0; j < vectors; ++j) {
+            sum[i][j] += l * right[j];
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      store(c[i] + j * kLanes, sum[i][j]);
+    }
+  }
+}
+
+template <int rows, int vectors>
+void correlate_tile(const float* left, int64_t pitch, int64_t n, const float* panel, float* c,
+                    bool add) {
+  constexpr int64_t columns = vectors * kLanes;
+  Vector sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      sum[i][j] = add ? load(c + i * columns + j * kLanes) : Vector{};
+    }
+  }
+  for (int64_t r = 0; r < n; ++r, panel += columns, left += pitch) {
+    Vector right[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      right[j] = load(panel + j * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const Vector l = left[i] - Vector{};
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) {
+        sum[i][j] += l * right[j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) {
+      store(c + i * columns + j * kLanes, sum[i][j]);
+    }
+  }
+}
+
+using Multiply = void (*)(const float* const*, int64_t, int64_t, int64_t, int64_t, const float*,
+                          float* const*, bool);
+using Correlate = void (*)(const float*, int64_t, int64_t, const float*, float*, bool);
+
+template <int... k>
+constexpr std::array<Multiply, sizeof...(k)> multiply_table(std::integer_sequence<int, k...>) {
+  return {multiply_tile<k / kVectors + 1, k % kVectors + 1>...};
+}
+
+template <int... k>
+constexpr std::array<Correlate, sizeof...(k)> correlate_table(std::integer_sequence<int, k...>) {
+  return {correlate_tile<k / kVectors + 1, k % kVectors + 1>...};
+}
+
+using Sizes = std::make_integer_sequence<int, kTile * kVectors>;
+constexpr auto kMultiply = multiply_table(Sizes());
+constexpr auto kCorrelate = correlate_table(Sizes());
+
+int64_t size_of(int64_t rows, int64_t columns) {
+  return (rows - 1) * kVectors + columns / kLanes - 1;
+}
+
+// In place: swaps bit after bit of the numbers of rows and columns.
+void transpose(Vector (&x)[kLanes]) {
+  typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
+#pragma GCC unroll 4
+  for (int bit = kLanes / 2; bit > 0; bit /= 2) {
+    Index low, high;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      low[lane] = lane & bit ? kLanes + lane - bit : lane;
+      high[lane] = lane & bit ? kLanes + lane : lane + bit;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & bit) == 0) {
+        const Vector a = x[i], b = x[i + bit];
+        x[i] = __builtin_shuffle(a, b, low);
+        x[i + bit] = __builtin_shuffle(a, b, high);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void multiply(int64_t rows, int64_t columns, const float* const* left, int64_t offset, int64_t taps,
+              int64_t n, int64_t ahead, const float* panel, float* const* c, bool add) {
+  kMultiply[size_of(rows, columns)](left, offset, taps, n, ahead, panel, c, add);
+}
+
+void correlate(int64_t rows, int64_t columns, const float* left, int64_t pitch, int64_t n,
+               const float* panel, float* c, bool add) {
+  kCorrelate[size_of(rows, columns)](left, pitch, n, panel, c, add);
+}
+
+void pack(const float* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
+          float* panel) {
+  if (column == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(panel + r * columns, x + r * row, columns * sizeof(float));
+    }
+    return;
+  }
+  int64_t r = 0;
+  if (row == 1) {
+    for (; r + kLanes <= rows; r += kLanes) {
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        Vector square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          square[i] = load(x + r + (j + i) * column);
+        }
+        transpose(square);
+        for (int i = 0; i < kLanes; ++i) {
+          store(panel + (r + i) * columns + j, square[i]);
+        }
+      }
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int64_t j = 0; j < columns; ++j) {
+      panel[r * columns + j] = x[r * row + j * column];
+    }
+  }
+}
+
+void copy_rows(const float* const* rows, int64_t count, int64_t first, int64_t columns,
+               float* panel) {
+  for (int64_t r = 0; r < count; ++r, panel += columns) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      store(panel + j, rows[r] == nullptr ? Vector{} : load(rows[r] + first + j));
+    }
+  }
+}
+
+void fetch_row(const float* x, int64_t n) {
+  constexpr int64_t line = 16;
+  for (int64_t i = 0; i < n; i += line) {
+    __builtin_prefetch(x + i, 0, 2);
+  }
+}
+
+}  // namespace fusedshape

@@ -1,0 +1,80 @@
+// A few blocks of memory that nobody uses at the moment.
+#include "workspace.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+
+namespace fusedshape {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kKept = 64 << 20;  // bytes in all
+
+struct Block {
+  float* data;
+  int64_t bytes;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  int64_t bytes = 0;
+};
+
+// Never destroyed: threads may outlive main.
+Pool& pool() {
+  static Pool* const it = new Pool;
+  return *it;
+}
+
+// The smallest block that holds `bytes` and is not much larger; null if there is none.
+Block take(int64_t bytes) {
+  Pool& p = pool();
+  const std::lock_guard<std::mutex> lock(p.mutex);
+  auto best = p.blocks.end();
+  for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it) {
+    if (bytes <= it->bytes && it->bytes <= 2 * bytes &&
+        (best == p.blocks.end() || it->bytes < best->bytes)) {
+      best = it;
+    }
+  }
+  if (best == p.blocks.end()) {
+    return {nullptr, 0};
+  }
+  const Block block = *best;
+  p.blocks.erase(best);
+  p.bytes -= block.bytes;
+  return block;
+}
+
+}  // namespace
+
+Workspace::Workspace(int64_t floats) {
+  const int64_t bytes = std::max<int64_t>(floats, 1) * static_cast<int64_t>(sizeof(float));
+  const Block block = take(bytes);
+  data_ = block.data;
+  bytes_ = block.bytes;
+  if (data_ == nullptr) {
+    bytes_ = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    data_ = static_cast<float*>(std::aligned_alloc(kAlignment, bytes_));
+    STD_TORCH_CHECK(data_ != nullptr, "out of memory: a kernel needs ", bytes_, " bytes for itself");
+  }
+}
+
+Workspace::~Workspace() {
+  Pool& p = pool();
+  const std::lock_guard<std::mutex> lock(p.mutex);
+  p.blocks.push_back({data_, bytes_});
+  p.bytes += bytes_;
+  while (p.bytes > kKept) {  // the oldest goes first
+    p.bytes -= p.blocks.front().bytes;
+    std::free(p.blocks.front().data);
+    p.blocks.erase(p.blocks.begin());
+  }
+}
+
+}  // namespace fusedshape
