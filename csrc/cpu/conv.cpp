@@ -16,14 +16,15 @@ namespace fusedshape {
 namespace {
 
 constexpr int64_t kBlockRows = 96;       // of a result, whose left operand stays in the cache
+constexpr int64_t kImages = 2 * kTile;   // whose positions are taken together
 constexpr int64_t kReduce = 512;         // numbers of a sum before a tile is written
 constexpr int64_t kItems = 64;           // pieces of work to aim at, enough for many threads
 constexpr int64_t kRowsPerFlush = 32;    // rows added up in float before they go into a double
 constexpr int64_t kCorrelateRows = 96;   // positions of one panel of wgrad's
 constexpr int64_t kGroupPanels = 4;      // panels of x that wgrad copies at once
 constexpr int64_t kSumNumbers = 1 << 16;      // of dw, which stay in the cache for a chunk
-constexpr int64_t kChunkNumbers = 1 << 17;    // of dz, which do for all of wgrad's groups
-constexpr int64_t kPartialNumbers = 1 << 21;  // of dw, for all chunks together
+constexpr int64_t kPartialNumbers = 1 << 18;  // of dw, for all chunks together
+constexpr int64_t kItemsPerThread = 8;        // of wgrad, so that threads end together
 
 // One dimension of a section: `count` positions first, first + step, … of the result; tap t of
 // position i takes position i · scale + offset[t] of the source.
@@ -103,12 +104,52 @@ void pack_panels(const Section& section, const Weight& w, int64_t reduced, int64
   });
 }
 
+// Goes through the positions of a batch, some images at a time: one position of each, then the next.
+// What lies beyond an edge does so for whole tiles then, which need not be computed.
+class Walk {
+ public:
+  Walk(const Sizes& count, int64_t batch, int64_t images, int64_t begin)
+      : count_(count), batch_(batch), images_(images) {
+    const int64_t all = count[0] * count[1] * count[2];
+    first_ = begin / (images * all) * images;
+    const int64_t rest = begin - first_ * all, width = together();
+    image_ = rest % width;
+    int64_t position = rest / width;
+    for (int d = kSpatial - 1; d >= 0; --d) {
+      at_[d] = position % count[d];
+      position /= count[d];
+    }
+  }
+
+  int64_t image() const { return first_ + image_; }
+  int64_t at(int d) const { return at_[d]; }
+
+  void next() {
+    if (++image_ < together()) {
+      return;
+    }
+    image_ = 0;
+    for (int d = kSpatial - 1; d >= 0 && ++at_[d] == count_[d]; --d) {
+      at_[d] = 0;
+      first_ += d == 0 ? images_ : 0;
+    }
+  }
+
+ private:
+  int64_t together() const { return std::max<int64_t>(1, std::min(images_, batch_ - first_)); }
+
+  Sizes count_;
+  int64_t batch_, images_, first_, image_;
+  Sizes at_;
+};
+
 // Where the rows of a block of the result go, and the rows of the source that make them.
 class Rows {
  public:
   // `zeros` stand for what lies beyond the source's edges.
-  Rows(const Section& section, const float* source, int64_t channels, const float* zeros)
-      : section_(section), source_(source), channels_(channels), zeros_(zeros),
+  Rows(const Section& section, int64_t batch, const float* source, int64_t channels,
+       const float* zeros)
+      : section_(section), batch_(batch), source_(source), channels_(channels), zeros_(zeros),
         taps_(taps(section)) {
     for (int d = 0; d < kSpatial; ++d) {
       from_[d].resize(section[d].tap.size());
@@ -118,30 +159,31 @@ class Rows {
   void find(int64_t begin, int64_t rows) {
     target_.resize(rows);
     left_.resize(rows * taps_);
-    Sizes at;
-    int64_t image = begin;
-    for (int d = kSpatial - 1; d >= 0; --d) {
-      at[d] = image % section_[d].count;
-      image /= section_[d].count;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t target = image;
+    Walk walk({section_[0].count, section_[1].count, section_[2].count}, batch_, taps_ > 1 ? kImages : 1, begin);
+    for (int64_t r = 0; r < rows; ++r, walk.next()) {
+      int64_t target = walk.image();
       for (int d = 0; d < kSpatial; ++d) {
-        target = target * section_[d].size + section_[d].first + at[d] * section_[d].step;
+        target = target * section_[d].size + section_[d].first + walk.at(d) * section_[d].step;
       }
       target_[r] = target;
       const int64_t tile = r / kTile * kTile;
-      take(image, at, left_.data() + tile * taps_ + r - tile, std::min(kTile, rows - tile));
-      for (int d = kSpatial - 1; d >= 0 && ++at[d] == section_[d].count; --d) {
-        at[d] = 0;
-        image += d == 0;
+      take(walk, left_.data() + tile * taps_ + r - tile, std::min(kTile, rows - tile));
+    }
+    for (int64_t r = 0; r < rows; r += kTile) {
+      const int64_t height = std::min(kTile, rows - r);
+      for (const float** left = left_.data() + r * taps_; left != left_.data() + (r + height) * taps_;
+           left += height) {
+        if (std::all_of(left, left + height, [&](const float* row) { return row == zeros_; })) {
+          *left = nullptr;
+        }
       }
     }
   }
 
   int64_t target(int64_t r) const { return target_[r]; }
 
-  // For the tile that begins at row r: for each tap, from `tap` on, one pointer a row.
+  // For the tile that begins at row r: for each tap, from `tap` on, one pointer a row; the first is
+  // null where the tap meets nothing but zeros.
   const float* const* left(int64_t r, int64_t tap) const {
     const int64_t height = std::min<int64_t>(kTile, target_.size() - r);
     return left_.data() + r * taps_ + tap * height;
@@ -149,25 +191,28 @@ class Rows {
 
   // How far the next tile's rows are from those of the tile that begins at row r.
   int64_t ahead(int64_t r, int64_t tap) const {
-    const int64_t next = r + kTile, rows = target_.size();
-    return next < rows ? *left(next, tap) - *left(r, tap) : 0;
+    if (r + kTile >= static_cast<int64_t>(target_.size())) {
+      return 0;
+    }
+    const float *here = *left(r, tap), *next = *left(r + kTile, tap);
+    return here != nullptr && next != nullptr ? next - here : 0;
   }
 
  private:
   static constexpr int64_t kOutside = -1;
 
   // left[t · pitch] = the row that tap t takes for one position.
-  void take(int64_t image, const Sizes& at, const float** left, int64_t pitch) {
+  void take(const Walk& walk, const float** left, int64_t pitch) {
     int64_t size = channels_;
     for (int d = kSpatial - 1; d >= 0; --d) {
       const Axis& axis = section_[d];
       for (size_t t = 0; t < axis.offset.size(); ++t) {
-        const int64_t p = at[d] * axis.scale + axis.offset[t];
+        const int64_t p = walk.at(d) * axis.scale + axis.offset[t];
         from_[d][t] = 0 <= p && p < axis.source_size ? p * size : kOutside;
       }
       size *= axis.source_size;
     }
-    const float* first = source_ + image * size;
+    const float* first = source_ + walk.image() * size;
     for (const int64_t a : from_[0]) {
       for (const int64_t b : from_[1]) {
         const bool outside = a == kOutside || b == kOutside;
@@ -180,6 +225,7 @@ class Rows {
   }
 
   const Section& section_;
+  int64_t batch_;
   const float* source_;
   int64_t channels_;
   const float* zeros_;
@@ -207,26 +253,36 @@ struct Cut {
   }
 };
 
-// Finishes the rows of one item.
+// Finishes the rows of one item; rows that lie together, and are whole, at once. The sums of each
+// column are added to `partial` unless it is null.
 void finish_rows(const Finish& finish, const Rows& rows, int64_t count, float* result,
                  int64_t channels, int64_t column, int64_t width, double* partial) {
-  if (finish.value != nullptr) {
-    for (int64_t r = 0; r < count; ++r) {
-      float* y = result + rows.target(r) * channels + column;
-      finish.value(y, finish.bias + column, y, width, finish.constants);
+  if (finish.value == nullptr && finish.grad == nullptr) {
+    return;
+  }
+  const int64_t most = width == channels ? std::max<int64_t>(1, kWidth / width) : 1;
+  std::vector<float> bias(most * width), sums(finish.grad == nullptr ? 0 : most * width);
+  for (int64_t i = 0; i < most; ++i) {
+    std::copy_n(finish.bias + column, width, bias.begin() + i * width);
+  }
+  int64_t unflushed = 0;
+  for (int64_t r = 0, n; r < count; r += n) {
+    for (n = 1; n < most && r + n < count && rows.target(r + n) == rows.target(r) + n;) {
+      ++n;
     }
-  } else if (finish.grad != nullptr) {
-    std::vector<float> sums(width);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t at = rows.target(r) * channels + column;
-      finish.grad(result + at, finish.saved + at, finish.bias + column, result + at, sums.data(),
-                  width, finish.constants);
-      if (partial != nullptr && (r + 1 == count || (r + 1) % kRowsPerFlush == 0)) {
-        for (int64_t j = 0; j < width; ++j) {
-          partial[j] += sums[j];
-        }
-        std::fill(sums.begin(), sums.end(), 0.0f);
+    const int64_t at = rows.target(r) * channels + column;
+    float* y = result + at;
+    if (finish.value != nullptr) {
+      finish.value(y, bias.data(), y, n * width, finish.constants);
+      continue;
+    }
+    finish.grad(y, finish.saved + at, bias.data(), y, sums.data(), n * width, finish.constants);
+    if (partial != nullptr && (++unflushed == kRowsPerFlush || r + n == count)) {
+      for (int64_t i = 0; i < most * width; ++i) {
+        partial[i % width] += sums[i];
       }
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      unflushed = 0;
     }
   }
 }
@@ -251,7 +307,7 @@ void gather(const Section& section, int64_t batch, const float* source, int64_t 
     const int64_t block = item / cut.groups(), first = item % cut.groups() * cut.group;
     const int64_t begin = cut.row(block), height = cut.row(block + 1) - begin;
     const int64_t last = std::min(first + cut.group, columns);
-    Rows rows(section, source, reduced, zeros.data());
+    Rows rows(section, batch, source, reduced, zeros.data());
     rows.find(begin, height);
     for (int64_t tap = 0; tap < tap_count; tap += run) {
       for (int64_t from = 0; from < reduced; from += piece) {
@@ -321,101 +377,113 @@ Sizes tap_at(const Conv& conv, int64_t t) {
   return {t / (k1 * k2), t / k2 % k1, t % k2};
 }
 
-// The rows of x that one tap takes for a block of output positions.
-class Taken {
- public:
-  Taken(const Conv& conv, const float* x, int64_t tap)
-      : conv_(conv), x_(x), offset_(tap_at(conv, tap)) {
+// The rows of x that one tap takes for a block of output positions, and the rows of dz there.
+struct Taken {
+  int64_t rows = 0;
+  std::array<const float*, kCorrelateRows> x, dz;
+
+  void find(const Conv& conv, int64_t tap, int64_t begin, int64_t count, const float* x_data,
+            const float* dz_data) {
+    const Sizes at = tap_at(conv, tap);
+    Sizes offset;
     for (int d = 0; d < kSpatial; ++d) {
-      offset_[d] = offset_[d] * conv.dilation[d] - conv.padding[d];
+      offset[d] = at[d] * conv.dilation[d] - conv.padding[d];
     }
-  }
-
-  void find(int64_t begin, int64_t rows) {
-    rows_ = rows;
-    Sizes at;
-    int64_t image = begin;
-    for (int d = kSpatial - 1; d >= 0; --d) {
-      at[d] = image % conv_.out[d];
-      image /= conv_.out[d];
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t row = image;
-      bool inside = true;
-      for (int d = 0; d < kSpatial; ++d) {
-        const int64_t p = at[d] * conv_.stride[d] + offset_[d];
-        inside &= 0 <= p && p < conv_.in[d];
-        row = row * conv_.in[d] + p;
+    rows = 0;
+    const int64_t width = conv.out[2], height = conv.out[1], depth = conv.out[0];
+    for (int64_t row = begin; row < begin + count;) {
+      // A run along the last dimension.
+      const int64_t first = row % width, line = row / width;
+      const int64_t length = std::min(width - first, begin + count - row);
+      const int64_t p1 = line % height * conv.stride[1] + offset[1];
+      const int64_t p0 = line / height % depth * conv.stride[0] + offset[0];
+      if (0 <= p0 && p0 < conv.in[0] && 0 <= p1 && p1 < conv.in[1]) {
+        const int64_t image = line / height / depth;
+        const int64_t from = ((image * conv.in[0] + p0) * conv.in[1] + p1) * conv.in[2];
+        for (int64_t i = 0; i < length; ++i) {
+          const int64_t p2 = (first + i) * conv.stride[2] + offset[2];
+          if (0 <= p2 && p2 < conv.in[2]) {
+            x[rows] = x_data + (from + p2) * conv.in_channels;
+            dz[rows++] = dz_data + (row + i) * conv.out_channels;
+          }
+        }
       }
-      row_[r] = inside ? x_ + row * conv_.in_channels : nullptr;
-      for (int d = kSpatial - 1; d >= 0 && ++at[d] == conv_.out[d]; --d) {
-        at[d] = 0;
-        image += d == 0;
-      }
+      row += length;
     }
   }
+};
 
-  int64_t rows() const { return rows_; }
+// How wgrad is cut into items: chunks of positions × taps × groups of panels. Chunks cost memory for
+// their sums, groups read dz once more each.
+struct CorrelateCut {
+  int64_t rows, chunks, group;
 
-  // Columns [first, last) as panels, zeros beyond the edges.
-  void copy(int64_t first, int64_t last, float* panels) const {
-    for (int64_t j = first; j < last; j += kPanel) {
-      copy_rows(row_.data(), rows_, j, std::min(kPanel, last - j), panels + (j - first) * rows_);
+  explicit CorrelateCut(const Conv& conv) : rows(conv.out_rows()) {
+    const int64_t wanted = kItemsPerThread * torch::stable::get_num_threads();
+    const int64_t taps = conv.taps(), panels = ceil_div(conv.in_channels, kPanel);
+    const int64_t size = taps * conv.in_channels * conv.out_channels;
+    group = std::clamp(kSumNumbers / (conv.out_channels * kPanel), int64_t{1}, kGroupPanels);
+    const int64_t most =
+        std::max<int64_t>(1, std::min(kPartialNumbers / size, rows / kCorrelateRows));
+    chunks = std::clamp(ceil_div(wanted, taps * ceil_div(panels, group)), int64_t{1}, most);
+    while (group > 1 && chunks * taps * ceil_div(panels, group) < wanted) {
+      --group;
     }
+    group *= kPanel;
   }
 
-  void fetch(int64_t r, int64_t first, int64_t last) const {
-    if (row_[r] != nullptr) {
-      fetch_row(row_[r] + first, last - first);
-    }
-  }
-
- private:
-  const Conv& conv_;
-  const float* x_;
-  Sizes offset_;
-  int64_t rows_ = 0;
-  std::array<const float*, kCorrelateRows> row_;
+  int64_t row(int64_t chunk) const { return rows * chunk / chunks; }
 };
 
 }  // namespace
 
 void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight& dw) {
-  const int64_t rows = conv.out_rows(), in = conv.in_channels, out = conv.out_channels;
+  const int64_t in = conv.in_channels, out = conv.out_channels;
   const int64_t taps = conv.taps(), size = taps * in * out;
-  const int64_t group =
-      std::clamp(kSumNumbers / out / kPanel, int64_t{1}, kGroupPanels) * kPanel;
-  const int64_t groups = ceil_div(in, group);
-  int64_t chunk = std::max({kChunkNumbers / out, rows * size / kPartialNumbers, int64_t{1}});
-  chunk = ceil_div(chunk, kCorrelateRows) * kCorrelateRows;
-  const int64_t chunks = ceil_div(rows, chunk);
+  const CorrelateCut cut(conv);
+  const int64_t groups = ceil_div(in, cut.group), chunks = cut.chunks;
   // (chunk, tap, panel, output channel, column of the panel)
   const Workspace partials(chunks * size);
   parallel(chunks * taps * groups, kGrain, [&](int64_t item) {
     const int64_t c = item / (taps * groups), t = item / groups % taps;
-    const int64_t first = item % groups * group, last = std::min(first + group, in);
+    const int64_t first = item % groups * cut.group, last = std::min(first + cut.group, in);
     float* sum = partials.get() + c * size + t * in * out;
     alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
-    const int64_t end = std::min(rows, (c + 1) * chunk);
-    Taken taken(conv, x, t);
-    taken.find(c * chunk, std::min(kCorrelateRows, end - c * chunk));
-    for (int64_t begin = c * chunk; begin < end; begin += kCorrelateRows) {
-      const int64_t n = taken.rows(), next = begin + kCorrelateRows;
-      taken.copy(first, last, panels);
+    std::fill_n(sum + first * out, (last - first) * out, 0.0f);
+    const int64_t count = ceil_div(last - first, kPanel) * ceil_div(out, kTile);
+    const int64_t step = ceil_div(kCorrelateRows, count);
+    const int64_t begin = cut.row(c), rows = cut.row(c + 1) - begin;
+    const int64_t blocks = ceil_div(rows, kCorrelateRows);
+    const auto find = [&](Taken& taken, int64_t block) {
+      const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
+      taken.find(conv, t, begin + from, to - from, x, dz);
+    };
+    Taken taken[2];
+    if (blocks > 0) {
+      find(taken[0], 0);
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      const Taken& now = taken[block % 2];
       // The next block's rows are fetched into the cache, a few by each tile.
-      taken.find(next, std::clamp(end - next, int64_t{0}, kCorrelateRows));
-      const int64_t tiles = ceil_div(last - first, kPanel) * ceil_div(out, kTile);
-      const int64_t step = ceil_div(kCorrelateRows, tiles);
+      Taken& next = taken[(block + 1) % 2];
+      next.rows = 0;
+      if (block + 1 < blocks) {
+        find(next, block + 1);
+      }
       int64_t fetched = 0;
-      for (int64_t j = first; j < last; j += kPanel) {
+      for (int64_t j = first; j < last && now.rows > 0; j += kPanel) {
+        const int64_t width = std::min(kPanel, in - j);
+        copy_rows(now.x.data(), now.rows, j, width, panels + (j - first) * now.rows);
+      }
+      for (int64_t j = first; j < last && now.rows > 0; j += kPanel) {
         const int64_t width = std::min(kPanel, in - j);
         for (int64_t k = 0; k < out; k += kTile) {
-          for (int64_t i = 0; i < step && fetched < taken.rows(); ++i, ++fetched) {
-            taken.fetch(fetched, first, last);
-            fetch_row(dz + (next + fetched) * out, out);
+          for (int64_t i = 0; i < step && fetched < next.rows; ++i, ++fetched) {
+            fetch_row(next.x[fetched] + first, last - first);
+            fetch_row(next.dz[fetched], out);
           }
-          correlate(std::min(kTile, out - k), width, dz + begin * out + k, out, n,
-                    panels + (j - first) * n, sum + j * out + k * width, begin > c * chunk);
+          correlate(std::min(kTile, out - k), width, now.dz.data(), k, now.rows,
+                    panels + (j - first) * now.rows, sum + j * out + k * width);
         }
       }
     }

@@ -26,6 +26,10 @@ void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64
     }
   }
   for (int64_t t = 0; t < taps; ++t) {
+    if (left[t * rows] == nullptr) {
+      panel += n * vectors * kLanes;
+      continue;
+    }
     const float* row[rows];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
@@ -63,18 +67,19 @@ void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64
 }
 
 template <int rows, int vectors>
-void correlate_tile(const float* left, int64_t pitch, int64_t n, const float* panel, float* c,
-                    bool add) {
+void correlate_tile(const float* const* left, int64_t offset, int64_t n, const float* panel,
+                    float* c) {
   constexpr int64_t columns = vectors * kLanes;
   Vector sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      sum[i][j] = add ? load(c + i * columns + j * kLanes) : Vector{};
+      sum[i][j] = load(c + i * columns + j * kLanes);
     }
   }
-  for (int64_t r = 0; r < n; ++r, panel += columns, left += pitch) {
+  for (int64_t r = 0; r < n; ++r, panel += columns) {
+    const float* numbers = left[r] + offset;
     Vector right[vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
@@ -82,7 +87,7 @@ void correlate_tile(const float* left, int64_t pitch, int64_t n, const float* pa
     }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const Vector l = left[i] - Vector{};
+      const Vector l = numbers[i] - Vector{};
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) {
         sum[i][j] += l * right[j];
@@ -100,7 +105,7 @@ void correlate_tile(const float* left, int64_t pitch, int64_t n, const float* pa
 
 using Multiply = void (*)(const float* const*, int64_t, int64_t, int64_t, int64_t, const float*,
                           float* const*, bool);
-using Correlate = void (*)(const float*, int64_t, int64_t, const float*, float*, bool);
+using Correlate = void (*)(const float* const*, int64_t, int64_t, const float*, float*);
 
 template <int... k>
 constexpr std::array<Multiply, sizeof...(k)> multiply_table(std::integer_sequence<int, k...>) {
@@ -148,9 +153,9 @@ void multiply(int64_t rows, int64_t columns, const float* const* left, int64_t o
   kMultiply[size_of(rows, columns)](left, offset, taps, n, ahead, panel, c, add);
 }
 
-void correlate(int64_t rows, int64_t columns, const float* left, int64_t pitch, int64_t n,
-               const float* panel, float* c, bool add) {
-  kCorrelate[size_of(rows, columns)](left, pitch, n, panel, c, add);
+void correlate(int64_t rows, int64_t columns, const float* const* left, int64_t offset, int64_t n,
+               const float* panel, float* c) {
+  kCorrelate[size_of(rows, columns)](left, offset, n, panel, c);
 }
 
 void pack(const float* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
@@ -187,7 +192,7 @@ void copy_rows(const float* const* rows, int64_t count, int64_t first, int64_t c
                float* panel) {
   for (int64_t r = 0; r < count; ++r, panel += columns) {
     for (int64_t j = 0; j < columns; j += kLanes) {
-      store(panel + j, rows[r] == nullptr ? Vector{} : load(rows[r] + first + j));
+      store(panel + j, load(rows[r] + first + j));
     }
   }
 }

@@ -21,20 +21,19 @@ constexpr int64_t kStep = 16;                  // of the sums that multiply make
 // A panel is up to kPanel columns of a matrix, row after row, without gaps.
 
 // c[i][j] = Σ_t Σ_r left[t · rows + i][offset + r] · panel[t · n + r][j], or is added to, for
-// i < rows ≤ kTile and j < columns ≤ kPanel; n is a multiple of kStep. What lies `ahead` of the left
-// operand, the next tile's, is fetched into the cache meanwhile.
+// i < rows ≤ kTile and j < columns ≤ kPanel; n is a multiple of kStep. A tap t whose first pointer is
+// null adds nothing. What lies `ahead` of the left operand is fetched into the cache meanwhile.
 void multiply(int64_t rows, int64_t columns, const float* const* left, int64_t offset, int64_t taps,
               int64_t n, int64_t ahead, const float* panel, float* const* c, bool add);
 
-// c[i][j] = Σ_r left[r][i] · panel[r][j], or is added to; `pitch` is the distance of left's rows,
-// and c's rows lie together.
-void correlate(int64_t rows, int64_t columns, const float* left, int64_t pitch, int64_t n,
-               const float* panel, float* c, bool add);
+// c[i][j] += Σ_r left[r][offset + i] · panel[r][j]; c's rows lie together.
+void correlate(int64_t rows, int64_t columns, const float* const* left, int64_t offset, int64_t n,
+               const float* panel, float* c);
 
 // panel[r][j] = x[r · row + j · column].
 void pack(const float* x, int64_t row, int64_t column, int64_t rows, int64_t columns, float* panel);
 
-// panel[r][j] = rows[r][first + j], or 0 where rows[r] is null.
+// panel[r][j] = rows[r][first + j].
 void copy_rows(const float* const* rows, int64_t count, int64_t first, int64_t columns,
                float* panel);
 

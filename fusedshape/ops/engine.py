@@ -376,9 +376,8 @@ def choose_engine(
 def pinned_engine(problem: Problem) -> str:
     """The engine for a layer that has not been measured.
 
-    On CUDA "aten". On the CPU "native" where it has been at least as fast wherever it was measured:
-    float32 convolutions of one tap, or with a stride; and linear layers on AMD's CPUs, which torch
-    leaves to MKL.
+    On CUDA "aten". On the CPU "native" for float32 in channels_last layout: convolutions, and linear
+    layers on AMD's CPUs, which torch leaves to MKL.
 
     Example:
         >>> shapes = (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1)
@@ -387,11 +386,7 @@ def pinned_engine(problem: Problem) -> str:
     """
     if problem.device != "cpu" or problem.dtype != torch.float32 or not problem.channels_last:
         return "aten"
-    kernel = problem.weight[2:]
-    if not kernel:
-        return "native" if _is_amd() else "aten"
-    one_tap = all(k == 1 for k in kernel)
-    return "native" if one_tap or any(s > 1 for s in problem.stride) else "aten"
+    return "native" if len(problem.weight) > 2 or _is_amd() else "aten"
 
 
 def _is_amd() -> bool:
