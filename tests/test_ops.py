@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS, INTERPRET, SPECS, assert_as_good_as, shaped
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -568,6 +568,7 @@ def conv_calls(draw_: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, dict[st
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own convolution
 @settings(max_examples=300, deadline=None)
 @given(conv_calls())
+@example((torch.ones(1, 0, 0), torch.ones(1, 1, 1, 1), None, {"padding": 1}))
 def test_conv_act_is_right_or_refuses(call: tuple[Tensor, Tensor, Tensor | None, Any]) -> None:
     x, weight, bias, geometry = call
     try:

@@ -111,6 +111,11 @@ def check_reach(
 ) -> None:
     """Raise where the kernel reaches beyond the padded input, whose spatial sizes are `sizes`."""
     for d in range(len(kernel)):
+        if sizes[d] < 1:
+            raise ValueError(
+                f"{op}: x has size {sizes[d]} in spatial dimension {d}; at least 1 is needed, "
+                "whatever the padding"
+            )
         reach = dilation[d] * (kernel[d] - 1) + 1
         if kernel[d] < 1 or sizes[d] + 2 * pads[d] < reach:
             raise ValueError(

@@ -376,8 +376,8 @@ def choose_engine(
 def pinned_engine(problem: Problem) -> str:
     """The engine for a layer that has not been measured.
 
-    On CUDA "aten". On the CPU "native" for float32 in channels_last layout: convolutions, and linear
-    layers on AMD's CPUs, which torch leaves to MKL.
+    On CUDA "aten". On the CPU "native" for float32 in channels_last layout: convolutions, and
+    linear layers on AMD's CPUs, which torch leaves to MKL.
 
     Example:
         >>> shapes = (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1)
