@@ -320,6 +320,7 @@ def _wgrad_kernel(
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
+    DEAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -351,16 +352,19 @@ def _wgrad_kernel(
     from_w = (tap % S) * DILATION_W - PAD_W
 
     m = part * steps * BLOCK_K + tl.arange(0, BLOCK_K)
+    order = gemm._dealt_rows(BLOCK_K) if DEAL else tl.arange(0, BLOCK_K)
+    dz_m = part * steps * BLOCK_K + order
     q = m % out_w
     p = (m // out_w) % out_h
     image = m // (out_w * out_h)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(steps):
         in_row = m < pixels
-        dz_mask = in_row[None, :]
+        dz_mask = (dz_m < pixels)[None, :]
         if K % BLOCK_M != 0:
             dz_mask = dz_mask & (k < K)[:, None]
-        dz = tl.load(dz_ptr + (k[:, None] + m[None, :] * K), mask=dz_mask, other=0.0)
+        dz_index = k[:, None] + dz_m[None, :] * K
+        dz = gemm._load_across(dz_ptr + dz_index, dz_mask, PRECISION)
         if FLAT:
             h = (p * STRIDE_H)[:, None] + from_h[None, :]
             w = (q * STRIDE_W)[:, None] + from_w[None, :]
@@ -377,10 +381,13 @@ def _wgrad_kernel(
             x_mask = there[:, None]
             if C % BLOCK_N != 0:
                 x_mask = x_mask & in_col[None, :]
-        x = tl.load(x_ptr + x_index, mask=x_mask, other=0.0)
+        x = gemm._load_across(x_ptr + x_index, x_mask, PRECISION)
+        if DEAL:
+            x = gemm._deal(x)
         acc = tl.dot(dz, x, acc, input_precision=PRECISION)
         # Digits are added with their carries, which is cheaper than to divide again.
         m += BLOCK_K
+        dz_m += BLOCK_K
         q += dq
         carry = q >= out_w
         q = tl.where(carry, q - out_w, q)
@@ -388,6 +395,8 @@ def _wgrad_kernel(
         carry = p >= out_h
         p = tl.where(carry, p - out_h, p)
         image += dn + carry.to(image.dtype)
+    if DEAL:
+        acc = gemm._gather_columns(acc)
     index = (part * K + k)[:, None] * (R * S * C) + col[None, :]
     mask = (k < K)[:, None] & in_col[None, :]
     tl.store(out_ptr + index, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -463,9 +472,6 @@ HALF_RATE = 24
 def candidates(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> tuple[Config, ...]:
     """The shipped configurations that fit into the shared memory of a GPU."""
     shipped = FMA_CONFIGS if problem.arithmetic == "float32" else CONFIGS[direction]
-    if direction == "wgrad" and problem.arithmetic == "tf32":
-        # Operands are turned around on their way, and the others spill registers on sm_100.
-        shipped = tuple(c for c in shipped if c.block_m == c.block_n)
     return tuple(c for c in shipped if c.shared(problem.itemsize) <= gpu.shared)
 
 
@@ -809,6 +815,7 @@ def conv_wgrad(
             K=p.out_channels,
             PRECISION=_precision(p),
             FLAT=_flat(p.channels, p.taps),
+            DEAL=p.arithmetic == "tf32" and gemm.deals(gpu, config.block_m, config.block_n),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,

@@ -164,6 +164,53 @@ def _tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _load_across(pointers, mask, PRECISION: tl.constexpr):
+    """Load a tile whose rows in memory run across the reduction.
+
+    Tensor cores take tf32 along the reduction only. Left to itself, the compiler has the copy to
+    shared memory turn the tile around, which then moves 4 bytes at a time. The copy of integers
+    moves rows as they lie, 16 bytes at a time; they become numbers on the way to tensor cores.
+    """
+    if PRECISION == "tf32":
+        integers = pointers.to(tl.pointer_type(tl.int32), bitcast=True)
+        tile = tl.load(integers, mask=mask, other=0).to(tl.float32, bitcast=True)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def _deal(tile):
+    """Change the order of rows and columns of a tile that is turned around in shared memory.
+
+    As it was loaded, a thread has 4 neighbours of a row. Each belongs to another row once turned:
+    writes of 4 bytes, those of up to 16 threads to one bank. Dealt, it has 4 neighbours of a
+    column, and the next thread those of the next column: writes of 16 bytes, to all banks. Rows
+    follow each other as `_dealt_rows` says; in every 32 columns, 8 · 4 become 4 · 8.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1]
+    parts = tl.reshape(tile, (4, ROWS // 4, COLS // 32, 8, 4))
+    return tl.reshape(tl.permute(parts, (1, 0, 2, 4, 3)), (ROWS, COLS))
+
+
+@triton.jit
+def _dealt_rows(ROWS: tl.constexpr):
+    """The rows of a tile in the order in which `_deal` leaves them."""
+    i = tl.arange(0, ROWS)
+    return (i % 4) * (ROWS // 4) + i // 4
+
+
+@triton.jit
+def _gather_columns(tile):
+    """Undo what `_deal` did to columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1]
+    parts = tl.reshape(tile, (ROWS, COLS // 32, 4, 8))
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 2)), (ROWS, COLS))
+
+
+@triton.jit
 def _operand(
     ptr,
     first_j,
@@ -174,31 +221,39 @@ def _operand(
     BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALONG_K: tl.constexpr,
+    SECOND: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
+    DEAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Tile (BLOCK_J, BLOCK_K) of an operand, whose rows in memory run along k or along j.
+    """Tile (BLOCK_J, BLOCK_K) of the first operand or (BLOCK_K, BLOCK_J) of the second.
 
-    Beyond k it is 0; beyond `size` it is anything, for no element there is kept.
+    The rows of an operand in memory run along k or along j. Beyond k the tile is 0; beyond `size`
+    it is anything, for no element there is kept.
     """
     if TMA:
         at_j, at_k = first_j.to(tl.int32), first_k.to(tl.int32)
-        tile = ptr.load([at_j, at_k]) if ALONG_K else ptr.load([at_k, at_j]).T
+        tile = ptr.load([at_j, at_k]) if ALONG_K else ptr.load([at_k, at_j])
+        if DEAL:
+            tile = _deal(tile)
+        if ALONG_K == SECOND:
+            tile = tile.T
     else:
-        i = first_k + tl.arange(0, BLOCK_K)
-        j = first_j + tl.arange(0, BLOCK_J)
+        # The first operand passes through registers only, where it must but be in the same order.
+        rows = _dealt_rows(BLOCK_K) if DEAL and not SECOND else tl.arange(0, BLOCK_K)
+        i = tl.expand_dims(first_k + rows, 1 if SECOND else 0)
+        j = tl.expand_dims(first_j + tl.arange(0, BLOCK_J), 0 if SECOND else 1)
         if ALONG_K:
-            pointers = ptr + (tl.minimum(j, size - 1) * stride)[:, None] + i[None, :]
-            if EVEN_K:
-                tile = tl.load(pointers)
-            else:
-                tile = tl.load(pointers, mask=(i < k)[None, :], other=0.0)
+            pointers = ptr + tl.minimum(j, size - 1) * stride + i
+            tile = tl.load(pointers) if EVEN_K else tl.load(pointers, mask=i < k, other=0.0)
         else:
-            pointers = ptr + (i * stride)[:, None] + j[None, :]
-            inside = (j < size)[None, :]
+            inside = j < size
             if not EVEN_K:
-                inside &= (i < k)[:, None]
-            tile = tl.load(pointers, mask=inside, other=0.0).T
+                inside = inside & (i < k)
+            tile = _load_across(ptr + (i * stride + j), inside, PRECISION)
+            if DEAL and SECOND:
+                tile = _deal(tile)
     return tile
 
 
@@ -310,6 +365,7 @@ def _gemm_kernel(
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    DEAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -324,7 +380,13 @@ def _gemm_kernel(
     steps = tl.cdiv(k, BLOCK_K).to(tl.int32)
     tiles = tiles_m * tiles_n * splits
 
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
+    first = tl.program_id(0)
+    # In wgrad the compiler sees that there is one tile, and keeps no registers for another. In the
+    # other directions it would spill some to have more programs resident.
+    LOOP: tl.constexpr = PERSISTENT or A_ALONG_K
+    stop = tiles if LOOP else first + 1
+    hop = tl.num_programs(0) if LOOP else 1
+    for tile in tl.range(first, stop, hop, flatten=PERSISTENT):
         place = tile
         begin = 0
         end = steps
@@ -341,19 +403,23 @@ def _gemm_kernel(
             first_k = tl.full((), BLOCK_K, INDEX) * step
             a = _operand(
                 *(a_ptr, first_m, first_k, m, k, a_stride),
-                *(BLOCK_M, BLOCK_K, A_ALONG_K, EVEN_K, TMA),
+                *(BLOCK_M, BLOCK_K, A_ALONG_K, False, EVEN_K, TMA, DEAL, PRECISION),
             )
             b = _operand(
                 *(b_ptr, first_n, first_k, n, k, b_stride),
-                *(BLOCK_N, BLOCK_K, B_ALONG_K, EVEN_K, TMA),
+                *(BLOCK_N, BLOCK_K, B_ALONG_K, True, EVEN_K, TMA, DEAL, PRECISION),
             )
-            z = tl.dot(a, b.T, z, input_precision=PRECISION)
+            z = tl.dot(a, b, z, input_precision=PRECISION)
 
+        if DEAL:
+            z = _gather_columns(z)
+            if TMA:
+                z = _gather_columns(z.T).T
         if SPLIT:
             row = first_m + tl.arange(0, BLOCK_M)
             col = first_n + tl.arange(0, BLOCK_N)
-            index = ((split * m + row) * n)[:, None] + col[None, :]
-            tl.store(out_ptr + index, z, (row < m)[:, None] & (col < n)[None, :])
+            index = (row * n)[:, None] + col[None, :]
+            tl.store(out_ptr + split * m * n + index, z, (row < m)[:, None] & (col < n)[None, :])
         else:
             parts = epilogue.slices(z, SLICES)
             for s in tl.static_range(SLICES):
@@ -534,6 +600,14 @@ def linear_wgrad(
     dw = x.new_empty(m, n)
     _multiply(_problem("wgrad", dz, x, dw, k, tf32), config, dz, x, dw)
     return dw
+
+
+def deals(gpu: Gpu, block_m: int, block_n: int) -> bool:
+    """Whether wgrad of tf32 deals its operands, see `_deal`.
+
+    Only the tensor cores of sm_90 and sm_100 read operands from shared memory.
+    """
+    return 90 <= gpu.arch < 120 and min(block_m, block_n) >= 32
 
 
 def why_not(*matrices: Tensor | None) -> str | None:
@@ -780,6 +854,9 @@ def _multiply(
             SLICES=config.slices,
             TMA=config.tma,
             PERSISTENT=config.persistent,
+            DEAL=problem.direction == "wgrad"
+            and problem.precision == "tf32"
+            and deals(gpu, config.block_m, config.block_n),
             WIDE=wide,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -266,6 +266,19 @@ def test_tf32_is_taken_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert conv._arithmetic(F16, linear=False) == "float16"
 
 
+@pytest.mark.parametrize("name", ["3x3", "several blocks", "stem", "dilated, stride 2"])
+@pytest.mark.parametrize("config", conv.CONFIGS["wgrad"][-2:], ids=str)
+def test_wgrad_of_dealt_operands(name: str, config: Config) -> None:
+    case = CASES[name]
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # the interpreter multiplies in float32
+    assert gemm.deals(gemm.gpu_of(torch.device("cpu")), config.block_m, config.block_n)
+    x, weight, dz = operands(case, F32)
+    truth = truth_of(case, x.double(), weight.double(), dz.double())
+    plain = truth_of(case, x, weight, dz)
+    dw = conv.conv_wgrad(dz, x, case.weight, *case.geometry, config=replace(config, splits=2))
+    assert_as_good_as(dw, plain[2], truth[2])
+
+
 def test_unaligned_and_foreign_layouts() -> None:
     case = CASES["3x3"]
     spec = shaped("leaky_relu")

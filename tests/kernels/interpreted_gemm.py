@@ -131,8 +131,8 @@ def check_dgrad(
         assert sums.shape == (0,)
 
 
-def check_wgrad(dz: Tensor, x: Tensor, config: Config | None) -> None:
-    dw = gemm.linear_wgrad(dz, x, config=config)
+def check_wgrad(dz: Tensor, x: Tensor, config: Config | None, tf32: bool | None = None) -> None:
+    dw = gemm.linear_wgrad(dz, x, config=config, tf32=tf32)
     plain, truth = dz.float().t() @ x.float(), dz.double().t() @ x.double()
     assert dw.is_contiguous()
     assert_as_good_as(dw, plain.to(x.dtype), truth)
@@ -185,6 +185,16 @@ def test_every_configuration(config: Config) -> None:
     weight = (draw(k, n, seed=5) / k**0.5).to(dtype)
     check_dgrad(shaped("tanh"), x, weight, residual, None, False, config)
     check_wgrad(dz, x, config)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.bytes_k == 128], ids=str)
+def test_wgrad_of_dealt_operands(config: Config, splits: int) -> None:
+    assert gemm.deals(gemm.gpu_of(torch.device("cpu")), config.block_m, config.block_n)
+    m, n, k = config.block_m + 8, config.block_n + 4, 172
+    x, dz = draw(k, n).float(), draw(k, m, seed=1).float()
+    # The interpreter multiplies in float32. Fewer stages, for the largest to fit as well.
+    check_wgrad(dz, x, replace(config, splits=splits, num_stages=1), tf32=True)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)

@@ -95,12 +95,13 @@ def check(
     assert multiplies(kernel) == (best if problem.tensor_cores else "fma"), where
     assert ("cp.async.bulk.tensor" in kernel.ptx) == config.tma, where
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?(0x\w+)", kernel.ptx)
-    turned = problem.direction == "wgrad" and problem.precision == "tf32"
-    if not config.tma and not turned:
+    if not config.tma:
         assert set(copies) == {"0x10"}, where
     if not config.tma:
         assert 16 in kernel.widths("st"), where
         assert kernel.widths("st") <= {4, 8, 16}, where
+    if problem.direction == "wgrad":  # which has nothing but operands to read
+        assert not kernel.widths("ld"), where
     if problem.reads and not config.persistent:
         assert 16 in kernel.widths("ld"), where
 
@@ -123,12 +124,31 @@ def test_what_large_layers_take(
 
 
 @pytest.mark.parametrize("arithmetic", ["tf32", "ieee"])
+@pytest.mark.parametrize("direction", ["dgrad", "wgrad"])
+@pytest.mark.parametrize("arch", ARCHES)
 def test_float32(
-    arithmetic: str, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+    arch: int,
+    direction: str,
+    arithmetic: str,
+    launches: dict[str, Recorder],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    p = problem("dgrad", *ARITHMETIC[arithmetic])
-    config = next(c for c in gemm.configs_for(p, GPUS[90]) if not c.tma)
-    check(monkeypatch, launches, 90, p, config, shaped("gelu"))
+    p = problem(direction, *ARITHMETIC[arithmetic])
+    config = next(c for c in gemm.configs_for(p, GPUS[arch]) if not c.tma)
+    check(monkeypatch, launches, arch, p, config, shaped("gelu"))
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_operands_turned_around(
+    arch: int, tma: bool, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem("wgrad", *ARITHMETIC["tf32"])
+    config = next(c for c in gemm.configs_for(p, GPUS[arch]) if c.tma == tma)
+    check(monkeypatch, launches, arch, p, config, shaped("leaky_relu"))
+    ptx = launches["_gemm_kernel"].compile(arch).ptx
+    assert "st.shared.v4" in ptx
+    assert "st.shared.b32" not in ptx
 
 
 def unaligned(matrix: Tensor) -> Tensor:
