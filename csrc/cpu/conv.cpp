@@ -24,7 +24,17 @@ constexpr int64_t kCorrelateRows = 96;   // positions of one panel of wgrad's
 constexpr int64_t kGroupPanels = 4;      // panels of x that wgrad copies at once
 constexpr int64_t kSumNumbers = 1 << 16;      // of dw, which stay in the cache for a chunk
 constexpr int64_t kPartialNumbers = 1 << 18;  // of dw, for all chunks together
+constexpr int64_t kNearNumbers = 1 << 18;     // of x and dz, that need not be fetched ahead
 constexpr int64_t kItemsPerThread = 8;        // of wgrad, so that threads end together
+
+// The same as a linear layer, where positions do not matter.
+Conv flat(const Conv& conv) {
+  const Sizes ones = {1, 1, 1}, zeros = {0, 0, 0};
+  if (conv.taps() > 1 || conv.stride != ones || conv.padding != zeros) {
+    return conv;
+  }
+  return {conv.in_rows(), conv.in_channels, conv.out_channels, ones, ones, ones, ones, zeros, ones};
+}
 
 // One dimension of a section: `count` positions first, first + step, … of the result; tap t of
 // position i takes position i · scale + offset[t] of the source.
@@ -108,38 +118,39 @@ void pack_panels(const Section& section, const Weight& w, int64_t reduced, int64
 // What lies beyond an edge does so for whole tiles then, which need not be computed.
 class Walk {
  public:
-  Walk(const Sizes& count, int64_t batch, int64_t images, int64_t begin)
-      : count_(count), batch_(batch), images_(images) {
-    const int64_t all = count[0] * count[1] * count[2];
-    first_ = begin / (images * all) * images;
-    const int64_t rest = begin - first_ * all, width = together();
-    image_ = rest % width;
-    int64_t position = rest / width;
+  Walk(const Section& section, int64_t batch, int64_t begin) : section_(section), batch_(batch) {
+    const int64_t all = positions(section);
+    first_ = begin / (kImages * all) * kImages;
+    const int64_t rest = begin - first_ * all;
+    image_ = rest % together();
+    int64_t position = rest / together();
     for (int d = kSpatial - 1; d >= 0; --d) {
-      at_[d] = position % count[d];
-      position /= count[d];
+      at_[d] = position % section[d].count;
+      position /= section[d].count;
     }
   }
 
-  int64_t image() const { return first_ + image_; }
   int64_t at(int d) const { return at_[d]; }
+  int64_t image() const { return first_ + image_; }
+  int64_t images() const { return together() - image_; }  // from image() on, at this position
 
-  void next() {
-    if (++image_ < together()) {
+  void skip(int64_t images) {
+    image_ += images;
+    if (image_ < together()) {
       return;
     }
     image_ = 0;
-    for (int d = kSpatial - 1; d >= 0 && ++at_[d] == count_[d]; --d) {
+    for (int d = kSpatial - 1; d >= 0 && ++at_[d] == section_[d].count; --d) {
       at_[d] = 0;
-      first_ += d == 0 ? images_ : 0;
+      first_ += d == 0 ? kImages : 0;
     }
   }
 
  private:
-  int64_t together() const { return std::max<int64_t>(1, std::min(images_, batch_ - first_)); }
+  int64_t together() const { return std::max<int64_t>(1, std::min(kImages, batch_ - first_)); }
 
-  Sizes count_;
-  int64_t batch_, images_, first_, image_;
+  const Section& section_;
+  int64_t batch_, first_, image_;
   Sizes at_;
 };
 
@@ -150,30 +161,44 @@ class Rows {
   Rows(const Section& section, int64_t batch, const float* source, int64_t channels,
        const float* zeros)
       : section_(section), batch_(batch), source_(source), channels_(channels), zeros_(zeros),
-        taps_(taps(section)) {
+        taps_(taps(section)), from_(taps_) {
+    source_image_ = channels;
     for (int d = 0; d < kSpatial; ++d) {
-      from_[d].resize(section[d].tap.size());
+      source_image_ *= section[d].source_size;
     }
   }
 
   void find(int64_t begin, int64_t rows) {
     target_.resize(rows);
     left_.resize(rows * taps_);
-    Walk walk({section_[0].count, section_[1].count, section_[2].count}, batch_, taps_ > 1 ? kImages : 1, begin);
-    for (int64_t r = 0; r < rows; ++r, walk.next()) {
+    const int64_t image = section_[0].size * section_[1].size * section_[2].size;
+    Walk walk(section_, batch_, begin);
+    for (int64_t r = 0; r < rows;) {
+      const int64_t images = std::min(walk.images(), rows - r);
       int64_t target = walk.image();
       for (int d = 0; d < kSpatial; ++d) {
         target = target * section_[d].size + section_[d].first + walk.at(d) * section_[d].step;
       }
-      target_[r] = target;
-      const int64_t tile = r / kTile * kTile;
-      take(walk, left_.data() + tile * taps_ + r - tile, std::min(kTile, rows - tile));
+      take(walk);
+      const float* source = source_ + walk.image() * source_image_;
+      for (const int64_t last = r + images; r < last; ++r) {
+        target_[r] = target;
+        const int64_t tile = r / kTile * kTile, height = std::min(kTile, rows - tile);
+        const float** left = left_.data() + tile * taps_ + r - tile;
+        for (const int64_t from : from_) {
+          *left = from == kOutside ? zeros_ : source + from;
+          left += height;
+        }
+        target += image;
+        source += source_image_;
+      }
+      walk.skip(images);
     }
     for (int64_t r = 0; r < rows; r += kTile) {
       const int64_t height = std::min(kTile, rows - r);
-      for (const float** left = left_.data() + r * taps_; left != left_.data() + (r + height) * taps_;
-           left += height) {
-        if (std::all_of(left, left + height, [&](const float* row) { return row == zeros_; })) {
+      const float** left = left_.data() + r * taps_;
+      for (const float** end = left + height * taps_; left != end; left += height) {
+        if (std::count(left, left + height, zeros_) == height) {
           *left = nullptr;
         }
       }
@@ -201,27 +226,22 @@ class Rows {
  private:
   static constexpr int64_t kOutside = -1;
 
-  // left[t · pitch] = the row that tap t takes for one position.
-  void take(const Walk& walk, const float** left, int64_t pitch) {
-    int64_t size = channels_;
-    for (int d = kSpatial - 1; d >= 0; --d) {
-      const Axis& axis = section_[d];
-      for (size_t t = 0; t < axis.offset.size(); ++t) {
-        const int64_t p = walk.at(d) * axis.scale + axis.offset[t];
-        from_[d][t] = 0 <= p && p < axis.source_size ? p * size : kOutside;
+  // What each tap takes for one position, counted from the beginning of an image.
+  void take(const Walk& walk) {
+    std::array<int64_t, kSpatial> size;
+    size[2] = channels_;
+    size[1] = size[2] * section_[2].source_size;
+    size[0] = size[1] * section_[1].source_size;
+    each_tap(section_, [&](int64_t i, const std::array<size_t, kSpatial>& t) {
+      int64_t from = 0;
+      bool inside = true;
+      for (int d = 0; d < kSpatial; ++d) {
+        const int64_t p = walk.at(d) * section_[d].scale + section_[d].offset[t[d]];
+        inside &= 0 <= p && p < section_[d].source_size;
+        from += p * size[d];
       }
-      size *= axis.source_size;
-    }
-    const float* first = source_ + walk.image() * size;
-    for (const int64_t a : from_[0]) {
-      for (const int64_t b : from_[1]) {
-        const bool outside = a == kOutside || b == kOutside;
-        for (const int64_t c : from_[2]) {
-          *left = outside || c == kOutside ? zeros_ : first + a + b + c;
-          left += pitch;
-        }
-      }
-    }
+      from_[i] = inside ? from : kOutside;
+    });
   }
 
   const Section& section_;
@@ -229,8 +249,8 @@ class Rows {
   const float* source_;
   int64_t channels_;
   const float* zeros_;
-  int64_t taps_;
-  std::array<std::vector<int64_t>, kSpatial> from_;
+  int64_t taps_, source_image_;
+  std::vector<int64_t> from_;
   std::vector<int64_t> target_;
   std::vector<const float*> left_;
 };
@@ -347,14 +367,16 @@ void gather(const Section& section, int64_t batch, const float* source, int64_t 
 
 }  // namespace
 
-void conv_forward(const Conv& conv, const float* x, const Weight& w, float* y,
+void conv_forward(const Conv& given, const float* x, const Weight& w, float* y,
                   const Finish& finish) {
+  const Conv conv = flat(given);
   gather(forward_section(conv), conv.batch, x, conv.in_channels, w, w.column, w.row, y,
          conv.out_channels, finish, nullptr);
 }
 
-void conv_dgrad(const Conv& conv, const float* dz, const Weight& w, float* dx,
+void conv_dgrad(const Conv& given, const float* dz, const Weight& w, float* dx,
                 const Finish& finish) {
+  const Conv conv = flat(given);
   std::vector<double> totals(conv.in_channels);
   Sizes residue;
   for (residue[0] = 0; residue[0] < conv.stride[0]; ++residue[0]) {
@@ -437,11 +459,13 @@ struct CorrelateCut {
 
 }  // namespace
 
-void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight& dw) {
+void conv_wgrad(const Conv& given, const float* dz, const float* x, const Weight& dw) {
+  const Conv conv = flat(given);
   const int64_t in = conv.in_channels, out = conv.out_channels;
   const int64_t taps = conv.taps(), size = taps * in * out;
   const CorrelateCut cut(conv);
   const int64_t groups = ceil_div(in, cut.group), chunks = cut.chunks;
+  const bool near = conv.in_rows() * in + conv.out_rows() * out < kNearNumbers;
   // (chunk, tap, panel, output channel, column of the panel)
   const Workspace partials(chunks * size);
   parallel(chunks * taps * groups, kGrain, [&](int64_t item) {
@@ -450,8 +474,8 @@ void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight&
     float* sum = partials.get() + c * size + t * in * out;
     alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
     std::fill_n(sum + first * out, (last - first) * out, 0.0f);
-    const int64_t count = ceil_div(last - first, kPanel) * ceil_div(out, kTile);
-    const int64_t step = ceil_div(kCorrelateRows, count);
+    const int64_t tiles = ceil_div(out, kTile);
+    const int64_t step = near ? 0 : ceil_div(kCorrelateRows, tiles * ceil_div(last - first, kPanel));
     const int64_t begin = cut.row(c), rows = cut.row(c + 1) - begin;
     const int64_t blocks = ceil_div(rows, kCorrelateRows);
     const auto find = [&](Taken& taken, int64_t block) {
@@ -477,13 +501,14 @@ void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight&
       }
       for (int64_t j = first; j < last && now.rows > 0; j += kPanel) {
         const int64_t width = std::min(kPanel, in - j);
-        for (int64_t k = 0; k < out; k += kTile) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
           for (int64_t i = 0; i < step && fetched < next.rows; ++i, ++fetched) {
             fetch_row(next.x[fetched] + first, last - first);
             fetch_row(next.dz[fetched], out);
           }
-          correlate(std::min(kTile, out - k), width, now.dz.data(), k, now.rows,
-                    panels + (j - first) * now.rows, sum + j * out + k * width);
+          const int64_t k = out * tile / tiles, k_end = out * (tile + 1) / tiles;
+          correlate(k_end - k, width, now.dz.data(), k, now.rows, panels + (j - first) * now.rows,
+                    sum + j * out + k * width);
         }
       }
     }

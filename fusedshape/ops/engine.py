@@ -361,7 +361,7 @@ def choose_engine(
     """
     if asked == "auto":
         measured = None if _chooser is None else _chooser(direction, problem)
-        for name in (measured, pinned_engine(problem)):
+        for name in (measured, pinned_engine(direction, problem)):
             if name == "aten" or (name in _ENGINES and obstacle(name) is None):
                 return name
         return "aten"
@@ -373,20 +373,27 @@ def choose_engine(
     return asked
 
 
-def pinned_engine(problem: Problem) -> str:
+def pinned_engine(direction: Direction, problem: Problem) -> str:
     """The engine for a layer that has not been measured.
 
-    On CUDA "aten". On the CPU "native" for float32 in channels_last layout: convolutions, and
-    linear layers on AMD's CPUs, which torch leaves to MKL.
+    On CUDA "aten". On the CPU "native" for float32 in channels_last layout: for convolutions of 32
+    channels and more, but for the weight gradient of those between 32 and 255 with several taps and
+    no stride; and for linear layers on AMD's CPUs, which torch leaves to MKL.
 
     Example:
-        >>> shapes = (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1)
-        >>> pinned_engine(Problem("cpu", None, torch.float32, *shapes, 1, "relu", True))
-        'native'
+        >>> shapes = (8, 64, 14, 14), (64, 64, 3, 3), True, (1, 1), (1, 1), (1, 1)
+        >>> problem = Problem("cpu", None, torch.float32, *shapes, 1, "relu", True)
+        >>> pinned_engine("fprop", problem), pinned_engine("wgrad", problem)
+        ('native', 'aten')
     """
     if problem.device != "cpu" or problem.dtype != torch.float32 or not problem.channels_last:
         return "aten"
-    return "native" if len(problem.weight) > 2 or _is_amd() else "aten"
+    out, per_group, *kernel = problem.weight
+    if not kernel:
+        return "native" if _is_amd() else "aten"
+    dense = any(k > 1 for k in kernel) and all(s == 1 for s in problem.stride)
+    least = 256 if direction == "wgrad" and dense else 32
+    return "native" if min(out, per_group) >= least else "aten"
 
 
 def _is_amd() -> bool:
