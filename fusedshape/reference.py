@@ -6,6 +6,7 @@ or a torch.func transform is active, and a provider in the benchmarks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,26 @@ def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Ten
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
     v = get_activation(spec.activation).value(u, spec.negative_slope)
     return (spec.output_scale * (v + spec.output_shift)).to(x.dtype)
+
+
+def own_weight(residual_weight: float) -> float:
+    """√(1 − w²): what a layer weighs in a normalised sum with a residual of weight w."""
+    return math.sqrt((1 - residual_weight) * (1 + residual_weight))
+
+
+def residual_act(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: float,
+    spec: ActSpec,
+    dim: int,
+) -> Tensor:
+    """φ̂(√(1 − w²)(x + b) + w r); without residual `bias_act`."""
+    if residual is None:
+        return bias_act(x, bias, spec, dim)
+    u = own_weight(residual_weight) * _with_bias(x, bias, dim)
+    return shaped_act(u + residual_weight * residual.to(u.dtype), spec).to(x.dtype)
 
 
 def shaped_act(x: Tensor, spec: ActSpec) -> Tensor:
@@ -85,13 +106,22 @@ def conv_act(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None = None,
+    residual_weight: float = 0.0,
 ) -> Tensor:
-    """φ̂(conv(x, weight) + bias), channels in dimension 1."""
+    """φ̂(√(1 − w²)(conv(x, weight) + bias) + w · residual), channels in dimension 1."""
     no = [0] * len(stride)
     z = torch.convolution(x, weight, None, stride, padding, dilation, False, no, groups)
-    return bias_act(z, bias, spec, 1)
+    return residual_act(z, bias, residual, residual_weight, spec, 1)
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ActSpec) -> Tensor:
-    """φ̂(x weightᵀ + bias), features in the last dimension."""
-    return bias_act(F.linear(x, weight), bias, spec, -1)
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: ActSpec,
+    residual: Tensor | None = None,
+    residual_weight: float = 0.0,
+) -> Tensor:
+    """φ̂(√(1 − w²)(x weightᵀ + bias) + w · residual), features in the last dimension."""
+    return residual_act(F.linear(x, weight), bias, residual, residual_weight, spec, -1)

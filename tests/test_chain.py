@@ -464,6 +464,19 @@ def params_of(layers: Sequence[ChainLayer]) -> list[Tensor]:
     return [t for layer in layers for t in (layer.weight, layer.bias) if t is not None]
 
 
+def test_layers_that_share_a_weight_compile() -> None:
+    torch._dynamo.reset()
+    weight = (draw(4, 4, 3, 3, seed=51) / 5).requires_grad_()
+    bias = draw(4, seed=52).requires_grad_()
+    layers = [ChainLayer(weight, bias, LEAKY, 1, 1), ChainLayer(weight, bias, SWISH, 1, 1)]
+    x = draw(2, 4, 5, 5, seed=53)
+    compiled = torch.compile(conv_chain, fullgraph=True, backend="aot_eager")
+    found = [f(x, layers) for f in (conv_chain, compiled)]
+    grads = [torch.autograd.grad(y.square().sum(), (weight, bias)) for y in found]
+    torch.testing.assert_close([found[1], *grads[1]], [found[0], *grads[0]])
+    torch._dynamo.reset()
+
+
 @NATIVE
 @pytest.mark.slow
 def test_inductor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,16 +10,21 @@ import torch
 from conftest import INTERPRET, shaped
 from torch import Tensor
 
-from fusedshape import ShapedConv2d, ShapedLinear
+from fusedshape import ShapedConv2d, ShapedLinear, native
 from fusedshape.ops import conv_act, engine, linear_act
 from fusedshape.ops.engine import (
     DIRECTIONS,
     Direction,
     Problem,
+    asked_engine,
     choose_engine,
     engines_for,
     install_chooser,
+    only_aten,
+    pinned_engine,
     problem_of,
+    rivals,
+    why_not,
 )
 
 LEAKY = shaped("leaky_relu")
@@ -142,3 +148,172 @@ def test_engines_survive_copies_of_modules() -> None:
     del old.__dict__["engine"]  # as pickled before there were engines
     assert old.engine == "auto"
     assert old(X).shape == (2, 6, 3, 2)
+
+
+NATIVE = pytest.mark.skipif(
+    INTERPRET or not native.available(), reason=f"no csrc for CPU tensors: {native.why_not()}"
+)
+#: On the CPU, float32 and channels_last, 1×1: what csrc's convolutions do best.
+POINTWISE = Problem(
+    "cpu", None, torch.float32, (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1), 1,
+    "relu", True,
+)  # fmt: skip
+DENSE = {"weight": (256, 256, 3, 3), "input": (8, 256, 14, 14)}
+LINEAR = {"weight": (64, 64), "input": (64, 64), "stride": (), "padding": (), "dilation": ()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "native"),
+        ({"device": "cuda", "capability": (9, 0)}, "aten"),
+        ({"device": "meta"}, "aten"),
+        ({"dtype": torch.float64}, "aten"),
+        ({"dtype": torch.bfloat16}, "aten"),
+        ({"channels_last": False}, "aten"),
+        ({"stride": (2, 2)}, "native"),
+        ({"weight": (32, 64, 1, 1)}, "native"),
+        ({"weight": (16, 64, 1, 1)}, "aten"),
+        ({"weight": (64, 16, 1, 1), "input": (8, 16, 14, 14)}, "aten"),
+        ({"weight": (64, 64, 3, 3)}, "aten"),
+        ({"weight": (64, 64, 3, 3), "stride": (2, 2)}, "native"),
+        (DENSE, "native"),
+        (DENSE | {"channels_last": False}, "aten"),
+    ],
+    ids=str,
+)
+def test_pinned_engine_of_convolutions(changes: dict[str, object], name: str) -> None:
+    assert pinned_engine(POINTWISE._replace(**changes)) == name
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel", ""])
+def test_pinned_engine_of_linear_layers(vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cpu_vendor", lambda: vendor)
+    here = "native" if vendor == "AuthenticAMD" else "aten"
+    assert pinned_engine(POINTWISE._replace(**LINEAR)) == here
+    assert pinned_engine(POINTWISE._replace(**LINEAR | {"input": (4, 16, 64)})) == here
+    assert pinned_engine(POINTWISE._replace(**LINEAR | {"input": (1, 64)})) == "aten"
+    assert pinned_engine(POINTWISE._replace(**LINEAR, dtype=torch.float64)) == "aten"
+
+
+def test_the_pinned_engine_gives_way_to_what_hinders_it() -> None:
+    assert choose_engine("fprop", POINTWISE, "auto", fits) == "native"
+    assert choose_engine("fprop", POINTWISE, "auto", fits_not) == "aten"
+
+
+@pytest.mark.parametrize("measured", ["aten", "triton", "cudnn", None])
+def test_measurements_come_before_the_pinned_engine(measured: str | None) -> None:
+    previous = install_chooser(lambda direction, problem: measured)
+    try:
+        name = measured if measured in ("aten", "triton") else "native"
+        assert choose_engine("fprop", POINTWISE, "auto", fits) == name
+        no_triton = {"triton": "no CUDA"}.get
+        name = "aten" if measured == "aten" else "native"
+        assert choose_engine("fprop", POINTWISE, "auto", no_triton) == name
+    finally:
+        install_chooser(previous)
+
+
+def test_who_names_a_backend_wants_its_pass() -> None:
+    for backend in ("auto", "reference", "native", "triton"):
+        for name in ("aten", "triton", "native"):
+            assert asked_engine(name, backend) == name
+    assert asked_engine("auto", "auto") == "auto"
+    assert {asked_engine("auto", b) for b in ("reference", "native", "triton")} == {"aten"}
+
+
+def test_rivals() -> None:
+    assert rivals("cuda") == ("triton",)
+    assert rivals("cpu") == (("triton",) if INTERPRET else ("native",))
+    assert rivals("mps") == rivals("meta") == ()
+
+
+def last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+@NATIVE
+def test_only_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of a layer before its problem is looked at."""
+    large, small = last(8, 64, 8, 8), last(8, 64, 8, 7)
+    assert not only_aten("auto", large)
+    assert only_aten("auto", small)
+    assert only_aten("auto", large.double())
+    assert only_aten("auto", large.bfloat16())
+    assert only_aten("auto", large.to("meta"))
+    assert only_aten("aten", large)
+    for name in ("native", "triton", "cublas"):
+        assert not only_aten(name, small), "which then has to be refused, or run"
+    monkeypatch.setattr(native, "_loaded", False)
+    assert only_aten("auto", large)
+    assert "not to be had" in str(why_not("native", large, last(64, 64, 1, 1), 1))
+
+
+@NATIVE
+def test_a_chooser_is_not_asked_for_small_inputs(asked: list[tuple[Direction, Problem]]) -> None:
+    geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    w = last(64, 64, 1, 1)
+    assert engines_for("auto", last(8, 64, 8, 7), w, LEAKY, geometry) == (engine.ATEN,) * 3
+    assert not asked
+    found = engines_for("auto", last(8, 64, 8, 8), w, LEAKY, geometry, chained=True)
+    assert [direction for direction, _ in asked] == ["fprop", "dgrad_act", "wgrad"]
+    assert [e.name for e in found] == ["native"] * 3, "Triton cannot, so what is pinned does"
+
+
+@NATIVE
+@pytest.mark.parametrize("names", [*itertools.product(["aten", "native"], repeat=3)], ids="-".join)
+def test_each_direction_by_its_own_engine(names: tuple[str, str, str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (8, 64, 8, 8), (32, 64, 3, 3), (32,)
+    x, w, b = (torch.randn(shape, generator=generator) for shape in shapes)
+    x, w = x.to(memory_format=torch.channels_last), w / 24
+    by_direction = dict(zip(("fprop", "dgrad", "wgrad"), names, strict=True))
+
+    def results(name: str) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        y = conv_act(*leaves, shaped("swish"), stride=2, padding=1, engine=name)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    want = results("aten")
+    previous = install_chooser(lambda direction, problem: by_direction[direction])
+    try:
+        got = results("auto")
+        geometry = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)
+        found = engines_for("auto", x, w, LEAKY, geometry)
+    finally:
+        install_chooser(previous)
+    assert tuple(e.name for e in found) == names
+    for g, t in zip(got, want, strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-4, atol=1e-5 * t.abs().amax().item())
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("x", "weight", "groups", "reason"),
+    [
+        (last(2, 32, 4, 4), last(16, 16, 1, 1), 2, "groups=2"),
+        (last(2, 32, 4, 4, dtype=torch.float64), last(16, 32, 1, 1), 1, "got torch.float64"),
+        (last(2, 24, 4, 4), last(16, 24, 1, 1), 1, "24 channels or features"),
+        (last(2, 32, 4, 4), last(8, 32, 1, 1), 1, "8 channels or features"),
+        (torch.ones(2, 32, 4, 4), last(16, 32, 1, 1), 1, "strides (512, 16, 4, 1)"),
+        (torch.ones(2, 32, 4, 4, device="meta"), last(16, 32, 1, 1), 1, "one on meta"),
+    ],
+    ids=["groups", "dtype", "input channels", "output channels", "layout", "device"],
+)
+def test_why_native_cannot(x: Tensor, weight: Tensor, groups: int, reason: str) -> None:
+    found = why_not("native", x, weight, groups)
+    assert found is not None
+    assert reason in found
+    assert why_not("native", last(2, 32, 4, 4), last(16, 32, 1, 1), 1) is None
+    assert why_not("native", torch.ones(2, 3, 32), torch.ones(16, 32), 1) is None
+
+
+def test_linear_layers_that_have_nothing_to_sum_or_gaps() -> None:
+    weight = torch.ones(16, 0)
+    for run in (linear_act, torch.compile(linear_act, fullgraph=True, backend="aot_eager")):
+        assert run(torch.ones(2, 0), weight, None, LEAKY).shape == (2, 16)
+    with pytest.raises(ValueError, match="0 channels or features"):
+        linear_act(torch.ones(2, 0), weight, None, LEAKY, engine="native")
+    for x in (torch.ones(16, 4).T, torch.ones(2, 16, 4).mT):
+        with pytest.raises(ValueError, match=r"pass x\.contiguous\(\)"):
+            linear_act(x, torch.ones(16, 16), None, LEAKY, engine="native")

@@ -94,15 +94,17 @@ def test_weights_start_as_the_constants_assume() -> None:
 @pytest.mark.parametrize("container", [nn.Sequential, ShapedChain])
 def test_a_net_trains(container: type[nn.Sequential], compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    net = container(
-        PerLocationNorm(),
-        ShapedConv2d(3, 8, 3, padding=1, spec=SPEC),
-        ShapedConv2d(8, 8, 3, padding=1, spec=SPEC),
-        nn.Flatten(),
-        ShapedLinear(8 * 16, 8, spec=SPEC),
-        ShapedActivation(SPEC),
-        nn.Linear(8, 1),
-    )
+    with torch.random.fork_rng(devices=[]):  # one in forty of other weights does not train so fast
+        torch.manual_seed(0)
+        net = container(
+            PerLocationNorm(),
+            ShapedConv2d(3, 8, 3, padding=1, spec=SPEC),
+            ShapedConv2d(8, 8, 3, padding=1, spec=SPEC),
+            nn.Flatten(),
+            ShapedLinear(8 * 16, 8, spec=SPEC),
+            ShapedActivation(SPEC),
+            nn.Linear(8, 1),
+        )
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
     optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
     x, y = torch.randn(16, 2, 4, 4, generator=generator), torch.randn(16, 1, generator=generator)

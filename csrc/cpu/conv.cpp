@@ -2,8 +2,8 @@
 //
 // Forward and dgrad differ in what they gather. Forward takes, for each output position and tap, one
 // row of x. dgrad takes, for each input position and tap, one row of dz; with strides, positions of
-// one residue share their taps and are a section of their own. How the work is cut depends on the
-// sizes alone, and so do the roundings, whatever the number of threads.
+// one residue share their taps and are a section of their own. How that work is cut depends on the
+// sizes alone, and so do the roundings, whatever the number of threads; wgrad's is cut to suit them.
 #include "conv.h"
 
 #include <vector>
@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kBlockRows = 96;       // of a result, whose left operand stays in the cache
 constexpr int64_t kImages = 2 * kTile;   // whose positions are taken together
 constexpr int64_t kReduce = 512;         // numbers of a sum before a tile is written
+constexpr int64_t kPanelNumbers = 1 << 22;  // of W, packed at once
 constexpr int64_t kItems = 64;           // pieces of work to aim at, enough for many threads
 constexpr int64_t kRowsPerFlush = 32;    // rows added up in float before they go into a double
 constexpr int64_t kCorrelateRows = 96;   // positions of one panel of wgrad's
@@ -61,7 +62,7 @@ Section dgrad_section(const Conv& conv, const Sizes& residue) {
   Section section;
   for (int d = 0; d < kSpatial; ++d) {
     const int64_t stride = conv.stride[d];
-    const int64_t count = ceil_div(std::max<int64_t>(conv.in[d] - residue[d], 0), stride);
+    const int64_t count = ceil_div(conv.in[d] - residue[d], stride);
     section[d] = {count, residue[d], stride, conv.in[d], 1, conv.out[d], {}, {}};
     for (int64_t k = 0; k < conv.kernel[d]; ++k) {
       const int64_t reach = residue[d] + conv.padding[d] - k * conv.dilation[d];
@@ -93,22 +94,34 @@ void each_tap(const Section& s, const F& f) {
   }
 }
 
-// The panels of the weight for one section: `reduced` and `columns` are W's channels, which are
-// summed over and which the result has.
-void pack_panels(const Section& section, const Weight& w, int64_t reduced, int64_t columns,
-                 int64_t row, int64_t column, float* panels) {
+// Rows of a source times W: W's channels are `reduced`, which are summed over, and `columns`, which
+// the result has; `row` and `column` are their distances in W.
+struct Product {
+  int64_t batch;
+  const float* source;
+  int64_t reduced, columns;
+  const Weight& w;
+  int64_t row, column;
+  float* result;
+};
+
+// The panels of the weight for one section and columns [begin, end) of the result.
+void pack_panels(const Section& section, const Product& product, int64_t begin, int64_t end,
+                 float* panels) {
+  const int64_t reduced = product.reduced, row = product.row, column = product.column;
+  const Weight& w = product.w;
   const int64_t length = taps(section) * reduced;
   std::vector<const float*> starts(taps(section));
   each_tap(section, [&](int64_t i, const std::array<size_t, kSpatial>& t) {
-    starts[i] = w.data;
+    starts[i] = w.data + begin * column;
     for (int d = 0; d < kSpatial; ++d) {
       starts[i] += section[d].tap[t[d]] * w.tap[d];
     }
   });
-  const int64_t count = ceil_div(columns, kPanel);
+  const int64_t count = ceil_div(end - begin, kPanel);
   parallel(count * taps(section), reduced * kPanel, [&](int64_t item) {
     const int64_t j = item / taps(section) * kPanel, i = item % taps(section);
-    const int64_t width = std::min(kPanel, columns - j);
+    const int64_t width = std::min(kPanel, end - begin - j);
     pack(starts[i] + j * column, row, column, reduced, width,
          panels + j * length + i * reduced * width);
   });
@@ -293,6 +306,12 @@ void finish_rows(const Finish& finish, const Rows& rows, int64_t count, float* r
     const int64_t at = rows.target(r) * channels + column;
     float* y = result + at;
     if (finish.value != nullptr) {
+      if (finish.residual != nullptr) {
+        const float* residual = finish.residual + at;
+        for (int64_t i = 0; i < n * width; ++i) {
+          y[i] += finish.share * residual[i];
+        }
+      }
       finish.value(y, bias.data(), y, n * width, finish.constants);
       continue;
     }
@@ -307,35 +326,34 @@ void finish_rows(const Finish& finish, const Rows& rows, int64_t count, float* r
   }
 }
 
-// One section of a result: rows of source times W.
-void gather(const Section& section, int64_t batch, const float* source, int64_t reduced,
-            const Weight& w, int64_t row, int64_t column, float* result, int64_t columns,
+// Columns [left, right) of one section of a result.
+void gather(const Section& section, const Product& product, int64_t left, int64_t right,
             const Finish& finish, double* totals) {
+  const int64_t batch = product.batch, reduced = product.reduced, columns = product.columns;
+  const float* source = product.source;
+  float* result = product.result;
   const int64_t count = batch * positions(section), tap_count = taps(section);
-  if (count == 0) {
-    return;
-  }
-  const Workspace panels(tap_count * reduced * columns);
-  pack_panels(section, w, reduced, columns, row, column, panels.get());
+  const Workspace panels(tap_count * reduced * (right - left));
+  pack_panels(section, product, left, right, panels.get());
   const std::vector<float> zeros(reduced);
-  const Cut cut(count, columns);
+  const Cut cut(count, right - left);
   const int64_t piece = ceil_div(ceil_div(reduced, ceil_div(reduced, kReduce)), kStep) * kStep;
   const int64_t runs = ceil_div(tap_count, std::max<int64_t>(1, kReduce / reduced));
   const int64_t run = ceil_div(tap_count, std::max<int64_t>(runs, 1));
   std::vector<double> partials(totals == nullptr ? 0 : cut.blocks * columns);
   parallel(cut.blocks * cut.groups(), kGrain, [&](int64_t item) {
-    const int64_t block = item / cut.groups(), first = item % cut.groups() * cut.group;
+    const int64_t block = item / cut.groups(), first = left + item % cut.groups() * cut.group;
     const int64_t begin = cut.row(block), height = cut.row(block + 1) - begin;
-    const int64_t last = std::min(first + cut.group, columns);
+    const int64_t last = std::min(first + cut.group, right);
     Rows rows(section, batch, source, reduced, zeros.data());
     rows.find(begin, height);
     for (int64_t tap = 0; tap < tap_count; tap += run) {
       for (int64_t from = 0; from < reduced; from += piece) {
         const int64_t n = std::min(piece, reduced - from), some = std::min(run, tap_count - tap);
         for (int64_t j = first; j < last; j += kPanel) {
-          const int64_t width = std::min(kPanel, columns - j);
+          const int64_t width = std::min(kPanel, right - j);
           const float* panel =
-              panels.get() + j * tap_count * reduced + (tap * reduced + from) * width;
+              panels.get() + (j - left) * tap_count * reduced + (tap * reduced + from) * width;
           for (int64_t r = 0; r < height; r += kTile) {
             const int64_t tile = std::min(kTile, height - r);
             float* c[kTile];
@@ -358,10 +376,22 @@ void gather(const Section& section, int64_t batch, const float* source, int64_t 
   });
   if (totals != nullptr) {
     for (int64_t block = 0; block < cut.blocks; ++block) {
-      for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t j = left; j < right; ++j) {
         totals[j] += partials[block * columns + j];
       }
     }
+  }
+}
+
+// One section of a result, some columns after others, so that panels of a large W take little memory.
+void gather(const Section& section, const Product& product, const Finish& finish, double* totals) {
+  if (product.batch * positions(section) == 0) {
+    return;
+  }
+  const int64_t length = std::max<int64_t>(1, taps(section) * product.reduced);
+  const int64_t some = std::max<int64_t>(1, kPanelNumbers / (length * kPanel)) * kPanel;
+  for (int64_t left = 0; left < product.columns; left += some) {
+    gather(section, product, left, std::min(left + some, product.columns), finish, totals);
   }
 }
 
@@ -370,20 +400,26 @@ void gather(const Section& section, int64_t batch, const float* source, int64_t 
 void conv_forward(const Conv& given, const float* x, const Weight& w, float* y,
                   const Finish& finish) {
   const Conv conv = flat(given);
-  gather(forward_section(conv), conv.batch, x, conv.in_channels, w, w.column, w.row, y,
-         conv.out_channels, finish, nullptr);
+  const Product product = {conv.batch, x,     conv.in_channels, conv.out_channels, w,
+                           w.column,   w.row, y};
+  gather(forward_section(conv), product, finish, nullptr);
 }
 
 void conv_dgrad(const Conv& given, const float* dz, const Weight& w, float* dx,
                 const Finish& finish) {
   const Conv conv = flat(given);
+  const Product product = {conv.batch, dz,       conv.out_channels, conv.in_channels, w,
+                           w.row,      w.column, dx};
   std::vector<double> totals(conv.in_channels);
-  Sizes residue;
-  for (residue[0] = 0; residue[0] < conv.stride[0]; ++residue[0]) {
-    for (residue[1] = 0; residue[1] < conv.stride[1]; ++residue[1]) {
-      for (residue[2] = 0; residue[2] < conv.stride[2]; ++residue[2]) {
-        gather(dgrad_section(conv, residue), conv.batch, dz, conv.out_channels, w, w.row, w.column,
-               dx, conv.in_channels, finish, finish.sums == nullptr ? nullptr : totals.data());
+  Sizes residue, residues;
+  for (int d = 0; d < kSpatial; ++d) {
+    residues[d] = std::min(conv.stride[d], conv.in[d]);
+  }
+  for (residue[0] = 0; residue[0] < residues[0]; ++residue[0]) {
+    for (residue[1] = 0; residue[1] < residues[1]; ++residue[1]) {
+      for (residue[2] = 0; residue[2] < residues[2]; ++residue[2]) {
+        gather(dgrad_section(conv, residue), product, finish,
+               finish.sums == nullptr ? nullptr : totals.data());
       }
     }
   }
@@ -457,83 +493,104 @@ struct CorrelateCut {
   int64_t row(int64_t chunk) const { return rows * chunk / chunks; }
 };
 
+// sum += the products of one tap over a chunk of positions, for columns [first, last) of dw: as
+// (panel, output channel, column of the panel).
+void correlate_chunk(const Conv& conv, int64_t tap, int64_t begin, int64_t rows, int64_t first,
+                     int64_t last, const float* x, const float* dz, float* sum) {
+  const int64_t out = conv.out_channels, tiles = ceil_div(out, kTile);
+  const int64_t blocks = ceil_div(rows, kCorrelateRows);
+  const bool near = conv.in_rows() * conv.in_channels + conv.out_rows() * out < kNearNumbers;
+  const int64_t step = near ? 0 : ceil_div(kCorrelateRows, tiles * ceil_div(last - first, kPanel));
+  alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
+  Taken taken[2];
+  const auto find = [&](int64_t block) {
+    const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
+    taken[block % 2].find(conv, tap, begin + from, to - from, x, dz);
+  };
+  if (blocks > 0) {
+    find(0);
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Taken &now = taken[block % 2], &next = taken[(block + 1) % 2];
+    taken[(block + 1) % 2].rows = 0;
+    if (block + 1 < blocks) {
+      find(block + 1);
+    }
+    if (now.rows == 0) {
+      continue;
+    }
+    for (int64_t j = first; j < last; j += kPanel) {
+      copy_rows(now.x.data(), now.rows, j, std::min(kPanel, last - j),
+                panels + (j - first) * now.rows);
+    }
+    int64_t fetched = 0;  // of the next block's rows, a few by each tile
+    for (int64_t j = first; j < last; j += kPanel) {
+      const int64_t width = std::min(kPanel, last - j);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        for (int64_t i = 0; i < step && fetched < next.rows; ++i, ++fetched) {
+          fetch_row(next.x[fetched] + first, last - first);
+          fetch_row(next.dz[fetched], out);
+        }
+        const int64_t k = out * tile / tiles, k_end = out * (tile + 1) / tiles;
+        correlate(k_end - k, width, now.dz.data(), k, now.rows, panels + (j - first) * now.rows,
+                  sum + (j - first) * out + k * width);
+      }
+    }
+  }
+}
+
+// Columns [first, last) of one tap of dw, from the sums of some chunks, `distance` apart.
+void write_sums(const Conv& conv, int64_t tap, int64_t first, int64_t last, const float* sums,
+                int64_t chunks, int64_t distance, const Weight& dw) {
+  const Sizes at = tap_at(conv, tap);
+  float* target = dw.data;
+  for (int d = 0; d < kSpatial; ++d) {
+    target += at[d] * dw.tap[d];
+  }
+  for (int64_t j = first; j < last; j += kPanel) {
+    const int64_t width = std::min(kPanel, last - j);
+    for (int64_t k = 0; k < conv.out_channels; ++k) {
+      alignas(64) float total[kPanel] = {};
+      for (int64_t c = 0; c < chunks; ++c) {
+        for (int64_t i = 0; i < width; ++i) {
+          total[i] += sums[c * distance + k * width + i];
+        }
+      }
+      for (int64_t i = 0; i < width; ++i) {
+        target[k * dw.row + (j + i) * dw.column] = total[i];
+      }
+    }
+    sums += width * conv.out_channels;
+  }
+}
+
 }  // namespace
 
 void conv_wgrad(const Conv& given, const float* dz, const float* x, const Weight& dw) {
   const Conv conv = flat(given);
-  const int64_t in = conv.in_channels, out = conv.out_channels;
-  const int64_t taps = conv.taps(), size = taps * in * out;
+  const int64_t in = conv.in_channels, out = conv.out_channels, taps = conv.taps();
   const CorrelateCut cut(conv);
-  const int64_t groups = ceil_div(in, cut.group), chunks = cut.chunks;
-  const bool near = conv.in_rows() * in + conv.out_rows() * out < kNearNumbers;
-  // (chunk, tap, panel, output channel, column of the panel)
-  const Workspace partials(chunks * size);
+  const int64_t groups = ceil_div(in, cut.group), chunks = cut.chunks, size = taps * in * out;
+  const Workspace partials(chunks == 1 ? 0 : chunks * size);  // (chunk, tap, sums)
   parallel(chunks * taps * groups, kGrain, [&](int64_t item) {
-    const int64_t c = item / (taps * groups), t = item / groups % taps;
+    const int64_t chunk = item / (taps * groups), tap = item / groups % taps;
     const int64_t first = item % groups * cut.group, last = std::min(first + cut.group, in);
-    float* sum = partials.get() + c * size + t * in * out;
-    alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
-    std::fill_n(sum + first * out, (last - first) * out, 0.0f);
-    const int64_t tiles = ceil_div(out, kTile);
-    const int64_t step = near ? 0 : ceil_div(kCorrelateRows, tiles * ceil_div(last - first, kPanel));
-    const int64_t begin = cut.row(c), rows = cut.row(c + 1) - begin;
-    const int64_t blocks = ceil_div(rows, kCorrelateRows);
-    const auto find = [&](Taken& taken, int64_t block) {
-      const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
-      taken.find(conv, t, begin + from, to - from, x, dz);
-    };
-    Taken taken[2];
-    if (blocks > 0) {
-      find(taken[0], 0);
-    }
-    for (int64_t block = 0; block < blocks; ++block) {
-      const Taken& now = taken[block % 2];
-      // The next block's rows are fetched into the cache, a few by each tile.
-      Taken& next = taken[(block + 1) % 2];
-      next.rows = 0;
-      if (block + 1 < blocks) {
-        find(next, block + 1);
-      }
-      int64_t fetched = 0;
-      for (int64_t j = first; j < last && now.rows > 0; j += kPanel) {
-        const int64_t width = std::min(kPanel, in - j);
-        copy_rows(now.x.data(), now.rows, j, width, panels + (j - first) * now.rows);
-      }
-      for (int64_t j = first; j < last && now.rows > 0; j += kPanel) {
-        const int64_t width = std::min(kPanel, in - j);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          for (int64_t i = 0; i < step && fetched < next.rows; ++i, ++fetched) {
-            fetch_row(next.x[fetched] + first, last - first);
-            fetch_row(next.dz[fetched], out);
-          }
-          const int64_t k = out * tile / tiles, k_end = out * (tile + 1) / tiles;
-          correlate(k_end - k, width, now.dz.data(), k, now.rows, panels + (j - first) * now.rows,
-                    sum + j * out + k * width);
-        }
-      }
+    const int64_t begin = cut.row(chunk), rows = cut.row(chunk + 1) - begin;
+    const Workspace own(chunks == 1 ? (last - first) * out : 0);
+    float* sum = chunks == 1 ? own.get() : partials.get() + chunk * size + (tap * in + first) * out;
+    std::fill_n(sum, (last - first) * out, 0.0f);
+    correlate_chunk(conv, tap, begin, rows, first, last, x, dz, sum);
+    if (chunks == 1) {
+      write_sums(conv, tap, first, last, sum, 1, 0, dw);
     }
   });
-  const int64_t panels = ceil_div(in, kPanel);
-  parallel(taps * panels, chunks * out * kPanel, [&](int64_t item) {
-    const int64_t t = item / panels, j = item % panels * kPanel, width = std::min(kPanel, in - j);
-    const Sizes tap = tap_at(conv, t);
-    float* target = dw.data + j * dw.column;
-    for (int d = 0; d < kSpatial; ++d) {
-      target += tap[d] * dw.tap[d];
-    }
-    for (int64_t k = 0; k < out; ++k) {
-      alignas(64) float total[kPanel] = {};
-      for (int64_t c = 0; c < chunks; ++c) {
-        const float* sum = partials.get() + c * size + t * in * out + j * out + k * width;
-        for (int64_t i = 0; i < width; ++i) {
-          total[i] += sum[i];
-        }
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        target[k * dw.row + i * dw.column] = total[i];
-      }
-    }
-  });
+  if (chunks > 1) {
+    parallel(taps * groups, chunks * out * cut.group, [&](int64_t item) {
+      const int64_t tap = item / groups, first = item % groups * cut.group;
+      write_sums(conv, tap, first, std::min(first + cut.group, in),
+                 partials.get() + (tap * in + first) * out, chunks, size, dw);
+    });
+  }
 }
 
 }  // namespace fusedshape

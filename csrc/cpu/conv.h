@@ -30,8 +30,8 @@ struct Conv {
   int64_t out_rows() const { return batch * out[0] * out[1] * out[2]; }
 };
 
-// What becomes of a row of results: y = γ(φ(α(y + b) + β) + δ) where `value` is given, or
-// dx = dx · γα φ′ where `grad` is, and `sums` gets its sum for each channel.
+// What becomes of a row of results: y = γ(φ(α(y + share · residual + b) + β) + δ) where `value` is
+// given, or dx = dx · γα φ′ where `grad` is, and `sums` gets its sum for each channel.
 struct Finish {
   ValueRow<float> value = nullptr;
   GradRow<float> grad = nullptr;
@@ -39,6 +39,8 @@ struct Finish {
   const float* bias = nullptr;   // never null with value or grad
   const float* saved = nullptr;  // lies as the result
   float* sums = nullptr;         // may be null
+  const float* residual = nullptr;  // lies as the result; may be null
+  float share = 0;
 };
 
 // y = x ⋆ W.
@@ -49,7 +51,8 @@ void conv_forward(const Conv& conv, const float* x, const Weight& w, float* y,
 void conv_dgrad(const Conv& conv, const float* dz, const Weight& w, float* dx,
                 const Finish& finish);
 
-// dw = the gradient of x ⋆ W for W. In the same order of additions for any number of threads.
+// dw = the gradient of x ⋆ W for W. The order of additions depends on the number of threads that
+// torch has, and on nothing else that may differ from call to call.
 void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight& dw);
 
 }  // namespace fusedshape

@@ -2,6 +2,8 @@
 //
 // Tensors are float32 (N, C, *spatial) whose channels are innermost in memory, or matrices (M, C) for
 // a linear layer. Checks arguments, allocates results.
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -12,6 +14,10 @@ namespace fusedshape {
 namespace {
 
 using Ints = std::vector<int64_t>;
+
+constexpr int64_t kMost = int64_t{1} << 31;  // of strides and the like, whose products must fit
+
+bool in_range(int64_t value, int64_t least) { return least <= value && value <= kMost; }
 
 void check_float(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, " must be a CPU tensor");
@@ -35,7 +41,7 @@ Ints channels_last(const Ints& sizes) {
   stride *= sizes[1];
   for (size_t d = sizes.size() - 1; d >= 2; --d) {
     strides[d] = stride;
-    stride *= sizes[d];
+    stride *= std::max<int64_t>(1, sizes[d]);  // as torch counts them
   }
   strides[0] = stride;
   return strides;
@@ -87,9 +93,11 @@ struct Problem {
     y = {x[0], weight[0]};
     for (size_t d = 0; d < n; ++d) {
       const size_t to = kSpatial - n + d;
-      STD_TORCH_CHECK(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0 && weight[2 + d] > 0, op,
-                      ": stride ", text(stride), ", padding ", text(padding), " or dilation ",
-                      text(dilation), " is out of range");
+      STD_TORCH_CHECK(in_range(stride[d], 1) && in_range(padding[d], 0) && in_range(dilation[d], 1),
+                      op, ": stride ", text(stride), ", padding ", text(padding), " or dilation ",
+                      text(dilation), " is out of range; they are at most ", kMost);
+      STD_TORCH_CHECK(x[2 + d] >= 0 && weight[2 + d] > 0, op, ": input ", text(x), " or weight ",
+                      text(weight), " is out of range");
       const int64_t reach = dilation[d] * (weight[2 + d] - 1) + 1;
       STD_TORCH_CHECK(x[2 + d] + 2 * padding[d] >= reach, op, ": a kernel of ", weight[2 + d],
                       " with dilation ", dilation[d], " reaches over ", reach,
@@ -148,34 +156,45 @@ class Bias {
   const float* data_;
 };
 
-Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const Ints& stride,
-               const Ints& padding, const Ints& dilation, const Finish& finish) {
+Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const MaybeTensor& residual,
+               const Ints& stride, const Ints& padding, const Ints& dilation, Finish finish) {
   check_float(op, "weight", weight);
   const Problem problem(op, shape(x), shape(weight), stride, padding, dilation);
   check_operand(op, "x", x, problem.x);
+  if (residual) {
+    check_operand(op, "residual", *residual, problem.y);
+    finish.residual = data(*residual);
+  }
   const Tensor y = empty(problem.y, channels_last(problem.y));
   conv_forward(problem.conv, data(x), problem.weight(weight), mutable_data(y), finish);
   return y;
 }
 
 Tensor native_conv(Tensor x, Tensor weight, Ints stride, Ints padding, Ints dilation) {
-  return forward("native_conv", x, weight, stride, padding, dilation, {});
+  return forward("native_conv", x, weight, {}, stride, padding, dilation, {});
 }
 
-Tensor native_conv_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor residual, double,
-                       Ints stride, Ints padding, Ints dilation, int64_t activation, double slope,
-                       double input_scale, double input_shift, double output_shift,
-                       double output_scale) {
+Tensor native_conv_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor residual,
+                       double residual_weight, Ints stride, Ints padding, Ints dilation,
+                       int64_t activation, double slope, double input_scale, double input_shift,
+                       double output_shift, double output_scale) {
   const char* op = "native_conv_act";
   check_activation(op, activation);
-  STD_TORCH_CHECK(!residual, op, ": takes no residual");
-  const Bias vector(op, bias, weight.size(0));
+  const Bias vector(op, bias, weight.dim() == 0 ? 0 : weight.size(0));
   Finish finish;
+  if (residual) {
+    STD_TORCH_CHECK(std::abs(residual_weight) < 1, op, ": residual_weight=", residual_weight,
+                    " must lie between -1 and 1");
+    // α(√(1 − w²)(y + b) + w r) = α√(1 − w²)(y + w/√(1 − w²) r + b)
+    const double own_weight = std::sqrt((1 - residual_weight) * (1 + residual_weight));
+    finish.share = static_cast<float>(residual_weight / own_weight);
+    input_scale *= own_weight;
+  }
   finish.value = value_row<float>(activation, Along::channels);
   finish.constants =
       constants_of<float>(slope, input_scale, input_shift, output_shift, output_scale);
   finish.bias = vector.get();
-  return forward(op, x, weight, stride, padding, dilation, finish);
+  return forward(op, x, weight, residual, stride, padding, dilation, finish);
 }
 
 std::tuple<Tensor, Tensor> native_conv_dgrad(Tensor dz, Tensor weight, MaybeTensor saved,

@@ -125,9 +125,24 @@ int64_t size_of(int64_t rows, int64_t columns) {
   return (rows - 1) * kVectors + columns / kLanes - 1;
 }
 
+typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// Numbers of a, and after them of b, by their places.
+inline Vector shuffle(Vector a, Vector b, Index from) {
+#if defined(__clang__)
+  Vector y;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) {
+    y[lane] = from[lane] < kLanes ? a[from[lane]] : b[from[lane] - kLanes];
+  }
+  return y;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // In place: swaps bit after bit of the numbers of rows and columns.
 void transpose(Vector (&x)[kLanes]) {
-  typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
 #pragma GCC unroll 4
   for (int bit = kLanes / 2; bit > 0; bit /= 2) {
     Index low, high;
@@ -139,8 +154,8 @@ void transpose(Vector (&x)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) {
       if ((i & bit) == 0) {
         const Vector a = x[i], b = x[i + bit];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + bit] = __builtin_shuffle(a, b, high);
+        x[i] = shuffle(a, b, low);
+        x[i + bit] = shuffle(a, b, high);
       }
     }
   }

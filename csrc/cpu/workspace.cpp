@@ -53,19 +53,26 @@ Block take(int64_t bytes) {
 
 }  // namespace
 
-Workspace::Workspace(int64_t floats) {
-  const int64_t bytes = std::max<int64_t>(floats, 1) * static_cast<int64_t>(sizeof(float));
-  const Block block = take(bytes);
-  data_ = block.data;
-  bytes_ = block.bytes;
-  if (data_ == nullptr) {
-    bytes_ = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    data_ = static_cast<float*>(std::aligned_alloc(kAlignment, bytes_));
-    STD_TORCH_CHECK(data_ != nullptr, "out of memory: a kernel needs ", bytes_, " bytes for itself");
+Workspace::Workspace(int64_t floats)
+    : data_(nullptr),
+      bytes_((floats * int64_t{sizeof(float)} + kAlignment - 1) / kAlignment * kAlignment) {
+  if (bytes_ == 0) {
+    return;
   }
+  const Block block = take(bytes_);
+  if (block.data != nullptr) {
+    data_ = block.data;
+    bytes_ = block.bytes;
+    return;
+  }
+  data_ = static_cast<float*>(std::aligned_alloc(kAlignment, bytes_));
+  STD_TORCH_CHECK(data_ != nullptr, "out of memory: a kernel needs ", bytes_, " bytes for itself");
 }
 
 Workspace::~Workspace() {
+  if (data_ == nullptr) {
+    return;
+  }
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   p.blocks.push_back({data_, bytes_});

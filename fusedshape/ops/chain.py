@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedshape import reference
 from fusedshape.ops.checks import (
     Geometry,
     Size,
@@ -19,13 +18,14 @@ from fusedshape.ops.checks import (
     check_reach,
     check_spec,
     check_tensor,
+    conv_shape,
     expand,
     match,
     node,
     padding_of,
     transformed,
 )
-from fusedshape.ops.dispatch import Backend, Kernels, choose
+from fusedshape.ops.dispatch import Backend, choose
 from fusedshape.ops.engine import (
     Before,
     Engine,
@@ -35,6 +35,7 @@ from fusedshape.ops.engine import (
     engines_for,
     forward_engine,
 )
+from fusedshape.ops.layer import Step, composed
 from fusedshape.spec import ActSpec
 
 
@@ -62,15 +63,6 @@ class ChainLayer(NamedTuple):
     groups: int = 1
     engine: Engine = "auto"
     backend: Backend = "auto"
-
-
-class Step(NamedTuple):
-    """A checked layer without its tensors; no geometry for a linear one."""
-
-    spec: ActSpec
-    geometry: Geometry | None
-    kernels: Kernels
-    engine: str
 
 
 def conv_chain(x: Tensor, layers: Sequence[ChainLayer], *, max_length: int | None = None) -> Tensor:
@@ -183,10 +175,7 @@ def _checked(
             )
         check_reach(op, shape[2:], kernel, pads, dilations)
         geometry = (strides, pads, dilations, False, [0] * n, layer.groups)
-        for d in range(n):
-            reach = dilations[d] * (kernel[d] - 1) + 1
-            shape[2 + d] = (shape[2 + d] + 2 * pads[d] - reach) // strides[d] + 1
-        shape[1] = weight.shape[0]
+        shape[:] = conv_shape(shape, weight, geometry)
     if layer.bias is not None:
         out = weight.shape[0]
         check_bias(op, layer.bias, x, out, f"weight has {out} output channels")
@@ -215,7 +204,10 @@ def run(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> 
         x = engine.fprop_act(x, weight, bias, spec, geometry, kernels)
     if live == len(steps):
         return x
-    return node(Chain)(steps[live:], x, *params[2 * live :])
+    left = params[2 * live :]
+    if torch.compiler.is_compiling():  # which takes no tensor for two arguments of a node
+        left = [None if t is None else t.view_as(t) for t in left]
+    return node(Chain)(steps[live:], x, *left)
 
 
 class Chain(torch.autograd.Function):
@@ -297,11 +289,7 @@ def _composed(x: Tensor, steps: Sequence[Step], params: Sequence[Tensor | None])
     for i, (spec, geometry, _, _) in enumerate(steps):
         weight, bias = params[2 * i : 2 * i + 2]
         assert weight is not None
-        if geometry is None:
-            x = reference.linear_act(x, weight, bias, spec)
-        else:
-            stride, padding, dilation, _, _, groups = geometry
-            x = reference.conv_act(x, weight, bias, spec, stride, padding, dilation, groups)
+        x = composed(x, weight, bias, spec, geometry)
     return x
 
 

@@ -55,16 +55,20 @@ def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> Non
         )
 
 
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return autocast and x.dtype != torch.float64
+
+
 def match(op: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Check x against weight, and cast both under autocast."""
     check_tensor(op, "x", x)
     check_tensor(op, "weight", weight)
     if weight.device != x.device:
         raise ValueError(f"{op}: weight is on {weight.device}, x on {x.device}; move one of them")
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if _autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), weight.to(dtype)
     if weight.dtype != x.dtype:
         raise TypeError(f"{op}: weight has dtype {weight.dtype}, x {x.dtype}; convert one of them")
@@ -123,6 +127,63 @@ def check_reach(
                 f"{reach}, but the padded input has {sizes[d] + 2 * pads[d]} in spatial "
                 f"dimension {d}; pad more or use a smaller kernel"
             )
+
+
+def check_residual(
+    op: str,
+    residual: Tensor | None,
+    residual_weight: float | None,
+    x: Tensor,
+    shape: Sequence[int],
+) -> tuple[Tensor, float]:
+    """Check what joins an output of `shape` and x's dtype; return it as autocast wants it.
+
+    Raises:
+        TypeError, ValueError: one without the other, a weight outside [0, 1), or a tensor that is
+            not like the output.
+    """
+    if residual is None or residual_weight is None:
+        given, other = "residual", "residual_weight"
+        if residual is None:
+            given, other = other, given
+        raise ValueError(f"{op}: {given} was given without {other}; give both or neither")
+    check_tensor(op, "residual", residual)
+    if isinstance(residual_weight, bool) or not isinstance(residual_weight, (int, float)):
+        kind = type(residual_weight).__name__
+        raise TypeError(f"{op}: residual_weight must be a number, got a {kind}")
+    if not 0 <= residual_weight < 1:
+        raise ValueError(
+            f"{op}: residual_weight={residual_weight} is outside [0, 1), which leaves nothing of "
+            "the layer in √(1 − w²)·(x ⋆ W + b) + w·residual; take a smaller weight, or leave the "
+            "layer out"
+        )
+    if list(residual.shape) != list(shape):
+        raise ValueError(
+            f"{op}: residual has shape {tuple(residual.shape)}, the output {tuple(shape)}; they "
+            "must be the same"
+        )
+    if residual.device != x.device:
+        raise ValueError(
+            f"{op}: residual is on {residual.device}, x on {x.device}; move one of them"
+        )
+    if residual.dtype != x.dtype:
+        if not _autocasts(x):
+            raise TypeError(
+                f"{op}: residual has dtype {residual.dtype}, the output {x.dtype}; convert it"
+            )
+        residual = residual.to(x.dtype)
+    # A float that varies is symbolic under torch.compile; its methods make a constant of it.
+    return residual, residual_weight.__float__()
+
+
+def conv_shape(shape: Sequence[int], weight: Tensor, geometry: Geometry) -> list[int]:
+    """Shape of a convolution's output for an input of `shape`."""
+    strides, pads, dilations, *_ = geometry
+    out = [shape[0], weight.shape[0]]
+    for d in range(len(strides)):
+        reach = dilations[d] * (weight.shape[2 + d] - 1) + 1
+        out.append((shape[2 + d] + 2 * pads[d] - reach) // strides[d] + 1)
+    return out
 
 
 def expand(op: str, name: str, value: Size, n: int, least: int) -> list[int]:

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedshape import reference
-from fusedshape.ops import chain
 from fusedshape.ops.checks import (
-    Geometry,
     Size,
     check_bias,
     check_conv,
     check_reach,
+    check_residual,
     check_spec,
+    conv_shape,
     expand,
     match,
-    node,
     padding_of,
-    transformed,
 )
-from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.ops.engine import Engine, asked_engine, only_aten
-from fusedshape.ops.linear import activate
-from fusedshape.ops.pointwise import act_grad, remember
+from fusedshape.ops.dispatch import Backend, choose
+from fusedshape.ops.engine import Engine, Shortcut, asked_engine
+from fusedshape.ops.layer import Step, run
+from fusedshape.ops.residual import join
 from fusedshape.spec import ActSpec
 
 
@@ -43,6 +37,8 @@ def conv_act(
     padding_mode: str = "zeros",
     backend: Backend = "auto",
     engine: Engine = "auto",
+    residual: Tensor | None = None,
+    residual_weight: float | None = None,
 ) -> Tensor:
     r"""Convolution and affine-transformed activation, y = γ(φ(α(x ⋆ W + b) + β) + δ).
 
@@ -50,6 +46,12 @@ def conv_act(
     convolution's output; backward makes one pass for the gradients of activation and bias. Where φ′
     is a function of φ, only x and y are saved. Autocast applies as to
     `torch.nn.functional.conv2d`, but the bias is added in float32.
+
+    With a residual r of weight w the activation is that of their normalised sum,
+    y = φ̂(√(1 − w²)·(x ⋆ W + b) + w·r): a shortcut that joins before the activation. The kernels of
+    "triton" and "native" take it in, "aten" adds it in one pass in place; it is not saved. "aten",
+    and in training every engine where φ′ is no function of φ, hold x ⋆ W + w/√(1 − w²)·r in x's
+    dtype on the way: in float16 that must not go beyond 65504.
 
     Args:
         x: (N, C, *spatial) or (C, *spatial), contiguous or channels_last.
@@ -66,21 +68,28 @@ def conv_act(
             CUDA, and "native" on the CPU, are one kernel for both, for x in channels_last layout;
             "auto" is the fastest where that has been measured, else `pinned_engine`'s choice, and
             "aten" where a backend is named.
+        residual: r, of the result's shape and dtype, in any layout; None for the plain layer.
+        residual_weight: w, from 0 up to but not 1, needed with residual and refused without. At 0
+            the residual takes no part: it gets no gradient, and its inf and nan do not count.
 
     Returns:
         (N, K, *out) or (K, *out).
 
     Raises:
         TypeError: dtypes that are not supported or do not match.
-        ValueError: shapes, devices or sizes that do not match, or a backend or engine that cannot
-            run.
+        ValueError: shapes, devices or sizes that do not match, a residual_weight outside [0, 1) or
+            without its residual, or a backend or engine that cannot run.
         RuntimeError: the backend named is not built or not installed.
+
+    Source: Martens et al. 2021, arXiv 2110.01765 (normalised sums).
 
     Example:
         >>> spec = ActSpec("relu", output_scale=2.0)
         >>> x, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
         >>> conv_act(x, weight, torch.tensor([1.0]), spec, padding="same")[0, 0, 0]
         tensor([10., 14., 14., 10.])
+        >>> conv_act(x, weight, None, spec, padding=1, residual=x, residual_weight=0.6)[0, 0, 0]
+        tensor([ 7.6000, 10.8000, 10.8000,  7.6000])
     """
     spec = check_spec("conv_act", spec)
     x, weight = match("conv_act", x, weight)
@@ -98,6 +107,8 @@ def conv_act(
             padding_mode=padding_mode,
             backend=backend,
             engine=engine,
+            residual=residual.unsqueeze(0) if isinstance(residual, Tensor) else residual,
+            residual_weight=residual_weight,
         )
         return y.squeeze(0)
     if bias is not None:
@@ -112,47 +123,13 @@ def conv_act(
     check_reach("conv_act", x.shape[2:], kernel, pads, dilations)
     kernels = choose(backend, x)
     geometry = (strides, pads, dilations, False, [0] * n, groups)
-    asked = asked_engine(engine, backend)
-    if not only_aten(asked, x):
-        return chain.run(x, (chain.Step(spec, geometry, kernels, asked),), (weight, bias))
-    if transformed():
-        return reference.conv_act(x, weight, bias, spec, strides, pads, dilations, groups)
-    return node(ConvAct)(x, weight, bias, spec, geometry, kernels)
-
-
-class ConvAct(torch.autograd.Function):
-    """conv_act with one saved activation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: ActSpec,
-        geometry: Geometry,
-        kernels: Kernels,
-    ) -> Tensor:
-        z = torch.convolution(x, weight, None, *geometry)
-        y, saved = activate(z, bias, spec, 1, kernels)
-        remember(ctx, spec, 1, kernels)
-        ctx.geometry = geometry
-        ctx.save_for_backward(x, weight, saved, None if spec.saves_output else bias)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved, bias = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not ctx.spec.saves_output:
-            # What was saved has no graph to differentiate again.
-            saved = torch.convolution(x, weight, None, *ctx.geometry)
-        dz, dbias = act_grad(ctx, grads[0], saved, bias, bias_index=2)
-        dx, dweight, _ = torch.ops.aten.convolution_backward.default(
-            dz, x, weight, None, *ctx.geometry, [need_x, need_weight, False]
-        )
-        return dx, dweight, dbias, None, None, None
+    step = Step(spec, geometry, kernels, asked_engine(engine, backend))
+    if residual is not None or residual_weight is not None:
+        shape = conv_shape(x.shape, weight, geometry)
+        residual, w = check_residual("conv_act", residual, residual_weight, x, shape)
+        if w:
+            return join(x, weight, bias, Shortcut(residual, w), step)
+    return run(x, weight, bias, step)
 
 
 def _pad(x: Tensor, pads: list[int], extra: list[int], mode: str) -> tuple[Tensor, list[int]]:

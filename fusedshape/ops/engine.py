@@ -8,6 +8,8 @@ on CUDA, and "native", on the CPU, are one kernel that ends with the activation 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape import native
+from fusedshape.activations import get_activation
 from fusedshape.ops import dispatch, schema
 from fusedshape.ops.checks import Geometry
 from fusedshape.ops.dispatch import Kernels
+from fusedshape.reference import own_weight
 from fusedshape.spec import ActSpec
 
 Engine = Literal["auto", "aten", "triton", "native"]
@@ -80,6 +84,54 @@ class Before(NamedTuple):
     bias_grad: bool
 
 
+class Shortcut(NamedTuple):
+    """What joins a layer before its activation, φ̂(√(1 − w²)·(x ⋆ W + b) + w·r).
+
+    With √(1 − w²) in α (`joined_spec`) that is φ̂(x ⋆ W + w/√(1 − w²)·r + b): one number to add to
+    the product, and gradients that are those of a plain layer, but for r's, which is a multiple of
+    the product's.
+
+    Attributes:
+        residual: r, of the output's shape and dtype.
+        weight: w, above 0 and below 1.
+    """
+
+    residual: Tensor
+    weight: float
+
+
+def share(residual_weight: float) -> float:
+    """w/√(1 − w²): how much of the residual is added to the product."""
+    return residual_weight / own_weight(residual_weight)
+
+
+def joined_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
+    """The constants with √(1 − w²) in α.
+
+    Example:
+        >>> joined_spec(ActSpec("relu", input_scale=5.0), 0.6).input_scale
+        4.0
+    """
+    return _joined_spec(residual_weight, spec.activation, *spec.kernel_args[1:])
+
+
+def _joined_spec(residual_weight: float, activation: str, *constants: float) -> ActSpec:
+    return _cached_joined_spec(residual_weight, activation, constants)
+
+
+# As _is_amd.
+_joined_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(1024)
+def _cached_joined_spec(
+    residual_weight: float, activation: str, constants: tuple[float, ...]
+) -> ActSpec:
+    slope, input_scale, input_shift, output_shift, output_scale = constants
+    input_scale *= own_weight(residual_weight)
+    return ActSpec(activation, input_scale, input_shift, output_shift, output_scale, slope)
+
+
 class LayerEngine(Protocol):
     """One convolution, or a linear layer where `geometry` is None.
 
@@ -88,8 +140,14 @@ class LayerEngine(Protocol):
 
     name: str
 
-    def fprop(self, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
-        """Return the product alone, x ⋆ W."""
+    def fprop(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry | None,
+        shortcut: Shortcut | None = None,
+    ) -> Tensor:
+        """Return the product alone, x ⋆ W, or with a shortcut x ⋆ W + w/√(1 − w²)·r."""
 
     def fprop_act(
         self,
@@ -99,8 +157,9 @@ class LayerEngine(Protocol):
         spec: ActSpec,
         geometry: Geometry | None,
         kernels: Kernels,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:
-        """Return φ̂(x ⋆ W + b), and no other tensor is left."""
+        """Return φ̂(x ⋆ W + b), the shortcut taken in, and no other tensor is left."""
 
     def dgrad(
         self,
@@ -140,10 +199,20 @@ class LayerEngine(Protocol):
 class _Aten:
     name = "aten"
 
-    def fprop(self, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
+    def fprop(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry | None,
+        shortcut: Shortcut | None = None,
+    ) -> Tensor:
         if geometry is None:
-            return F.linear(x, weight)
-        return torch.convolution(x, weight, None, *geometry)
+            z = F.linear(x, weight)
+        else:
+            z = torch.convolution(x, weight, None, *geometry)
+        if shortcut is not None:
+            z.add_(shortcut.residual, alpha=share(shortcut.weight))
+        return z
 
     def fprop_act(
         self,
@@ -153,8 +222,11 @@ class _Aten:
         spec: ActSpec,
         geometry: Geometry | None,
         kernels: Kernels,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:
-        y = self.fprop(x, weight, geometry)
+        y = self.fprop(x, weight, geometry, shortcut)
+        if shortcut is not None:
+            spec = joined_spec(spec, shortcut.weight)
         kernels.bias_act_(y, bias, spec, channel_dim(y, geometry))
         return y
 
@@ -219,8 +291,18 @@ class _Kernels:
         self._dgrad = getattr(ops, f"{name}_conv_dgrad").default
         self._wgrad = getattr(ops, f"{name}_conv_wgrad").default
 
-    def fprop(self, x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
-        z = self._conv(_dense(x, geometry), weight, *_sizes(geometry))
+    def fprop(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry | None,
+        shortcut: Shortcut | None = None,
+    ) -> Tensor:
+        if shortcut is None:
+            z = self._conv(_dense(x, geometry), weight, *_sizes(geometry))
+        else:
+            identity = _LEAKY, 1.0, 1 / own_weight(shortcut.weight), 0.0, 0.0, 1.0
+            z = self._join(x, weight, None, geometry, shortcut, identity)
         return _like_input(z, x, geometry)
 
     def fprop_act(
@@ -231,10 +313,25 @@ class _Kernels:
         spec: ActSpec,
         geometry: Geometry | None,
         kernels: Kernels,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:
-        args = (bias, None, 0.0, *_sizes(geometry), *spec.kernel_args)
-        y = self._conv_act(_dense(x, geometry), weight, *args)
+        y = self._join(x, weight, bias, geometry, shortcut, spec.kernel_args)
         return _like_input(y, x, geometry)
+
+    def _join(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry | None,
+        shortcut: Shortcut | None,
+        constants: tuple[int, float, float, float, float, float],
+    ) -> Tensor:
+        joining: tuple[Tensor | None, float] = None, 0.0
+        if shortcut is not None:
+            joining = _dense(shortcut.residual, geometry), shortcut.weight
+        args = (bias, *joining, *_sizes(geometry), *constants)
+        return self._conv_act(_dense(x, geometry), weight, *args)
 
     def dgrad(
         self,
@@ -275,6 +372,8 @@ class _Kernels:
 
 # Constants for a dgrad without activation before it; the op takes them and does not use them.
 _IDENTITY = (0, 0.0, 1.0, 0.0, 0.0, 1.0)
+# With slope 1 the identity, for the kernels too.
+_LEAKY = get_activation("leaky_relu").id
 
 
 def _sizes(geometry: Geometry | None) -> tuple[list[int], list[int], list[int]]:
@@ -312,6 +411,7 @@ class Engines(NamedTuple):
     wgrad: LayerEngine
 
 
+_ALL_ATEN = Engines(ATEN, ATEN, ATEN)
 _chooser: Chooser | None = None
 
 
@@ -361,7 +461,7 @@ def choose_engine(
     """
     if asked == "auto":
         measured = None if _chooser is None else _chooser(direction, problem)
-        for name in (measured, pinned_engine(direction, problem)):
+        for name in (measured, pinned_engine(problem)):
             if name == "aten" or (name in _ENGINES and obstacle(name) is None):
                 return name
         return "aten"
@@ -373,26 +473,31 @@ def choose_engine(
     return asked
 
 
-def pinned_engine(direction: Direction, problem: Problem) -> str:
+# With fewer rows a linear layer is the reading of its weight, which csrc copies first.
+_WORTH_PACKING = 16
+
+
+def pinned_engine(problem: Problem) -> str:
     """The engine for a layer that has not been measured.
 
     On CUDA "aten". On the CPU "native" for float32 in channels_last layout: for convolutions of 32
-    channels and more, but for the weight gradient of those between 32 and 255 with several taps and
-    no stride; and for linear layers on AMD's CPUs, which torch leaves to MKL.
+    channels and more, those with several taps and no stride of 256 and more; and for linear layers
+    of 16 rows and more on AMD's CPUs, which torch leaves to MKL.
 
     Example:
-        >>> shapes = (8, 64, 14, 14), (64, 64, 3, 3), True, (1, 1), (1, 1), (1, 1)
-        >>> problem = Problem("cpu", None, torch.float32, *shapes, 1, "relu", True)
-        >>> pinned_engine("fprop", problem), pinned_engine("wgrad", problem)
-        ('native', 'aten')
+        >>> shapes = (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1)
+        >>> pinned_engine(Problem("cpu", None, torch.float32, *shapes, 1, "relu", True))
+        'native'
     """
     if problem.device != "cpu" or problem.dtype != torch.float32 or not problem.channels_last:
         return "aten"
     out, per_group, *kernel = problem.weight
     if not kernel:
-        return "native" if _is_amd() else "aten"
+        # A comparison under torch.compile would be a guard on sizes that may vary.
+        few = not torch.compiler.is_compiling() and math.prod(problem.input[:-1]) < _WORTH_PACKING
+        return "aten" if few or not _is_amd() else "native"
     dense = any(k > 1 for k in kernel) and all(s == 1 for s in problem.stride)
-    least = 256 if direction == "wgrad" and dense else 32
+    least = 256 if dense else 32  # below, oneDNN's convolution is quicker by more than one pass
     return "native" if min(out, per_group) >= least else "aten"
 
 
@@ -415,10 +520,10 @@ def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
     missing = dispatch.why_not(name, x.device.type)
     if missing is not None:
         return str(missing)
-    if weight.ndim == 2:
-        x = x.reshape(-1, x.shape[-1])
     if name == "native":
         return _why_not_native(x, weight, groups)
+    if weight.ndim == 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     from fusedshape.kernels import conv  # imports Triton
 
     return conv.why_not(x, weight, groups=groups)
@@ -439,7 +544,13 @@ def _why_not_native(x: Tensor, weight: Tensor, groups: int) -> str | None:
                 f"{channels} channels or features, csrc's convolutions take multiples of "
                 f"{_CHANNELS}; use another engine"
             )
-    if not x.movedim(1, -1).is_contiguous():
+    if weight.ndim == 2:
+        if not x.is_contiguous():
+            return (
+                f"x of shape {tuple(x.shape)} and strides {x.stride()} is not contiguous; pass "
+                "x.contiguous()"
+            )
+    elif not x.movedim(1, -1).is_contiguous():
         return (
             f"x of shape {tuple(x.shape)} and strides {x.stride()} is not channels_last: channels "
             "must be innermost and memory dense; pass x.to(memory_format=torch.channels_last)"
@@ -536,6 +647,8 @@ def engines_for(
     Raises:
         ValueError: as `choose_engine`.
     """
+    if only_aten(asked, x):
+        return _ALL_ATEN  # the quickest answer, for the smallest layers
     directions: tuple[Direction, ...] = ("fprop", "dgrad_act" if chained else "dgrad", "wgrad")
     return Engines(*_engines(directions, asked, x, weight, spec, geometry))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from fusedshape import ActSpec, reference
 from fusedshape.kernels import conv, gemm
 from fusedshape.kernels.conv import Config
+from fusedshape.ops import conv_act, linear_act
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -405,3 +407,41 @@ def test_refusals() -> None:
     assert "groups=2" in str(conv.why_not(x, weight, groups=2))
     assert "leave nothing to sum" in str(conv.why_not(x[:, :0], weight[:, :0]))
     assert conv.why_not(x, weight) is None
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize(
+    "spec", [shaped("leaky_relu"), shaped("swish")], ids=lambda s: s.activation
+)
+@pytest.mark.parametrize("name", ["odd channels", "stride 2", "1x1", "one dimension", "linear"])
+def test_residuals_of_the_public_ops(name: str, spec: ActSpec, dtype: torch.dtype) -> None:
+    case, w = CASES[name], 0.6
+    x, weight, other = operands(case, dtype)
+    bias = draw(case.out, dtype=F32, seed=3)
+    z = activated(truth_of(case, x.double(), weight.double())[0], bias, None, 0.0, IDENTITY)
+    u = spec.input_scale * activated(z, None, other, w, IDENTITY) + spec.input_shift
+    other = torch.where(u.abs() < 0.1, other + 0.3 / (w * spec.input_scale), other)  # off the kink
+    geometry = dict(zip(("stride", "padding", "dilation"), case.geometry, strict=True))
+
+    def f(*t: Tensor, engine: str = "triton") -> Tensor:
+        how: dict[str, Any] = {"residual": t[3], "residual_weight": w, "engine": engine}
+        if case.kernel:
+            return conv_act(*t[:3], spec, **geometry, **how)
+        return linear_act(*t[:3], spec, **how)
+
+    def results(g: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        y = g(*leaves)
+        grad = draw(*y.shape, seed=7).to(y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    tensors = x, weight, bias, other
+    got = results(f, *tensors)
+    want = results(lambda *t: f(*t, engine="aten"), *[t.double() for t in tensors])
+    with torch.no_grad():
+        inside = f(*tensors)
+        plain = f(x, weight, bias, other.contiguous())  # a layout of its own
+    assert torch.equal(inside, plain)
+    for g, t in zip([*got, inside], [*want, want[0]], strict=True):
+        assert (g.double() - t).abs().max() <= 32 * torch.finfo(dtype).eps * t.abs().max()
+    assert not spec.saves_output or torch.equal(got[0], inside)
