@@ -317,3 +317,14 @@ def test_linear_layers_that_have_nothing_to_sum_or_gaps() -> None:
     for x in (torch.ones(16, 4).T, torch.ones(2, 16, 4).mT):
         with pytest.raises(ValueError, match=r"pass x\.contiguous\(\)"):
             linear_act(x, torch.ones(16, 16), None, LEAKY, engine="native")
+
+
+def test_aten_alone() -> None:
+    with engine.aten_alone():
+        assert choose_engine("fprop", PROBLEM, "auto", fits) == "aten"
+        assert choose_engine("fprop", PROBLEM, "triton", fits) == "triton"
+        with pytest.raises(ZeroDivisionError), engine.aten_alone():
+            raise ZeroDivisionError
+        big, weight = torch.ones(64, 512), torch.ones(64, 512)
+        engines = engines_for("auto", big, weight, LEAKY, None)
+        assert [one.name for one in engines] == ["aten"] * 3

@@ -1,9 +1,9 @@
-// Convolution as a product: rows of the result, gathered by pointers, times panels of the weight.
+// Forward and dgrad: rows of the result, gathered by pointers, times panels of the weight.
 //
-// Forward and dgrad differ in what they gather. Forward takes, for each output position and tap, one
+// They differ in what they gather. Forward takes, for each output position and tap, one
 // row of x. dgrad takes, for each input position and tap, one row of dz; with strides, positions of
-// one residue share their taps and are a section of their own. How that work is cut depends on the
-// sizes alone, and so do the roundings, whatever the number of threads; wgrad's is cut to suit them.
+// one residue share their taps and are a section of their own. How the work is cut depends on the
+// sizes alone, and so do the roundings, whatever the number of threads.
 #include "conv.h"
 
 #include <vector>
@@ -15,27 +15,12 @@
 namespace fusedshape {
 namespace {
 
-constexpr int64_t kBlockRows = 96;       // of a result, whose left operand stays in the cache
-constexpr int64_t kImages = 2 * kTile;   // whose positions are taken together
-constexpr int64_t kReduce = 512;         // numbers of a sum before a tile is written
+constexpr int64_t kBlockRows = 96;          // of a result, whose left operand stays in the cache
+constexpr int64_t kImages = 2 * kTile;      // whose positions are taken together
+constexpr int64_t kReduce = 512;            // numbers of a sum before a tile is written
 constexpr int64_t kPanelNumbers = 1 << 22;  // of W, packed at once
-constexpr int64_t kItems = 64;           // pieces of work to aim at, enough for many threads
-constexpr int64_t kRowsPerFlush = 32;    // rows added up in float before they go into a double
-constexpr int64_t kCorrelateRows = 96;   // positions of one panel of wgrad's
-constexpr int64_t kGroupPanels = 4;      // panels of x that wgrad copies at once
-constexpr int64_t kSumNumbers = 1 << 16;      // of dw, which stay in the cache for a chunk
-constexpr int64_t kPartialNumbers = 1 << 18;  // of dw, for all chunks together
-constexpr int64_t kNearNumbers = 1 << 18;     // of x and dz, that need not be fetched ahead
-constexpr int64_t kItemsPerThread = 8;        // of wgrad, so that threads end together
-
-// The same as a linear layer, where positions do not matter.
-Conv flat(const Conv& conv) {
-  const Sizes ones = {1, 1, 1}, zeros = {0, 0, 0};
-  if (conv.taps() > 1 || conv.stride != ones || conv.padding != zeros) {
-    return conv;
-  }
-  return {conv.in_rows(), conv.in_channels, conv.out_channels, ones, ones, ones, ones, zeros, ones};
-}
+constexpr int64_t kItems = 64;              // pieces of work to aim at, enough for many threads
+constexpr int64_t kRowsPerFlush = 32;       // rows added up in float before they go into a double
 
 // One dimension of a section: `count` positions first, first + step, … of the result; tap t of
 // position i takes position i · scale + offset[t] of the source.
@@ -399,7 +384,7 @@ void gather(const Section& section, const Product& product, const Finish& finish
 
 void conv_forward(const Conv& given, const float* x, const Weight& w, float* y,
                   const Finish& finish) {
-  const Conv conv = flat(given);
+  const Conv conv = given.flat();
   const Product product = {conv.batch, x,     conv.in_channels, conv.out_channels, w,
                            w.column,   w.row, y};
   gather(forward_section(conv), product, finish, nullptr);
@@ -407,7 +392,7 @@ void conv_forward(const Conv& given, const float* x, const Weight& w, float* y,
 
 void conv_dgrad(const Conv& given, const float* dz, const Weight& w, float* dx,
                 const Finish& finish) {
-  const Conv conv = flat(given);
+  const Conv conv = given.flat();
   const Product product = {conv.batch, dz,       conv.out_channels, conv.in_channels, w,
                            w.row,      w.column, dx};
   std::vector<double> totals(conv.in_channels);
@@ -425,171 +410,6 @@ void conv_dgrad(const Conv& given, const float* dz, const Weight& w, float* dx,
   }
   if (finish.sums != nullptr) {
     std::copy(totals.begin(), totals.end(), finish.sums);
-  }
-}
-
-namespace {
-
-Sizes tap_at(const Conv& conv, int64_t t) {
-  const int64_t k1 = conv.kernel[1], k2 = conv.kernel[2];
-  return {t / (k1 * k2), t / k2 % k1, t % k2};
-}
-
-// The rows of x that one tap takes for a block of output positions, and the rows of dz there.
-struct Taken {
-  int64_t rows = 0;
-  std::array<const float*, kCorrelateRows> x, dz;
-
-  void find(const Conv& conv, int64_t tap, int64_t begin, int64_t count, const float* x_data,
-            const float* dz_data) {
-    const Sizes at = tap_at(conv, tap);
-    Sizes offset;
-    for (int d = 0; d < kSpatial; ++d) {
-      offset[d] = at[d] * conv.dilation[d] - conv.padding[d];
-    }
-    rows = 0;
-    const int64_t width = conv.out[2], height = conv.out[1], depth = conv.out[0];
-    for (int64_t row = begin; row < begin + count;) {
-      // A run along the last dimension.
-      const int64_t first = row % width, line = row / width;
-      const int64_t length = std::min(width - first, begin + count - row);
-      const int64_t p1 = line % height * conv.stride[1] + offset[1];
-      const int64_t p0 = line / height % depth * conv.stride[0] + offset[0];
-      if (0 <= p0 && p0 < conv.in[0] && 0 <= p1 && p1 < conv.in[1]) {
-        const int64_t image = line / height / depth;
-        const int64_t from = ((image * conv.in[0] + p0) * conv.in[1] + p1) * conv.in[2];
-        for (int64_t i = 0; i < length; ++i) {
-          const int64_t p2 = (first + i) * conv.stride[2] + offset[2];
-          if (0 <= p2 && p2 < conv.in[2]) {
-            x[rows] = x_data + (from + p2) * conv.in_channels;
-            dz[rows++] = dz_data + (row + i) * conv.out_channels;
-          }
-        }
-      }
-      row += length;
-    }
-  }
-};
-
-// How wgrad is cut into items: chunks of positions × taps × groups of panels. Chunks cost memory for
-// their sums, groups read dz once more each.
-struct CorrelateCut {
-  int64_t rows, chunks, group;
-
-  explicit CorrelateCut(const Conv& conv) : rows(conv.out_rows()) {
-    const int64_t wanted = kItemsPerThread * torch::stable::get_num_threads();
-    const int64_t taps = conv.taps(), panels = ceil_div(conv.in_channels, kPanel);
-    const int64_t size = taps * conv.in_channels * conv.out_channels;
-    group = std::clamp(kSumNumbers / (conv.out_channels * kPanel), int64_t{1}, kGroupPanels);
-    const int64_t most =
-        std::max<int64_t>(1, std::min(kPartialNumbers / size, rows / kCorrelateRows));
-    chunks = std::clamp(ceil_div(wanted, taps * ceil_div(panels, group)), int64_t{1}, most);
-    while (group > 1 && chunks * taps * ceil_div(panels, group) < wanted) {
-      --group;
-    }
-    group *= kPanel;
-  }
-
-  int64_t row(int64_t chunk) const { return rows * chunk / chunks; }
-};
-
-// sum += the products of one tap over a chunk of positions, for columns [first, last) of dw: as
-// (panel, output channel, column of the panel).
-void correlate_chunk(const Conv& conv, int64_t tap, int64_t begin, int64_t rows, int64_t first,
-                     int64_t last, const float* x, const float* dz, float* sum) {
-  const int64_t out = conv.out_channels, tiles = ceil_div(out, kTile);
-  const int64_t blocks = ceil_div(rows, kCorrelateRows);
-  const bool near = conv.in_rows() * conv.in_channels + conv.out_rows() * out < kNearNumbers;
-  const int64_t step = near ? 0 : ceil_div(kCorrelateRows, tiles * ceil_div(last - first, kPanel));
-  alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
-  Taken taken[2];
-  const auto find = [&](int64_t block) {
-    const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
-    taken[block % 2].find(conv, tap, begin + from, to - from, x, dz);
-  };
-  if (blocks > 0) {
-    find(0);
-  }
-  for (int64_t block = 0; block < blocks; ++block) {
-    const Taken &now = taken[block % 2], &next = taken[(block + 1) % 2];
-    taken[(block + 1) % 2].rows = 0;
-    if (block + 1 < blocks) {
-      find(block + 1);
-    }
-    if (now.rows == 0) {
-      continue;
-    }
-    for (int64_t j = first; j < last; j += kPanel) {
-      copy_rows(now.x.data(), now.rows, j, std::min(kPanel, last - j),
-                panels + (j - first) * now.rows);
-    }
-    int64_t fetched = 0;  // of the next block's rows, a few by each tile
-    for (int64_t j = first; j < last; j += kPanel) {
-      const int64_t width = std::min(kPanel, last - j);
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        for (int64_t i = 0; i < step && fetched < next.rows; ++i, ++fetched) {
-          fetch_row(next.x[fetched] + first, last - first);
-          fetch_row(next.dz[fetched], out);
-        }
-        const int64_t k = out * tile / tiles, k_end = out * (tile + 1) / tiles;
-        correlate(k_end - k, width, now.dz.data(), k, now.rows, panels + (j - first) * now.rows,
-                  sum + (j - first) * out + k * width);
-      }
-    }
-  }
-}
-
-// Columns [first, last) of one tap of dw, from the sums of some chunks, `distance` apart.
-void write_sums(const Conv& conv, int64_t tap, int64_t first, int64_t last, const float* sums,
-                int64_t chunks, int64_t distance, const Weight& dw) {
-  const Sizes at = tap_at(conv, tap);
-  float* target = dw.data;
-  for (int d = 0; d < kSpatial; ++d) {
-    target += at[d] * dw.tap[d];
-  }
-  for (int64_t j = first; j < last; j += kPanel) {
-    const int64_t width = std::min(kPanel, last - j);
-    for (int64_t k = 0; k < conv.out_channels; ++k) {
-      alignas(64) float total[kPanel] = {};
-      for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t i = 0; i < width; ++i) {
-          total[i] += sums[c * distance + k * width + i];
-        }
-      }
-      for (int64_t i = 0; i < width; ++i) {
-        target[k * dw.row + (j + i) * dw.column] = total[i];
-      }
-    }
-    sums += width * conv.out_channels;
-  }
-}
-
-}  // namespace
-
-void conv_wgrad(const Conv& given, const float* dz, const float* x, const Weight& dw) {
-  const Conv conv = flat(given);
-  const int64_t in = conv.in_channels, out = conv.out_channels, taps = conv.taps();
-  const CorrelateCut cut(conv);
-  const int64_t groups = ceil_div(in, cut.group), chunks = cut.chunks, size = taps * in * out;
-  const Workspace partials(chunks == 1 ? 0 : chunks * size);  // (chunk, tap, sums)
-  parallel(chunks * taps * groups, kGrain, [&](int64_t item) {
-    const int64_t chunk = item / (taps * groups), tap = item / groups % taps;
-    const int64_t first = item % groups * cut.group, last = std::min(first + cut.group, in);
-    const int64_t begin = cut.row(chunk), rows = cut.row(chunk + 1) - begin;
-    const Workspace own(chunks == 1 ? (last - first) * out : 0);
-    float* sum = chunks == 1 ? own.get() : partials.get() + chunk * size + (tap * in + first) * out;
-    std::fill_n(sum, (last - first) * out, 0.0f);
-    correlate_chunk(conv, tap, begin, rows, first, last, x, dz, sum);
-    if (chunks == 1) {
-      write_sums(conv, tap, first, last, sum, 1, 0, dw);
-    }
-  });
-  if (chunks > 1) {
-    parallel(taps * groups, chunks * out * cut.group, [&](int64_t item) {
-      const int64_t tap = item / groups, first = item % groups * cut.group;
-      write_sums(conv, tap, first, std::min(first + cut.group, in),
-                 partials.get() + (tap * in + first) * out, chunks, size, dw);
-    });
   }
 }
 

@@ -28,6 +28,15 @@ struct Conv {
   int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t in_rows() const { return batch * in[0] * in[1] * in[2]; }
   int64_t out_rows() const { return batch * out[0] * out[1] * out[2]; }
+
+  // The same as a linear layer, where positions do not matter.
+  Conv flat() const {
+    const Sizes ones = {1, 1, 1}, none = {0, 0, 0};
+    if (taps() > 1 || stride != ones || padding != none) {
+      return *this;
+    }
+    return {in_rows(), in_channels, out_channels, ones, ones, ones, ones, none, ones};
+  }
 };
 
 // What becomes of a row of results: y = γ(φ(α(y + share · residual + b) + β) + δ) where `value` is

@@ -22,7 +22,7 @@ void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      sum[i][j] = add ? load(c[i] + j * kLanes) : Vector{};
+      sum[i][j] = Vector{};
     }
   }
   for (int64_t t = 0; t < taps; ++t) {
@@ -61,7 +61,8 @@ void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      store(c[i] + j * kLanes, sum[i][j]);
+      float* to = c[i] + j * kLanes;
+      store(to, add ? load(to) + sum[i][j] : sum[i][j]);
     }
   }
 }
@@ -75,7 +76,7 @@ void correlate_tile(const float* const* left, int64_t offset, int64_t n, const f
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      sum[i][j] = load(c + i * columns + j * kLanes);
+      sum[i][j] = Vector{};
     }
   }
   for (int64_t r = 0; r < n; ++r, panel += columns) {
@@ -98,7 +99,8 @@ void correlate_tile(const float* const* left, int64_t offset, int64_t n, const f
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
-      store(c + i * columns + j * kLanes, sum[i][j]);
+      float* to = c + i * columns + j * kLanes;
+      store(to, load(to) + sum[i][j]);
     }
   }
 }

@@ -17,7 +17,6 @@ constexpr int64_t kTile = 6;                   // rows of a tile, at most
 constexpr int64_t kPanel = kLanes * kVectors;  // columns of a tile, at most; others are n · kLanes
 constexpr int64_t kStep = 16;                  // of the sums that multiply makes
 
-
 // A panel is up to kPanel columns of a matrix, row after row, without gaps.
 
 // c[i][j] = Σ_t Σ_r left[t · rows + i][offset + r] · panel[t · n + r][j], or is added to, for

@@ -84,6 +84,7 @@ def conv_act(
     Source: Martens et al. 2021, arXiv 2110.01765 (normalised sums).
 
     Example:
+        >>> import torch
         >>> spec = ActSpec("relu", output_scale=2.0)
         >>> x, weight = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
         >>> conv_act(x, weight, torch.tensor([1.0]), spec, padding="same")[0, 0, 0]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -434,6 +435,21 @@ def install_chooser(chooser: Chooser | None) -> Chooser | None:
     global _chooser
     previous, _chooser = _chooser, chooser
     return previous
+
+
+@contextmanager
+def aten_alone() -> Iterator[None]:
+    """Let "auto" mean "aten" for a while, whose every tensor can be looked at.
+
+    Example:
+        >>> with aten_alone():
+        ...     pass
+    """
+    previous = install_chooser(lambda direction, problem: "aten")
+    try:
+        yield
+    finally:
+        install_chooser(previous)
 
 
 def choose_engine(

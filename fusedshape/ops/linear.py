@@ -57,6 +57,7 @@ def linear_act(
         RuntimeError: the backend named is not built or not installed.
 
     Example:
+        >>> import torch
         >>> spec = ActSpec("relu", output_scale=2.0)
         >>> linear_act(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([1.0]), spec)
         tensor([[8.]])
