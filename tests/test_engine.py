@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from conftest import INTERPRET, shaped
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedshape import ShapedConv2d, ShapedLinear, native
 from fusedshape.ops import conv_act, engine, linear_act
@@ -319,12 +321,59 @@ def test_linear_layers_that_have_nothing_to_sum_or_gaps() -> None:
             linear_act(x, torch.ones(16, 16), None, LEAKY, engine="native")
 
 
-def test_aten_alone() -> None:
-    with engine.aten_alone():
-        assert choose_engine("fprop", PROBLEM, "auto", fits) == "aten"
-        assert choose_engine("fprop", PROBLEM, "triton", fits) == "triton"
-        with pytest.raises(ZeroDivisionError), engine.aten_alone():
-            raise ZeroDivisionError
-        big, weight = torch.ones(64, 512), torch.ones(64, 512)
-        engines = engines_for("auto", big, weight, LEAKY, None)
-        assert [one.name for one in engines] == ["aten"] * 3
+@NATIVE
+def test_apart() -> None:
+    x, weight, bias = torch.randn(64, 512), torch.randn(64, 512), torch.randn(64)
+    ran: list[str] = []
+    with Recorder(ran):
+        want = linear_act(x, weight, bias, LEAKY, engine="native")
+        assert ran == ["native_conv_act"]
+        ran.clear()
+        with engine.apart():
+            with engine.apart():
+                pass
+            got = linear_act(x, weight, bias, LEAKY, engine="native")
+        assert ran == ["native_conv", "native_bias_act_"]
+    with pytest.raises(ZeroDivisionError), engine.apart():
+        _ = 1 / 0
+    assert not engine._apart
+    torch.testing.assert_close(got, want)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which of this library's ops run."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func.name().partition("::")
+        if space == "fusedshape":
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@NATIVE
+def test_choices_are_remembered_while_they_hold() -> None:
+    x, weight = torch.ones(128, 512), torch.ones(64, 512)
+    asked: list[str] = []
+
+    def chooser(direction: Direction, problem: Problem) -> str:
+        asked.append(direction)
+        return "aten"
+
+    previous = install_chooser(chooser)
+    try:
+        for _ in range(2):
+            assert engines_for("auto", x, weight, LEAKY, None).fprop.name == "aten"
+        assert len(asked) == 3
+        engines_for("auto", x[:70], weight, LEAKY, None)
+        assert len(asked) == 6
+        assert engines_for("native", x, weight, LEAKY, None).fprop.name == "native"
+        install_chooser(chooser, steady=False)
+        for _ in range(2):
+            engines_for("auto", x, weight, LEAKY, None)
+        assert len(asked) == 12
+    finally:
+        install_chooser(previous)

@@ -706,6 +706,7 @@ def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
 
     monkeypatch.setitem(engine._SERVED, "cpu", ("triton",))
     monkeypatch.setattr(engine, "_chooser", note)
+    monkeypatch.setattr(engine, "_remembers", False)
     model(x).sum().backward()
     monkeypatch.undo()
     return seen

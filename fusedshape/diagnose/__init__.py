@@ -32,7 +32,7 @@ from fusedshape.diagnose.predict import (
 from fusedshape.diagnose.report import Diagnosis, Finding, Layer
 from fusedshape.diagnose.tape import Step, Tape
 from fusedshape.diagnose.verdict import CAUSES, Case, findings
-from fusedshape.ops.engine import aten_alone
+from fusedshape.ops.engine import apart
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Layer", "diagnose"]
 
@@ -236,7 +236,7 @@ def _run(
 ) -> Tape:
     tape = Tape(model, size, measure, known)
     try:
-        with aten_alone():  # what a layer's kernel holds in its registers cannot be measured
+        with apart():  # what a layer's kernel holds in its registers cannot be measured
             tape.run(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]

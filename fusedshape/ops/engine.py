@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -316,6 +316,10 @@ class _Kernels:
         kernels: Kernels,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
+        if _apart and shortcut is None:
+            y = self.fprop(x, weight, geometry)
+            kernels.bias_act_(y, bias, spec, channel_dim(y, geometry))
+            return y
         y = self._join(x, weight, bias, geometry, shortcut, spec.kernel_args)
         return _like_input(y, x, geometry)
 
@@ -414,16 +418,21 @@ class Engines(NamedTuple):
 
 _ALL_ATEN = Engines(ATEN, ATEN, ATEN)
 _chooser: Chooser | None = None
+_remembers = True
+_remembered: dict[Any, Engines] = {}
+_REMEMBERED = 4096
+_apart = False
 
 
-def install_chooser(chooser: Chooser | None) -> Chooser | None:
+def install_chooser(chooser: Chooser | None, steady: bool = True) -> Chooser | None:
     """Let `chooser` say what "auto" means, for each direction of each problem worth a question.
 
-    It is called for every layer on every call, so it must be quick, and it must not raise. Where it
-    returns None, or names an engine that cannot run, the pinned choice holds: `pinned_engine`.
+    It may be called for every layer on every call, so it must be quick, and it must not raise.
+    Where it returns None, or names an engine that cannot run, `pinned_engine`'s choice holds.
 
     Args:
         chooser: who knows measurements; None for the pinned choice alone.
+        steady: whether it always answers alike, until `forget_choices`.
 
     Returns:
         The chooser until now.
@@ -432,24 +441,38 @@ def install_chooser(chooser: Chooser | None) -> Chooser | None:
         >>> previous = install_chooser(lambda direction, problem: None)
         >>> _ = install_chooser(previous)
     """
-    global _chooser
+    global _chooser, _remembers
     previous, _chooser = _chooser, chooser
+    _remembers = steady
+    forget_choices()
     return previous
 
 
-@contextmanager
-def aten_alone() -> Iterator[None]:
-    """Let "auto" mean "aten" for a while, whose every tensor can be looked at.
+def forget_choices() -> None:
+    """Ask the chooser anew, about every layer.
 
     Example:
-        >>> with aten_alone():
+        >>> forget_choices()
+    """
+    _remembered.clear()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let every engine leave its product in memory and run the activation after it, for a while.
+
+    For those who look at the tensors in between. A layer with a residual stays in one piece.
+
+    Example:
+        >>> with apart():
         ...     pass
     """
-    previous = install_chooser(lambda direction, problem: "aten")
+    global _apart
+    previous, _apart = _apart, True
     try:
         yield
     finally:
-        install_chooser(previous)
+        _apart = previous
 
 
 def choose_engine(
@@ -622,7 +645,7 @@ def only_aten(asked: str, x: Tensor) -> bool:
     """Whether torch computes a layer in every direction, known without looking at the problem."""
     if asked != "auto":
         return asked == "aten"
-    served = rivals(x.device.type)
+    served = _SERVED.get(x.device.type, ())
     if "native" not in served:
         return not served or _chooser is None  # nobody else is pinned
     if x.dtype != torch.float32 or not native.available():
@@ -666,7 +689,19 @@ def engines_for(
     if only_aten(asked, x):
         return _ALL_ATEN  # the quickest answer, for the smallest layers
     directions: tuple[Direction, ...] = ("fprop", "dgrad_act" if chained else "dgrad", "wgrad")
-    return Engines(*_engines(directions, asked, x, weight, spec, geometry))
+    # On CUDA the chooser looks at torch's switches, too.
+    if not _remembers or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return Engines(*_engines(directions, asked, x, weight, spec, geometry))
+    sizes = None if geometry is None else (*map(tuple, geometry[:3]), geometry[5])
+    layer = asked, chained, spec.activation, spec.saves_output
+    key = (*layer, x.dtype, x.shape, x.stride(), weight.shape, sizes)
+    found = _remembered.get(key)
+    if found is None:
+        if len(_remembered) >= _REMEMBERED:
+            _remembered.clear()
+        found = Engines(*_engines(directions, asked, x, weight, spec, geometry))
+        _remembered[key] = found
+    return found
 
 
 def _engines(

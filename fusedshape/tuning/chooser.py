@@ -88,11 +88,16 @@ def _set(name: str) -> None:
     global _mode
     _mode = name
     forget()
-    engine.install_chooser(None if name == "off" else choose)
+    _install(name)
+
+
+def _install(name: str) -> None:
+    engine.install_chooser(None if name == "off" else choose, steady=name != "full")
 
 
 def forget() -> None:
     """Forget what this process has read of the cache, so that it is read anew."""
+    engine.forget_choices()
     _answers.clear()
     _caches.clear()
     tuned.unpin()
@@ -237,5 +242,4 @@ def status() -> Mapping[str, Any]:
     }
 
 
-if os.environ.get(_VARIABLE) != "off":
-    engine.install_chooser(choose)
+_install(os.environ.get(_VARIABLE) or "cached")
