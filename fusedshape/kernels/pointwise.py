@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue
 from fusedshape.reference import opmath_dtype
 
@@ -40,6 +41,9 @@ REDUCE_PARTS = 4096
 WIDE = 2**31 - 2**22
 
 NUM_WARPS = 4
+#: Where ptxas, left alone, spills a few registers for the sake of more warps.
+_MAX_REGISTERS = 128
+_HUNGRY = tuple(ACTIVATIONS[name].id for name in ("atan", "sin", "cos"))
 
 _BIG_ARGS = ["rows", "vectors", "channels", "steps"]
 
@@ -473,9 +477,16 @@ def _act_grad(
             ROWS=plan.tile_rows,
             COLS=plan.tile_cols,
             WIDE=plan.wide,
-            num_warps=NUM_WARPS,
+            **launch_options(activation, saved.dtype),
         )
         return _reduce(sums) if bias_grad else sums
+
+
+def launch_options(activation: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps, and where it takes one a limit of registers, of both kernels."""
+    if dtype == torch.float64 or activation in _HUNGRY:
+        return {"num_warps": NUM_WARPS, "maxnreg": _MAX_REGISTERS}
+    return {"num_warps": NUM_WARPS}
 
 
 def _bias_act(
@@ -507,7 +518,7 @@ def _bias_act(
             ROWS=plan.tile_rows,
             COLS=plan.tile_cols,
             WIDE=plan.wide,
-            num_warps=NUM_WARPS,
+            **launch_options(activation, x.dtype),
         )
 
 

@@ -61,7 +61,7 @@ def compile_kernel(
     pointers: dict[str, torch.dtype | None],
     constexprs: dict[str, Any],
     arch: int,
-    num_warps: int,
+    options: dict[str, int],
     aligned: bool = True,
     specialised: tuple[str, ...] = (),
 ) -> Compiled:
@@ -87,7 +87,6 @@ def compile_kernel(
             if name in specialised:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": num_warps}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = assemble(built.asm["ptx"], arch)
     return Compiled(*usage, built.metadata.shared, built.asm["ptx"], built.asm["source"])
@@ -135,7 +134,7 @@ def compile_bias_act(
         {"x_ptr": dtype, "bias_ptr": bias, "y_ptr": dtype},
         {"ACTIVATION": activation, "HAS_BIAS": bias is not None, **plan_constexprs(plan)},
         arch,
-        pointwise.NUM_WARPS,
+        pointwise.launch_options(activation, dtype),
         aligned,
     )
 
@@ -170,7 +169,7 @@ def compile_act_grad(
             **plan_constexprs(plan),
         },
         arch,
-        pointwise.NUM_WARPS,
+        pointwise.launch_options(activation, dtype),
         aligned,
     )
 
@@ -181,7 +180,7 @@ def compile_reduce(dtype: torch.dtype, arch: int, wide: bool = False) -> Compile
         {"sums_ptr": dtype, "out_ptr": dtype},
         {"PARTS": pointwise.REDUCE_PARTS, "ROWS": 256, "COLS": 16, "WIDE": wide},
         arch,
-        8,
+        {"num_warps": 8},
         specialised=("channels",),
     )
 
