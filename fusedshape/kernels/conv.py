@@ -74,6 +74,12 @@ def _taps(
 
 
 @triton.jit
+def _within(i, size):
+    """Whether 0 ≤ i < size: unsigned, what lies before is far behind."""
+    return i.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
 def _finish(
     z,
     out_ptr,
@@ -237,47 +243,68 @@ def _conv_kernel(
         k = k.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
+    # What a step repeats for each pixel is what slows tensor cores down. So pointers are made here,
+    # for a step to add one number to, and it is found out here which taps a pixel has in the image.
     BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    BITS: tl.constexpr = not FLAT and R * S <= 32
+    if not FLAT:
+        a_first = a_ptr + (base[:, None] + k[None, :])
+        w_first = w_ptr + ((first * W_TAP + k * W_C)[:, None] + (n * W_N)[None, :])
+    if BITS:
+        row = tl.zeros((BLOCK_M,), tl.int32)
+        for tap_w in tl.static_range(S):
+            row |= (inside & _within(w0 + tap_w * HOP_W, in_w)).to(tl.int32) << tap_w
+        bits = tl.zeros((BLOCK_M,), tl.int32)
+        for tap_h in tl.static_range(R):
+            bits |= tl.where(_within(h0 + tap_h * HOP_H, in_h), row << (tap_h * S), 0)
+
     steps = tl.cdiv(taps_h * taps_w * C, BLOCK_K) if FLAT else taps_h * taps_w * BLOCKS
     if SUBS > 1:
         # Remainders have tiles for as many pixels as the first of them.
         steps = tl.where(tile_m * BLOCK_M < rows, steps, 0)
+    t = tl.zeros((), tl.int32)
+    u = tl.zeros((), tl.int32)
+    block = tl.zeros((), tl.int64 if WIDE else tl.int32)
     for step in range(steps):
         if FLAT:
             along = step * BLOCK_K + k
-            tap = along // C
             c = along % C
-            t = tap // taps_w
-            u = tap % taps_w
-            h = h0[:, None] + (t * HOP_H)[None, :]
-            w = w0[:, None] + (u * HOP_W)[None, :]
+            ts = along // C // taps_w
+            us = along // C % taps_w
             within = along < taps_h * taps_w * C
-            a_mask = inside[:, None] & within[None, :]
-            a_mask = a_mask & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-            moved = (t * HOP_H * in_w + u * HOP_W) * C + c
-            a = tl.load(a_ptr + (base[:, None] + moved[None, :]), mask=a_mask, other=0.0)
+            h = h0[:, None] + (ts * HOP_H)[None, :]
+            w = w0[:, None] + (us * HOP_W)[None, :]
+            a_mask = inside[:, None] & within[None, :] & _within(h, in_h) & _within(w, in_w)
+            moved = (ts * HOP_H * in_w + us * HOP_W) * C + c
+            a_at = a_ptr + (base[:, None] + moved[None, :])
+            w_tap = first + ts * (STEP_H * S) + us * STEP_W
+            w_at = w_ptr + ((w_tap * W_TAP + c * W_C)[:, None] + (n * W_N)[None, :])
         else:
-            tap = step // BLOCKS
-            c = (step % BLOCKS) * BLOCK_K + k
-            t = tap // taps_w
-            u = tap % taps_w
-            h = h0 + t * HOP_H
-            w = w0 + u * HOP_W
-            there = inside & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-            within = c < C
-            moved = base + (t * HOP_H * in_w + u * HOP_W) * C
+            if BITS:
+                there = (bits & (1 << (t * S + u))) != 0
+            else:
+                there = inside & _within(h0 + t * HOP_H, in_h) & _within(w0 + u * HOP_W, in_w)
             a_mask = there[:, None]
+            within = block * BLOCK_K + k < C
             if C % BLOCK_K != 0:
                 a_mask = a_mask & within[None, :]
-            a = tl.load(a_ptr + (moved[:, None] + c[None, :]), mask=a_mask, other=0.0)
-        w_tap = first + t * (STEP_H * S) + u * STEP_W
-        w_index = (w_tap * W_TAP + c * W_C)[:, None] + (n * W_N)[None, :]
+            a_at = a_first + ((t * HOP_H * in_w + u * HOP_W) * C + block * BLOCK_K)
+            w_tap = t * (STEP_H * S) + u * STEP_W
+            w_at = w_first + (w_tap * W_TAP + block * (BLOCK_K * W_C))
+        a = tl.load(a_at, mask=a_mask, other=0.0)
         if FLAT or C % BLOCK_K != 0 or N % BLOCK_N != 0:
-            w_mask = within[:, None] & (n < N)[None, :]
-            b = tl.load(w_ptr + w_index, mask=w_mask, other=0.0)
+            b = tl.load(w_at, mask=within[:, None] & (n < N)[None, :], other=0.0)
         else:
-            b = tl.load(w_ptr + w_index)
+            b = tl.load(w_at)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if not FLAT:
+            block += 1
+            turn = block == BLOCKS
+            block = tl.where(turn, 0, block)
+            u += turn.to(tl.int32)
+            turn = u == taps_w
+            u = tl.where(turn, 0, u)
+            t += turn.to(tl.int32)
 
     pixel = m
     if SUBS > 1:
@@ -320,6 +347,8 @@ def _wgrad_kernel(
     DILATION_W: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
+    EVEN: tl.constexpr,
+    SAME: tl.constexpr,
     DEAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -328,14 +357,18 @@ def _wgrad_kernel(
 ):
     """Tile of one part of dw (K, R · S · C), summed over `steps` blocks of pixels.
 
-    (dn, dp, dq) is BLOCK_K pixels in images, rows and columns: how far one step moves.
+    (dn, dp, dq) is BLOCK_K pixels in images, rows and columns: how far one step moves. EVEN: steps
+    end where the pixels do. SAME: output pixels lie in memory as those of x do.
     """
     TILES_K: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
     TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     part = tl.program_id(1)
     if WIDE:
+        pid = pid.to(tl.int64)
         part = part.to(tl.int64)
+        in_h = in_h.to(tl.int64)
+        dn = dn.to(tl.int64)
     k = (pid % TILES_K) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile_n = pid // TILES_K
     if FLAT:
@@ -351,50 +384,67 @@ def _wgrad_kernel(
     from_h = (tap // S) * DILATION_H - PAD_H
     from_w = (tap % S) * DILATION_W - PAD_W
 
+    # The pixel (h, w) of x that the first tap reads for output pixel m, and where it lies. Digits
+    # and place move together, with their carries: cheaper than to divide or multiply again.
     m = part * steps * BLOCK_K + tl.arange(0, BLOCK_K)
-    order = gemm._dealt_rows(BLOCK_K) if DEAL else tl.arange(0, BLOCK_K)
-    dz_m = part * steps * BLOCK_K + order
-    q = m % out_w
-    p = (m // out_w) % out_h
-    image = m // (out_w * out_h)
+    h = (m // out_w) % out_h * STRIDE_H
+    w = m % out_w * STRIDE_W
+    place = ((m // (out_w * out_h) * in_h + h) * in_w + w) * C
+    end_h = out_h * STRIDE_H
+    end_w = out_w * STRIDE_W
+    x_first = x_ptr + c[None, :]
+    if FLAT:
+        x_first += ((from_h * in_w + from_w) * C)[None, :]
+    else:
+        h += from_h
+        w += from_w
+        place += (from_h * in_w + from_w) * C
+        end_h += from_h
+        end_w += from_w
+    move = ((dn * in_h + dp * STRIDE_H) * in_w + dq * STRIDE_W) * C
+    to_row = (STRIDE_H * in_w - out_w * STRIDE_W) * C
+    to_image = (in_h - out_h * STRIDE_H) * in_w * C
+
+    dz_m = part * steps * BLOCK_K + (gemm._dealt_rows(BLOCK_K) if DEAL else tl.arange(0, BLOCK_K))
+    dz_at = dz_ptr + (k[:, None] + dz_m[None, :] * K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if EVEN:
+        steps = tl.minimum(steps, (pixels // BLOCK_K - part * steps).to(tl.int32))
+    # No part is empty. Were it possible, the tensor cores might wait after each instruction.
+    tl.assume(steps > 0)
     for _ in range(steps):
-        in_row = m < pixels
-        dz_mask = (dz_m < pixels)[None, :]
-        if K % BLOCK_M != 0:
-            dz_mask = dz_mask & (k < K)[:, None]
-        dz_index = k[:, None] + dz_m[None, :] * K
-        dz = gemm._load_across(dz_ptr + dz_index, dz_mask, PRECISION)
+        dz_mask = (k < K)[:, None]
         if FLAT:
-            h = (p * STRIDE_H)[:, None] + from_h[None, :]
-            w = (q * STRIDE_W)[:, None] + from_w[None, :]
-            base = ((image * in_h + p * STRIDE_H) * in_w + q * STRIDE_W) * C
-            moved = (from_h * in_w + from_w) * C + c
-            x_index = base[:, None] + moved[None, :]
-            there = in_row[:, None] & in_col[None, :]
-            x_mask = there & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
+            hs = h[:, None] + from_h[None, :]
+            ws = w[:, None] + from_w[None, :]
+            x_mask = in_col[None, :] & _within(hs, in_h) & _within(ws, in_w)
         else:
-            h = p * STRIDE_H + from_h
-            w = q * STRIDE_W + from_w
-            there = in_row & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-            x_index = (((image * in_h + h) * in_w + w) * C)[:, None] + c[None, :]
-            x_mask = there[:, None]
+            x_mask = (_within(h, in_h) & _within(w, in_w))[:, None]
             if C % BLOCK_N != 0:
                 x_mask = x_mask & in_col[None, :]
-        x = gemm._load_across(x_ptr + x_index, x_mask, PRECISION)
+        if not EVEN:
+            dz_mask = dz_mask & (dz_m < pixels)[None, :]
+            x_mask = x_mask & (m < pixels)[:, None]
+        dz = gemm._load_across(dz_at, dz_mask, PRECISION)
+        x = gemm._load_across(x_first + place[:, None], x_mask, PRECISION)
         if DEAL:
             x = gemm._deal(x)
         acc = tl.dot(dz, x, acc, input_precision=PRECISION)
-        # Digits are added with their carries, which is cheaper than to divide again.
-        m += BLOCK_K
-        dz_m += BLOCK_K
-        q += dq
-        carry = q >= out_w
-        q = tl.where(carry, q - out_w, q)
-        p += dp + carry.to(p.dtype)
-        carry = p >= out_h
-        p = tl.where(carry, p - out_h, p)
-        image += dn + carry.to(image.dtype)
+        if not EVEN:
+            m += BLOCK_K
+            dz_m += BLOCK_K
+        dz_at += tl.full((), BLOCK_K * K, dz_m.dtype)
+        place += move
+        w += dq * STRIDE_W
+        carry = w >= end_w
+        w = tl.where(carry, w - out_w * STRIDE_W, w)
+        if not SAME:
+            place += tl.where(carry, to_row, 0)
+        h += dp * STRIDE_H + tl.where(carry, STRIDE_H, 0)
+        carry = h >= end_h
+        h = tl.where(carry, h - out_h * STRIDE_H, h)
+        if not SAME:
+            place += tl.where(carry, to_image, 0)
     if DEAL:
         acc = gemm._gather_columns(acc)
     index = (part * K + k)[:, None] * (R * S * C) + col[None, :]
@@ -406,31 +456,17 @@ _INTERPRETED = not isinstance(_conv_kernel, triton.JITFunction)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(epilogue.Tiling):
     """How a kernel cuts up a convolution.
 
+    A tile of the output is `block_m` pixels by `block_n` channels; in wgrad, where tiles are not
+    grouped, `block_m` output channels by `block_n` input channels of one tap.
+
     Attributes:
-        block_m: pixels of a tile of the output; in wgrad output channels.
-        block_n: output channels of it (dgrad: input channels); in wgrad input channels of one tap.
-        bytes_k: of the reduction in one step, a power of two.
-        num_warps: warps of one program.
-        num_stages: steps in flight.
-        group_m: rows of tiles that are done together, to share operands in L2; not in wgrad.
         splits: parts of the sum over pixels in wgrad; 0 takes as many as fill the GPU.
     """
 
-    block_m: int
-    block_n: int
-    bytes_k: int = 128
-    num_warps: int = 8
-    num_stages: int = 3
-    group_m: int = 8
     splits: int = 0
-
-    @property
-    def slices(self) -> int:
-        """Parts in which a tile is finished: 32 numbers a thread, more would spill registers."""
-        return max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
 
     def shared(self, itemsize: int) -> int:
         """At most so many bytes of shared memory: operands in flight, or the tile at the end."""
@@ -455,6 +491,7 @@ CONFIGS: dict[Direction, tuple[Config, ...]] = {
     "forward": _TILES,
     "dgrad": _TILES,
     "wgrad": (
+        Config(256, 128, 128, 8, 3),
         Config(128, 128, 128, 8, 3),
         Config(128, 64, 128, 4, 3),
         Config(64, 128, 128, 4, 3),
@@ -470,8 +507,11 @@ HALF_RATE = 24
 
 
 def candidates(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> tuple[Config, ...]:
-    """The shipped configurations that fit into the shared memory of a GPU."""
+    """The shipped configurations that fit into the shared memory and registers of a GPU."""
     shipped = FMA_CONFIGS if problem.arithmetic == "float32" else CONFIGS[direction]
+    if direction == "wgrad" and _flat(problem.channels, problem.taps):
+        # Each number of a tile has a place and a mask of its own.
+        shipped = tuple(c for c in shipped if c.block_m * c.block_n <= 64 * 64)
     return tuple(c for c in shipped if c.shared(problem.itemsize) <= gpu.shared)
 
 
@@ -815,6 +855,8 @@ def conv_wgrad(
             K=p.out_channels,
             PRECISION=_precision(p),
             FLAT=_flat(p.channels, p.taps),
+            EVEN=p.pixels % block_k == 0,
+            SAME=p.stride == (1, 1) and (p.out_height, p.out_width) == (p.height, p.width),
             DEAL=p.arithmetic == "tf32" and gemm.deals(gpu, config.block_m, config.block_n),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -883,7 +925,7 @@ def _launch(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.bytes_k // p.itemsize,
-            SLICES=config.slices,
+            SLICES=config.slices(activation),
             GROUP_M=config.group_m,
             WIDE=max(a.numel(), out.numel(), weight.numel()) >= WIDE,
             num_warps=config.num_warps,

@@ -7,14 +7,47 @@ A kernel takes the constants as `tl.float64` arguments, in the order of `constan
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import phi
 
 #: In place of an activation's id: the product is written as it is.
 IDENTITY = tl.constexpr(-1)
+#: Activations that take hardly more registers than that.
+STRAIGHT = (IDENTITY.value, *(row.id for row in ACTIVATIONS.values() if row.homogeneous))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel that ends with an activation cuts up its work.
+
+    Attributes:
+        block_m, block_n: the tile of the output, powers of two, 16 or more.
+        bytes_k: of the reduction in one step, a power of two.
+        num_warps: warps of one program.
+        num_stages: steps in flight.
+        group_m: rows of tiles that are done together, to share operands in L2.
+    """
+
+    block_m: int
+    block_n: int
+    bytes_k: int = 128
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+
+    def slices(self, activation: int) -> int:
+        """Parts in which a tile is finished.
+
+        Parts of 32 numbers a thread, of 16 where an activation is curved: beside the rest of the
+        tile there are no registers for more.
+        """
+        parts = max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
+        return parts if parts == 1 or activation in STRAIGHT else 2 * parts
 
 
 def constants(
@@ -51,10 +84,10 @@ def grad_constants(
 
 @triton.jit
 def slices(z, COUNT: tl.constexpr):
-    """Z cut into COUNT parts side by side, 1, 2 or 4: a tuple of tiles.
+    """Z cut into COUNT parts side by side, a power of two: a tuple of tiles.
 
     A tensor core's tile holds up to 128 numbers a thread, and an activation worked out on all of
-    them at once spills registers; on 32 at a time none does.
+    them at once spills registers; on 32 at a time few do, on 16 hardly one does.
     """
     if COUNT == 1:
         parts = (z,)

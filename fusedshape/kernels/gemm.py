@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
 from fusedshape.kernels.tuned import tunable
@@ -44,6 +45,8 @@ SHARED = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 LEAST_SHARED = 101_376
 #: Elements that one program of the second stage of wgrad adds up.
 SUM_TILE = 1024
+#: Activations that take most registers.
+_HUNGRY = tuple(ACTIVATIONS[name].id for name in ("sin", "cos"))
 #: Steps below which a part of wgrad's reduction is not worth its partial sums.
 MIN_STEPS = 4
 
@@ -107,43 +110,35 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(epilogue.Tiling):
     """How the kernel cuts up a product.
 
     Attributes:
-        block_m, block_n: the tile of the output, powers of two, 16 or more.
-        bytes_k: of the reduction in one step: a power of two.
-        num_warps: warps of one program.
-        num_stages: steps in flight.
-        group_m: rows of tiles that are done together, to share operands in L2.
         tma: read and write through tensor descriptors.
         persistent: as many programs as multiprocessors, each walking over tiles.
         splits: parts of the reduction in wgrad; 0 takes as many as fill the GPU.
     """
 
-    block_m: int
-    block_n: int
-    bytes_k: int = 128
-    num_warps: int = 8
-    num_stages: int = 3
-    group_m: int = 8
     tma: bool = False
     persistent: bool = False
     splits: int = 0
 
-    @property
-    def slices(self) -> int:
-        """Parts in which a tile is finished: 32 numbers a thread, more would not fit beside it."""
-        return max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
-
     def shared(self, problem: Problem) -> int:
         """Upper bound of the bytes of shared memory that the kernel takes."""
-        part = self.block_m * self.block_n // self.slices
+        part = self.block_m * self.block_n // self.slices(IDENTITY.value)
         # The operands of tf32 that run along the output are turned around on their way.
         turned = problem.direction == "wgrad" and problem.dtype == torch.float32
         operands = (self.num_stages + turned) * (self.block_m + self.block_n) * self.bytes_k
         staged = (self.tma + self.persistent) * part * problem.dtype.itemsize
         return max(operands, 4 * part) + staged + 9_216
+
+    def launch_options(self, activation: int) -> dict[str, int]:
+        """What a launch with this activation passes to the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.slices(activation) > 1 and activation in _HUNGRY:
+            # Left alone, ptxas spills a few for the sake of one more program at a time.
+            options["maxnreg"] = 255
+        return options
 
     def tiles(self, problem: Problem) -> int:
         """Tiles of the output."""
@@ -377,7 +372,8 @@ def _gemm_kernel(
     b_stride = b_vectors.to(INDEX) * (VECTOR_K if B_ALONG_K else VECTOR_N)
     tiles_m = tl.cdiv(m, BLOCK_M).to(tl.int32)
     tiles_n = tl.cdiv(n, BLOCK_N).to(tl.int32)
-    steps = tl.cdiv(k, BLOCK_K).to(tl.int32)
+    # Where there is nothing to sum, one step of zeros.
+    steps = tl.maximum(tl.cdiv(k, BLOCK_K), 1).to(tl.int32)
     tiles = tiles_m * tiles_n * splits
 
     first = tl.program_id(0)
@@ -818,7 +814,7 @@ def _multiply(
         _gemm_kernel[(programs,)](
             _describe(a, config.block_m, block_k, a_along_k) if config.tma else a,
             _describe(b, config.block_n, block_k, b_along_k) if config.tma else b,
-            _describe(out, config.block_m, config.block_n // config.slices)
+            _describe(out, config.block_m, config.block_n // config.slices(activation))
             if described
             else target,
             None if bias is None else bias.contiguous(),
@@ -850,16 +846,15 @@ def _multiply(
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,
             GROUP_M=config.group_m,
-            EVEN_K=k % block_k == 0,
-            SLICES=config.slices,
+            EVEN_K=k > 0 and k % block_k == 0,
+            SLICES=config.slices(activation),
             TMA=config.tma,
             PERSISTENT=config.persistent,
             DEAL=problem.direction == "wgrad"
             and problem.precision == "tf32"
             and deals(gpu, config.block_m, config.block_n),
             WIDE=wide,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.launch_options(activation),
         )
         if splits > 1:
             vector = math.gcd(4, m * n)

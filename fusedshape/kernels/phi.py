@@ -165,7 +165,8 @@ def _cos2(v):
 def _asinh(u):
     a = tl.abs(u)
     huge = a > 1e9
-    r = _log1p(tl.where(huge, a, a + _hypot1_minus_1(a))) + huge.to(u.dtype) * LN2
+    t = a + a * a / (1.0 + tl.sqrt(1.0 + a * a))
+    r = _log1p(tl.where(huge, a, t)) + huge.to(u.dtype) * LN2
     return tl.where(u < 0, -r, r)
 
 
@@ -185,17 +186,14 @@ def _sech2(u):
 
 
 @triton.jit
-def _normal(u):
-    """The normal distribution's function and density."""
-    a = tl.abs(u)
-    e = tl.exp(-0.5 * u * u)
+def _tail(a):
+    """exp(-a²/2) and Φ(-a) over it for a ≥ 0, Φ the normal distribution's function."""
     d = 1.0 / (a + 4.0)
-    if u.dtype == tl.float64:
+    if a.dtype == tl.float64:
         p = _horner(1.0 - 8.0 * d, TAIL_64, 24)
     else:
         p = _horner(1.0 - 8.0 * d, TAIL_32, 10)
-    tail = e * (d * p)
-    return tl.where(u < 0, tail, 1.0 - tail), e * INV_SQRT_2PI
+    return tl.exp(-0.5 * a * a), d * p
 
 
 @triton.jit
@@ -229,8 +227,8 @@ def value(u, slope, ID: tl.constexpr):
         s, _ = _logistic(2.0 * SQRT_2_OVER_PI * u * (1.0 + GELU_CUBIC * u * u))
         return u * s
     elif ID == GELU_EXACT:
-        cdf, _ = _normal(u)
-        return u * cdf
+        e, ratio = _tail(tl.abs(u))
+        return u * tl.where(u < 0, e * ratio, 1.0 - e * ratio)
     elif ID == ERF:
         return tl.erf(u)
     elif ID == BENTID:
@@ -255,8 +253,7 @@ def d1(u, slope, ID: tl.constexpr):
     elif ID == TANH:
         return _sech2(u)
     elif ID == SIGMOID:
-        s, c = _logistic(u)
-        return s * c
+        return 0.25 * _sech2(0.5 * u)
     elif ID == SOFTPLUS:
         s, _ = _logistic(u)
         return s
@@ -280,8 +277,10 @@ def d1(u, slope, ID: tl.constexpr):
         inner = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * u2)
         return s + tl.where(tl.abs(u) > 40.0, 0.0, u * s * c * inner)
     elif ID == GELU_EXACT:
-        cdf, density = _normal(u)
-        return cdf + u * density
+        a = tl.abs(u)
+        e, ratio = _tail(a)
+        t = e * (ratio - a * INV_SQRT_2PI)
+        return tl.where(u < 0, t, 1.0 - t)
     elif ID == ERF:
         return TWO_OVER_SQRT_PI * tl.exp(-u * u)
     elif ID == BENTID:

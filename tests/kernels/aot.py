@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ DOUBLES = ("negative_slope", "input_scale", "input_shift", "output_shift", "outp
 #: A100, H100 or H200, B200, and the bytes of shared memory that a program can have there.
 GPUS = {80: Gpu(80, 108), 90: Gpu(90, 132), 100: Gpu(100, 148)}
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Compiled:
     shared: int
     ptx: str
     mlir: str
+    cubin: bytes
 
     def vectors(self, what: str) -> int:
         """Number of 16-byte accesses to global memory; `what` is "ld" or "st"."""
@@ -50,6 +52,49 @@ class Compiled:
     def widths(self, what: str) -> set[int]:
         """Widths in bytes of the accesses to global memory."""
         return set(self._accesses(what))
+
+    def copies(self) -> set[int]:
+        """Widths in bytes of the copies from global to shared memory."""
+        found = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", self.ptx)
+        return {int(width, 16) for width in found}
+
+    def index_types(self) -> set[str]:
+        """Integer types by which tiles of pointers are moved."""
+        return set(re.findall(r"tt\.addptr .*tensor<[\dx]+x(i\d+)>", self.mlir))
+
+    @property
+    def serial(self) -> bool:
+        """Whether warp groups wait for each of their products before they begin the next."""
+        products = [i for i in self._instructions[0] if "GMMA" in i]
+        return bool(products) and all("gsb0" in i for i in products)
+
+    def loop(self) -> list[str]:
+        """The instructions of the shortest loop in which tensor cores multiply."""
+        instructions, labels = self._instructions
+        loops = []
+        for end, instruction in enumerate(instructions):
+            target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
+            begin = labels[target[1]] if target else end
+            body = instructions[begin : end + 1]
+            if begin < end and any("MMA" in i for i in body):
+                loops.append(body)
+        return min(loops, key=len)
+
+    @cached_property
+    def _instructions(self) -> tuple[list[str], dict[str, int]]:
+        """Of the machine code, and where among them its labels are."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel"
+            path.write_bytes(self.cubin)
+            text = _run(TOOLS / "nvdisasm", "-c", path)
+        found: list[str] = []
+        labels = {}
+        for label, instruction in re.findall(r"^(\.L_\w+):|/\*[0-9a-f]+\*/ +(.*?);", text, re.M):
+            if label:
+                labels[label] = len(found)
+            else:
+                found.append(instruction)
+        return found, labels
 
     def _accesses(self, what: str) -> list[int]:
         found = re.findall(rf"\b{what}\.global(?:\.[a-z]\w*)*?(?:\.v(\d))?\.b(\d+)", self.ptx)
@@ -88,27 +133,37 @@ def compile_kernel(
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = assemble(built.asm["ptx"], arch)
-    return Compiled(*usage, built.metadata.shared, built.asm["ptx"], built.asm["source"])
+    return _read(built, arch)
 
 
-def assemble(ptx: str, arch: int) -> tuple[int, int, int]:
-    """Registers, bytes spilled (stores and loads) and stack bytes, as ptxas reports them."""
-    ptxas = PTXAS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-    target = re.search(r"\.target (sm_\w+)", ptx)
-    assert target is not None
+def _read(built: Any, arch: int) -> Compiled:
+    """Shared memory and texts of a compiled kernel, and what its machine code says of itself."""
+    ptx = built.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [ptxas, "-v", f"-arch={target[1]}", path, "-o", Path(folder) / "kernel.cubin"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", log)
-    memory = re.search(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
-    )
-    assert registers is not None, log
-    assert memory is not None, log
-    return int(registers[1]), int(memory[2]) + int(memory[3]), int(memory[1])
+        path = Path(folder) / "kernel"
+        path.write_bytes(built.asm["cubin"])
+        usage = _run(TOOLS / "cuobjdump", "-res-usage", path)
+        registers, stack = _numbers(r"REG:(\d+) STACK:(\d+)", usage)
+        spills = 0
+        if stack:  # without one nothing is spilled
+            path.write_text(ptx)
+            (target,) = re.findall(r"\.target (sm_\w+)", ptx)
+            ptxas = TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+            log = _run(ptxas, "-v", f"-arch={target}", path, "-o", Path(folder) / "cubin")
+            spills = sum(_numbers(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log))
+    texts = ptx, built.asm["source"], built.asm["cubin"]
+    return Compiled(registers, spills, stack, built.metadata.shared, *texts)
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def _numbers(pattern: str, text: str) -> tuple[int, ...]:
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return tuple(map(int, found.groups()))
 
 
 def plan_constexprs(plan: Plan) -> dict[str, Any]:
@@ -202,10 +257,9 @@ class Recorder:
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes = {}
-        options = dict(self.options)
-        warps_and_stages = {n: options.pop(n) for n in ("num_warps", "num_stages") if n in options}
         names = [param.name for param in self.kernel.params]
-        given = dict(zip(names, self.args, strict=False)) | options
+        given = dict(zip(names, self.args, strict=False)) | self.options
+        options = {name: value for name, value in self.options.items() if name not in names}
         for i, param in enumerate(self.kernel.params):
             value = given[param.name]
             if param.is_constexpr or value is None:
@@ -223,15 +277,23 @@ class Recorder:
                 assert param.do_not_specialize
                 signature[param.name] = "i32" if value < 2**31 else "i64"
         source = ASTSource(self.kernel, signature, constants, attributes)
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=warps_and_stages)
-        usage = assemble(built.asm["ptx"], arch)
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert built.metadata.global_scratch_size == 0
-        return Compiled(*usage, built.metadata.shared, built.asm["ptx"], built.asm["source"])
+        return _read(built, arch)
+
+
+#: The instruction by which tensor cores multiply.
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def multiplies(kernel: Compiled) -> str:
     """The instruction by which the kernel multiplies."""
-    for name in ("wgmma.mma_async", "tcgen05.mma", "mma.sync"):
-        if name in kernel.ptx:
-            return name
-    return "fma"
+    found = (name for name in reversed(TENSOR_CORES.values()) if name in kernel.ptx)
+    return next(found, "fma")
+
+
+def assert_no_spills(*kernels: Compiled, activation: str = "leaky_relu") -> None:
+    """Hold kernels to registers; libdevice reduces huge arguments of sin and cos in an array."""
+    for kernel in kernels:
+        assert kernel.spills == 0
+        assert kernel.stack <= (48 if activation in ("sin", "cos") else 0)

@@ -76,6 +76,9 @@ CASES = {
     "1x1 stride 2": Case((2, 20, 5, 6), 18, (1, 1), (2, 2)),
     "1x1 padded": Case((1, 3, 4, 4), 5, (1, 1), (1, 1), (2, 1)),
     "stem": Case((1, 3, 11, 13), 8, (7, 7), (2, 2), (3, 3)),
+    "32 taps": Case((1, 20, 6, 9), 5, (4, 8), padding=(2, 3)),
+    "42 taps": Case((1, 17, 8, 9), 5, (7, 6), (2, 1), (3, 2)),
+    "whole steps": Case((5, 20, 8, 8), 6, (3, 3), padding=(1, 1)),
     "dilated": Case((1, 6, 9, 9), 4, (3, 3), (1, 1), (2, 2), (2, 2)),
     "dilated, stride 2": Case((1, 20, 9, 10), 4, (3, 3), (2, 2), (2, 2), (2, 2)),
     "dilated 3, stride 2": Case((1, 17, 9, 8), 4, (3, 3), (2, 2), (3, 3), (3, 3)),
@@ -221,7 +224,7 @@ def test_every_activation(spec: ActSpec) -> None:
         check(case, dtype, spec, SMALL, residual=True)
 
 
-@pytest.mark.parametrize("name", ["odd channels", "stride 2", "linear"])
+@pytest.mark.parametrize("name", ["odd channels", "stride 2", "42 taps", "whole steps", "linear"])
 def test_wide_indices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv, "WIDE", 0)
     check(CASES[name], F32, shaped("leaky_relu"), SMALL)
@@ -247,9 +250,10 @@ def test_every_shipped_tile(direction: conv.Direction) -> None:
         assert_as_good_as(got, plain[i].half(), truth[i])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 100])
-def test_splits(splits: int) -> None:
-    case = CASES["3x3"]
+@pytest.mark.parametrize("name", ["3x3", "whole steps"])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 100])
+def test_splits(splits: int, name: str) -> None:
+    case = CASES[name]
     x, weight, dz = operands(case, F16)
     truth = truth_of(case, x.double(), weight.double(), dz.double())
     plain = truth_of(case, x.float(), weight.float(), dz.float())

@@ -5,25 +5,31 @@ Each test calls a launcher and compiles what it would have launched.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from aot import ARCHES, GPUS, SHARED, Recorder, multiplies
+from aot import (
+    ARCHES,
+    GPUS,
+    SHARED,
+    TENSOR_CORES,
+    Compiled,
+    Recorder,
+    assert_no_spills,
+    multiplies,
+)
 from conftest import shaped
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec
-from fusedshape.activations import Activation
 from fusedshape.kernels import gemm, pointwise
 from fusedshape.kernels.gemm import Config, Problem
 
 pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-ROWS = list(ACTIVATIONS.values())
 
 
 @pytest.fixture(autouse=True)
@@ -67,43 +73,37 @@ def problem(
     return Problem(direction, 512, 512, 512, dtype, precision, reads=reads)
 
 
-def check(
-    monkeypatch: pytest.MonkeyPatch,
-    launches: dict[str, Recorder],
-    arch: int,
-    problem: Problem,
-    config: Config,
-    spec: ActSpec,
-    save_output: bool = True,
-) -> None:
-    """Compile one launch and hold it to what is promised of every configuration."""
-    monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
-    launch(problem, config, spec, save_output and spec.saves_output)
-    recorder = launches["_gemm_kernel"]
-    kernel = recorder.compile(arch)
-    where = f"sm_{arch} {spec.activation} {problem} {config}"
-    if spec.activation in ("sin", "cos"):
-        # libdevice reduces huge arguments in an array, and saves registers around that path.
-        assert kernel.spills <= 512, where
-    elif arch == 100 and spec.activation not in ("relu", "leaky_relu"):
-        # ptxas caps registers there, and saves a few outside of the loop.
-        assert kernel.spills <= 32, where
-    else:
-        assert kernel.spills == kernel.stack == 0, where
-    assert kernel.shared <= config.shared(problem) <= SHARED[arch], where
-    best = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    assert multiplies(kernel) == (best if problem.tensor_cores else "fma"), where
-    assert ("cp.async.bulk.tensor" in kernel.ptx) == config.tma, where
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?(0x\w+)", kernel.ptx)
-    if not config.tma:
-        assert set(copies) == {"0x10"}, where
-    if not config.tma:
-        assert 16 in kernel.widths("st"), where
-        assert kernel.widths("st") <= {4, 8, 16}, where
-    if problem.direction == "wgrad":  # which has nothing but operands to read
-        assert not kernel.widths("ld"), where
-    if problem.reads and not config.persistent:
-        assert 16 in kernel.widths("ld"), where
+class Checker:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launches: dict[str, Recorder]) -> None:
+        self.monkeypatch, self.launches = monkeypatch, launches
+
+    def __call__(
+        self, arch: int, problem: Problem, config: Config, name: str, save_output: bool = True
+    ) -> Compiled:
+        """Compile one launch and hold it to what is promised of every configuration."""
+        self.monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
+        spec = shaped(name)
+        launch(problem, config, spec, save_output and spec.saves_output)
+        kernel = self.launches["_gemm_kernel"].compile(arch)
+        assert_no_spills(kernel, activation=name)
+        assert kernel.shared <= config.shared(problem) <= SHARED[arch]
+        assert multiplies(kernel) == (TENSOR_CORES[arch] if problem.tensor_cores else "fma")
+        assert not kernel.serial
+        assert ("cp.async.bulk.tensor" in kernel.ptx) == config.tma
+        if not config.tma:
+            assert kernel.copies() == {16}
+            assert 16 in kernel.widths("st")
+            assert kernel.widths("st") <= {4, 8, 16}
+        if problem.direction == "wgrad":  # which has nothing but operands to read
+            assert not kernel.widths("ld")
+        if problem.reads and not config.persistent:
+            assert 16 in kernel.widths("ld")
+        return kernel
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, launches: dict[str, Recorder]) -> Checker:
+    return Checker(monkeypatch, launches)
 
 
 DIRECTIONS = ["forward", "dgrad", "wgrad"]
@@ -112,41 +112,50 @@ ARITHMETIC = {"bf16": (BF16, "ieee"), "tf32": (F32, "tf32"), "ieee": (F32, "ieee
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_what_large_layers_take(
-    arch: int, direction: str, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_large_layers_take(arch: int, direction: str, check: Checker) -> None:
     p = replace(problem(direction), m=64 * 56 * 56)
     if direction == "wgrad":
         p = replace(p, m=512, k=64 * 56 * 56)
     config = gemm.config_for(p, GPUS[arch])
     assert config.tma == config.persistent == (arch >= 90)
-    check(monkeypatch, launches, arch, problem(direction), config, shaped("tanh"))
+    check(arch, problem(direction), config, "tanh")
+
+
+PERSISTENT = Config(128, 128, num_stages=4, tma=True, persistent=True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "config"),
+    [
+        (100, "tanh", PERSISTENT),
+        (100, "bentid", PERSISTENT),
+        (100, "sin", Config(128, 128)),
+        (100, "sigmoid", Config(128, 64, num_warps=4)),
+        (100, "gelu_exact", Config(128, 64, num_warps=4)),
+        (80, "cos", Config(128, 64, num_warps=4)),
+    ],
+)
+def test_where_registers_are_tightest(arch: int, name: str, config: Config, check: Checker) -> None:
+    p = problem("dgrad")
+    assert config in gemm.configs_for(p, GPUS[arch])
+    check(arch, p, config, name, save_output=False)
 
 
 @pytest.mark.parametrize("arithmetic", ["tf32", "ieee"])
 @pytest.mark.parametrize("direction", ["dgrad", "wgrad"])
 @pytest.mark.parametrize("arch", ARCHES)
-def test_float32(
-    arch: int,
-    direction: str,
-    arithmetic: str,
-    launches: dict[str, Recorder],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_float32(arch: int, direction: str, arithmetic: str, check: Checker) -> None:
     p = problem(direction, *ARITHMETIC[arithmetic])
     config = next(c for c in gemm.configs_for(p, GPUS[arch]) if not c.tma)
-    check(monkeypatch, launches, arch, p, config, shaped("gelu"))
+    check(arch, p, config, "gelu")
 
 
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("arch", [90, 100])
-def test_operands_turned_around(
-    arch: int, tma: bool, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operands_turned_around(arch: int, tma: bool, check: Checker) -> None:
     p = problem("wgrad", *ARITHMETIC["tf32"])
     config = next(c for c in gemm.configs_for(p, GPUS[arch]) if c.tma == tma)
-    check(monkeypatch, launches, arch, p, config, shaped("leaky_relu"))
-    ptx = launches["_gemm_kernel"].compile(arch).ptx
+    ptx = check(arch, p, config, "leaky_relu").ptx
     assert "st.shared.v4" in ptx
     assert "st.shared.b32" not in ptx
 
@@ -164,7 +173,7 @@ def test_odd_channels_do_not_spill(
     p = replace(problem(direction), access=2, describable=False)
     launch(p, gemm.config_for(p, GPUS[90]), shaped("tanh"), True, unaligned)
     kernel = launches["_gemm_kernel"].compile(90)
-    assert kernel.spills == kernel.stack == 0
+    assert_no_spills(kernel)
     assert multiplies(kernel) == "wgmma.mma_async"
 
 
@@ -180,9 +189,8 @@ def test_index_width(
         if direction == "wgrad":
             kernels.append(launches["_sum_kernel"].compile(90))
         for kernel in kernels:
-            moves = re.findall(r"tt\.addptr .*tensor<[\dx]+x(i\d+)>", kernel.mlir)
-            assert set(moves) == {width}
-            assert kernel.spills == kernel.stack == 0
+            assert kernel.index_types() == {width}
+            assert_no_spills(kernel)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -192,7 +200,7 @@ def test_second_stage_of_wgrad(
     monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
     launch(problem("wgrad"), Config(128, 128, splits=2), shaped("tanh"), True)
     kernel = launches["_sum_kernel"].compile(arch)
-    assert kernel.spills == kernel.stack == 0
+    assert_no_spills(kernel)
     assert kernel.vectors("ld") > 0
 
 
@@ -200,33 +208,25 @@ def test_second_stage_of_wgrad(
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_every_configuration(
-    arch: int,
-    direction: str,
-    arithmetic: str,
-    launches: dict[str, Recorder],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_configuration(arch: int, direction: str, arithmetic: str, check: Checker) -> None:
     for reads in {False, direction != "wgrad"}:
         p = problem(direction, *ARITHMETIC[arithmetic], reads=reads)
         configs = gemm.configs_for(p, GPUS[arch])
         assert configs
         for config in configs:
-            check(monkeypatch, launches, arch, p, config, shaped("leaky_relu"))
+            check(arch, p, config, "leaky_relu")
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("arch", ARCHES)
-def test_every_activation(
-    row: Activation, arch: int, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_activation(arch: int, name: str, check: Checker) -> None:
     """Where registers are tightest: 64 numbers a thread and more."""
-    spec = shaped(row.name)
     for direction, reads in (("forward", False), ("forward", True), ("dgrad", True)):
         p = problem(direction, reads=reads)
         for config in gemm.configs_for(p, GPUS[arch]):
-            tight = config.slices == 4 or (config.slices == 2 and reads)
+            each = config.block_m * config.block_n // (32 * config.num_warps)
+            tight = each == 128 or (each == 64 and reads)
             if tight and config.persistent == config.tma:
-                for save_output in {False, direction == "dgrad" and spec.saves_output}:
-                    check(monkeypatch, launches, arch, p, config, spec, save_output)
+                for save_output in {False, direction == "dgrad" and shaped(name).saves_output}:
+                    check(arch, p, config, name, save_output)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusedshape import ACTIVATIONS
 from fusedshape.kernels import gemm
 from fusedshape.kernels.gemm import CONFIGS, Config, Gpu, Problem
 
@@ -81,4 +82,11 @@ def test_wgrad_fills_the_gpu() -> None:
 
 def test_configurations_are_not_repeated() -> None:
     assert len(set(CONFIGS)) == len(CONFIGS)
-    assert Config(128, 256, tma=True, persistent=True).slices == 4
+
+
+def test_slices() -> None:
+    straight, curved = (ACTIVATIONS[name].id for name in ("leaky_relu", "tanh"))
+    for config, parts in ((Config(128, 256), 4), (Config(128, 64, num_warps=4), 2)):
+        assert (config.slices(straight), config.slices(curved)) == (parts, 2 * parts)
+    small = Config(64, 64, num_warps=4)
+    assert small.slices(straight) == small.slices(curved) == 1

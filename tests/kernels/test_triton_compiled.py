@@ -9,7 +9,14 @@ import sys
 
 import pytest
 import torch
-from aot import ARCHES, Compiled, compile_act_grad, compile_bias_act, compile_reduce
+from aot import (
+    ARCHES,
+    Compiled,
+    assert_no_spills,
+    compile_act_grad,
+    compile_bias_act,
+    compile_reduce,
+)
 
 from fusedshape import ACTIVATIONS
 from fusedshape.activations import Activation
@@ -47,13 +54,6 @@ def both(
     ]
 
 
-def assert_no_spills(row: Activation, kernels: list[Compiled]) -> None:
-    array = 48 if row.name in ("sin", "cos") else 0  # in which libdevice reduces huge arguments
-    for kernel in kernels:
-        assert kernel.spills == 0
-        assert kernel.stack <= array
-
-
 def assert_vectors(kernels: list[Compiled], dtype: torch.dtype) -> None:
     """Hold every access to the activations to 16 bytes: 2 a thread and tensor."""
     forward, backward = kernels
@@ -71,7 +71,7 @@ def assert_vectors(kernels: list[Compiled], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_activation(row: Activation) -> None:
     kernels = both(row, SHAPES["channels_last"], BF16, 90)
-    assert_no_spills(row, kernels)
+    assert_no_spills(*kernels, activation=row.name)
     assert_vectors(kernels, BF16)
     assert all("cvt.rn.bf16x2.f32" in kernel.ptx for kernel in kernels)
 
@@ -81,7 +81,7 @@ def test_every_activation(row: Activation) -> None:
 def test_every_arch_and_dtype(arch: int, dtype: torch.dtype) -> None:
     for name, layout in (("leaky_relu", "channels_last"), ("tanh", "nchw"), ("swish", "flat")):
         kernels = both(ACTIVATIONS[name], SHAPES[layout], dtype, arch)
-        assert_no_spills(ACTIVATIONS[name], kernels)
+        assert_no_spills(*kernels)
         assert_vectors(kernels, dtype)
 
 
@@ -90,7 +90,7 @@ def test_odd_shapes(layout: str) -> None:
     shape = {**SHAPES, **ODD}[layout]
     for dtype in (BF16, F32):
         kernels = both(ACTIVATIONS["tanh"], shape, dtype, 90)
-        assert_no_spills(ACTIVATIONS["tanh"], kernels)
+        assert_no_spills(*kernels)
         if layout in SHAPES:
             assert_vectors(kernels, dtype)
 
@@ -100,13 +100,13 @@ def test_pointers_that_are_not_aligned() -> None:
     p = plan(SHAPES["channels_last"], BF16, False)
     kernel = compile_bias_act(p, BF16, row.id, 90, aligned=False)
     assert kernel.vectors("ld") == kernel.vectors("st") == 0
-    assert kernel.spills == 0
+    assert_no_spills(kernel)
 
 
 def test_without_bias_gradient() -> None:
     p = plan(SHAPES["channels_last"], BF16, False)
     kernel = compile_act_grad(p, BF16, ACTIVATIONS["gelu"].id, 90, False, bias_grad=False)
-    assert kernel.spills == 0
+    assert_no_spills(kernel)
     assert kernel.vectors("st") == 2
 
 
@@ -114,14 +114,9 @@ def test_without_bias_gradient() -> None:
 def test_second_stage_of_the_sums(dtype: torch.dtype) -> None:
     for arch in ARCHES:
         kernel = compile_reduce(dtype, arch)
-        assert kernel.spills == kernel.stack == 0
+        assert_no_spills(kernel)
         assert kernel.vectors("ld") > 0
-    assert "i64" in index_types(compile_reduce(dtype, 90, wide=True))
-
-
-def index_types(kernel: Compiled) -> set[str]:
-    """Integer types by which tiles of pointers are moved."""
-    return set(re.findall(r"tt\.addptr .*tensor<\d+x\d+x(i\d+)>", kernel.mlir))
+    assert "i64" in compile_reduce(dtype, 90, wide=True).index_types()
 
 
 @pytest.mark.parametrize("layout", SHAPES)
@@ -131,8 +126,8 @@ def test_index_width(layout: str) -> None:
     row = ACTIVATIONS["leaky_relu"]
     for shape, width in (((numel, channels, inner), "i32"), (huge, "i64")):
         for kernel in both(row, shape, BF16, 90):
-            assert index_types(kernel) == {width}
-            assert kernel.spills == 0
+            assert kernel.index_types() == {width}
+            assert_no_spills(kernel)
     for kernel in both(row, huge, BF16, 90):  # no product of an index is taken in 32 bits
         for product in re.findall(r"arith\.muli .*", kernel.mlir):
             assert "i64" in product or "step" in product
@@ -159,7 +154,7 @@ def test_doubles_stay_doubles(row: Activation) -> None:
 def test_full_matrix(row: Activation, arch: int) -> None:
     for dtype, layout in itertools.product((BF16, F16, F32, F64), SHAPES):
         kernels = both(row, SHAPES[layout], dtype, arch)
-        assert_no_spills(row, kernels)
+        assert_no_spills(*kernels, activation=row.name)
         assert_vectors(kernels, dtype)
 
 
