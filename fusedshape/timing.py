@@ -1,7 +1,7 @@
 """Time and memory of callables: interleaved samples, clocks for CPU and CUDA, measured ceilings.
 
-The CPU clock and everything around the clocks is tested; the CUDA clocks have not yet been run on
-a GPU.
+The CPU clock and everything around the clocks is tested; the CUDA clocks have run on a pretended
+GPU (tests/kernels/pretend_gpu.py), not yet on a real one.
 """
 
 from __future__ import annotations
@@ -263,14 +263,27 @@ def peak_bytes(candidate: Candidate, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
+def ceilings(
+    device: torch.device,
+    dtypes: Iterable[torch.dtype],
+    *,
+    copied: int | None = None,
+    product: int | None = None,
+) -> dict[str, float]:
     """What this machine does at best: GB/s of a copy, TFLOP/s of a matrix product by dtype.
 
     The best of a few runs; read and written bytes both count.
+
+    Args:
+        device: to be measured.
+        dtypes: of the products.
+        copied: bytes; None takes 2³⁰ on a GPU, 2²⁶ on a CPU.
+        product: rows and columns of the factors; None takes 8192 on a GPU, 1024 on a CPU.
     """
     clock = clock_for(device)
     gpu = device.type == "cuda"
-    source = torch.zeros((1 << 30 if gpu else 1 << 26), dtype=torch.int8, device=device)
+    bytes_copied = copied or (1 << 30 if gpu else 1 << 26)
+    source = torch.zeros(bytes_copied, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
 
     def best(call: Callable[[], object]) -> float:
@@ -279,10 +292,10 @@ def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, f
         return min(clock.seconds(candidate, 1) for _ in range(7))
 
     found = {"copy GB/s": 2 * source.numel() / best(lambda: target.copy_(source)) / 1e9}
-    n = 8192 if gpu else 1024
+    n = product or (8192 if gpu else 1024)
     for dtype in dtypes:
         a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
         with suppress(RuntimeError):  # a dtype that has no product here
-            product = best(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-            found[f"matmul {str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / product / 1e12
+            seconds = best(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+            found[f"matmul {str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / seconds / 1e12
     return found

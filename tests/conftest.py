@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 from fusedshape import ACTIVATIONS, ActSpec, native, reference
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# For the processes of test_pretend_gpu.py alone, not even to be imported elsewhere.
+collect_ignore_glob = [] if "pretend_gpu" in sys.modules else ["kernels/pretend*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,6 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tests begin with one thread, whatever number others leave behind."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 BACKENDS = [

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fusedshape.convert import convert
 from fusedshape.init import init_module_
-from fusedshape.machine import write_json
+from fusedshape.machine import find_device, replacing, write_json
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm
-from fusedshape.train.config import TrainConfig, load_object
+from fusedshape.train.config import TrainConfig, make
 from fusedshape.train.data import Data, digits
 from fusedshape.train.plot import plot_curves
 
@@ -47,11 +47,19 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
         best test accuracy.
 
     Raises:
-        ValueError: the folder holds a run of another configuration, and whatever `convert` raises.
+        ValueError: the folder holds a run of another configuration or a damaged checkpoint, the
+            device is not there, torchrun has started several processes, and whatever `convert`
+            raises.
 
     Example:
         >>> result = run(TrainConfig(depth=30), "runs/thirty")  # doctest: +SKIP
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(
+            f"train runs in one process, and torchrun has started {processes}; start it by itself, "
+            "or convert a model and train it in a distributed loop of your own"
+        )
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -86,9 +94,13 @@ def fit(
     Raises:
         ValueError: as `run`.
     """
-    device = torch.device(config.device)
+    device = find_device(config.device)
     with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)  # for dropout and factories; undone by fork_rng
+        # For dropout and factories; undone by fork_rng. torch.manual_seed would seed all GPUs.
+        torch.default_generator.manual_seed(config.seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(config.seed)
         data = load_data(config)
         model = build(config, data).to(device)
         if config.channels_last:
@@ -141,8 +153,9 @@ def build(config: TrainConfig, data: Data) -> nn.Module:
         A module (N, C, *spatial) → (N, num_classes) on the CPU.
 
     Raises:
-        ValueError: whatever the factory, `convert` and `init_module_` raise.
+        ValueError: whatever `convert` and `init_module_` raise.
         TypeError: the factory returns no module.
+        RuntimeError: the factory raised something.
     """
     shape = list(data.train_x.shape[1:])
     shape[0] += config.pln
@@ -153,7 +166,7 @@ def build(config: TrainConfig, data: Data) -> nn.Module:
         assert config.depth is not None
         model = vanilla_mlp(config.depth, config.width, math.prod(shape), data.num_classes)
     else:
-        model = load_object(config.model)(in_channels=shape[0], num_classes=data.num_classes)
+        model = make(config.model, in_channels=shape[0], num_classes=data.num_classes)
         if not isinstance(model, nn.Module):
             raise TypeError(f"{config.model} returned {type(model).__name__}, not an nn.Module")
     generator = torch.Generator().manual_seed(config.seed)
@@ -183,10 +196,11 @@ def load_data(config: TrainConfig) -> Data:
     Raises:
         ImportError: "digits" without scikit-learn.
         TypeError: the factory returns no `Data`.
+        RuntimeError: the factory raised something.
     """
     if config.data == "digits":
         return digits()
-    data = load_object(config.data)()
+    data = make(config.data)
     if not isinstance(data, Data):
         raise TypeError(f"{config.data} returned {type(data).__name__}, not a Data")
     return data
@@ -309,18 +323,25 @@ def _save(path: Path, result: Result, model: nn.Module, optimiser: torch.optim.O
         "optimiser": optimiser.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state_all()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    device = torch.device(result["config"]["device"])
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def _resume(
     path: Path, config: TrainConfig, model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> Result:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    result: Result = state["result"]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        result: Result = state["result"]
+    # What a damaged file does to the unpickler is anyone's guess.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no checkpoint that can be read ({type(error).__name__}); remove that file "
+            "to start anew, or choose another folder"
+        ) from error
     mine = config.to_dict()
     other = sorted(k for k, v in result["config"].items() if mine.get(k) != v)
     if other:
@@ -331,8 +352,8 @@ def _resume(
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
     torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    if "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], config.device)
     return result
 
 
