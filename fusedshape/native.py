@@ -123,7 +123,7 @@ def library_path() -> Path:
 def build(verbose: bool = False, force: bool = False) -> Path:
     """Compile csrc for this machine's CPU.
 
-    Takes a few seconds, needs a C++17 compiler (``$CXX``, else g++) and torch's headers. Safe to
+    Takes some 20 seconds, needs a C++17 compiler (``$CXX``, else g++) and torch's headers. Safe to
     run from several processes at once. A library that is already loaded stays in use until Python
     is restarted.
 

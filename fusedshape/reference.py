@@ -37,7 +37,12 @@ def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Ten
     """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once."""
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
     v = get_activation(spec.activation).value(u, spec.negative_slope)
-    return (spec.output_scale * (v + spec.output_shift)).to(x.dtype)
+    return _rounded(spec.output_scale * (v + spec.output_shift), x.dtype)
+
+
+def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    # Where an autograd node returns what `to` hands through, torch 2.11 compiles gradients of zero.
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def own_weight(residual_weight: float) -> float:
@@ -56,8 +61,15 @@ def residual_act(
     """φ̂(√(1 − w²)(x + b) + w r); without residual `bias_act`."""
     if residual is None:
         return bias_act(x, bias, spec, dim)
+    return shaped_act(joined(x, bias, residual, residual_weight, dim), spec).to(x.dtype)
+
+
+def joined(
+    x: Tensor, bias: Tensor | None, residual: Tensor, residual_weight: float, dim: int
+) -> Tensor:
+    """√(1 − w²)(x + b) + w r, in float32 or better."""
     u = own_weight(residual_weight) * _with_bias(x, bias, dim)
-    return shaped_act(u + residual_weight * residual.to(u.dtype), spec).to(x.dtype)
+    return u + residual_weight * residual.to(u.dtype)
 
 
 def shaped_act(x: Tensor, spec: ActSpec) -> Tensor:

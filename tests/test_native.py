@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from fusedshape import ACTIVATIONS, ActSpec, native, reference
 from fusedshape.activations import Activation
 from fusedshape.ops import schema  # defines the ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 COMPILER = (os.environ.get("CXX") or "g++").split()[0]
 OPS = torch.ops.fusedshape
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -32,14 +33,6 @@ def library() -> Path:
     native.load()
     assert native.available(), native.why_not()
     return path
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fusedshape import ActSpec, native, reference
-from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
+from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LEAKY = shaped("leaky_relu")
@@ -127,6 +128,17 @@ def test_conv_act_against_torch(case: tuple[Any, ...], spec: ActSpec, backend: s
         assert gradgradcheck(fused, [t.detach().requires_grad_() for t in leaves])
 
 
+def test_conv_act_takes_sizes_of_any_integers() -> None:
+    """What has been checked once is looked up; what has not, and lists, is checked."""
+    x, w = draw(1, 2, 7, 7), draw(3, 2, 3, 3, seed=1)
+    want = conv_act(x, w, None, LEAKY, stride=2, padding=1)
+    for two, one in ((np.int64(2), np.int64(1)), ((2, 2), [1, 1]), ([np.int32(2)], (np.int8(1),))):
+        assert torch.equal(conv_act(x, w, None, LEAKY, stride=two, padding=one), want)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"stride=2\.0 must be"):
+            conv_act(x, w, None, LEAKY, stride=2.0, padding=1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)], ids=str)
@@ -221,6 +233,19 @@ def test_strides_follow_the_input(backend: str) -> None:
         (dx,) = torch.autograd.grad(y.sum(), x)
         (want_dx,) = torch.autograd.grad(want.sum(), x)
         torch.testing.assert_close(dx, want_dx, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_padding_keeps_channels_innermost(n: int, mode: str) -> None:
+    """Which torch's own padding does not; the kernels that want it are not refused for that."""
+    x = draw(2, 16, *[5, 4, 3][:n], dtype=torch.float32).movedim(1, -1).contiguous().movedim(-1, 1)
+    w, same = draw(16, 16, *[2] * n, dtype=torch.float32), {"padding": "same", "padding_mode": mode}
+    y = conv_act(x, w, None, LEAKY, **same)
+    assert n == 1 or y.movedim(1, -1).is_contiguous()
+    assert conv_act(x.contiguous(), w, None, LEAKY, **same).is_contiguous()
+    if native.available() and not INTERPRET:
+        torch.testing.assert_close(conv_act(x, w, None, LEAKY, **same, engine="native"), y)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -390,6 +415,58 @@ def test_func_transforms() -> None:
     )
 
 
+TRANSFORMED: dict[str, Callable[[Tensor, Tensor, Tensor, ActSpec], Tensor]] = {
+    "shaped_act": lambda x, w, b, spec: shaped_act(x * w[0, 0, 0, 0] + b[0], spec),
+    "bias_act": lambda x, w, b, spec: bias_act(x * w[0, 0, 0, 0], b, spec),
+    "conv_act": lambda x, w, b, spec: conv_act(x, w, b, spec, padding=1),
+    "residual": lambda x, w, b, spec: conv_act(
+        x, w, b, spec, padding=1, residual=x, residual_weight=0.6
+    ),
+    "linear_act": lambda x, w, b, spec: linear_act(x.movedim(1, -1), w[:, :, 0, 0], b, spec),
+    "conv_chain": lambda x, w, b, spec: conv_chain(x, [ChainLayer(w, b, spec, padding=1)] * 2),
+}
+
+
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+@pytest.mark.parametrize("op", TRANSFORMED)
+def test_func_transforms_within_compile(op: str, spec: ActSpec) -> None:
+    """Dynamo's own transforms count too: an op in place would leave them out, and say nothing."""
+    torch._dynamo.reset()
+    x, w, b = draw(2, 4, 3, 4), draw(4, 4, 3, 3, seed=1) / 6, draw(4, seed=2)
+
+    def loss(w: Tensor, x: Tensor, b: Tensor) -> Tensor:
+        return TRANSFORMED[op](x, w, b, spec).square().sum()
+
+    gradient = torch.func.grad(loss, (0, 1, 2))
+    leaves = [t.clone().requires_grad_() for t in (w, x, b)]
+    want = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(gradient, fullgraph=True, backend="eager")
+    for g, t in zip(compiled(w, x, b), want, strict=True):
+        torch.testing.assert_close(g, t)
+    plain = torch.compile(loss, fullgraph=True, backend="eager")
+    for _ in range(2):  # what was compiled without a transform is not what serves one
+        torch.testing.assert_close(plain(w, x, b), loss(w, x, b))
+        with forward_ad.dual_level():
+            out = plain(forward_ad.make_dual(w, torch.ones_like(w)), x, b)
+            tangent = forward_ad.unpack_dual(out).tangent
+        torch.testing.assert_close(tangent, want[0].sum())
+    samples = torch.func.vmap(lambda x: gradient(w, x, b)[0])
+    each = torch.compile(samples, fullgraph=True, backend="eager")(x.unsqueeze(1))
+    torch.testing.assert_close(each.sum(0), want[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_func_transforms_refuse_kernels_that_were_named(backend: str) -> None:
+    x, b = draw(2, 3), draw(3)
+    for call in (
+        lambda x: shaped_act(x, LEAKY, backend=backend).sum(),
+        lambda x: bias_act(x, b, LEAKY, backend=backend).sum(),
+        lambda x: linear_act(x, draw(4, 3), None, LEAKY, backend=backend).sum(),
+    ):
+        with pytest.raises(ValueError, match=r"cannot run under .* backend='auto'"):
+            torch.func.grad(call)(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     x = draw(2, 3, 5, 5, dtype=torch.float32).requires_grad_()
@@ -496,10 +573,50 @@ BAD: list[tuple[type[Exception], str, Callable[[], object]]] = [
         "stride=0",
         lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, stride=0),
     ),
+    *(
+        (
+            ValueError,
+            f"{name}={value!r} must be an integer of at least",
+            lambda name=name, value=value: conv_act(
+                torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, **{name: value}
+            ),
+        )
+        for name, value in (("stride", 1.0), ("dilation", None), ("padding", {}))
+    ),
     (
         ValueError,
         "padding=-1",
         lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1), None, LEAKY, padding=-1),
+    ),
+    *(
+        (
+            ValueError,
+            f"'{mode}' pads size 3 by {most} at most, got a padding of {most + 1} in spatial dim",
+            lambda mode=mode, most=most: conv_act(
+                torch.ones(0, 1, 9, 3),
+                torch.ones(1, 1, 2, 2),
+                None,
+                LEAKY,
+                padding=(1, most + 1),
+                padding_mode=mode,
+            ),
+        )
+        for mode, most in (("reflect", 2), ("circular", 3))
+    ),
+    *(
+        (
+            ValueError,
+            "has size 0 in spatial dimension 1",
+            lambda mode=mode: conv_act(
+                torch.ones(1, 1, 4, 0),
+                torch.ones(1, 1, 2, 2),
+                None,
+                LEAKY,
+                padding="same",
+                padding_mode=mode,
+            ),
+        )
+        for mode in ("zeros", "reflect", "replicate", "circular")
     ),
     (
         ValueError,
@@ -569,6 +686,7 @@ def conv_calls(draw_: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, dict[st
 @settings(max_examples=300, deadline=None)
 @given(conv_calls())
 @example((torch.ones(1, 0, 0), torch.ones(1, 1, 1, 1), None, {"padding": 1}))
+@example((torch.ones(1, 0, 2, 2), torch.ones(1, 0, 1, 1), torch.ones(1), {}))
 def test_conv_act_is_right_or_refuses(call: tuple[Tensor, Tensor, Tensor | None, Any]) -> None:
     x, weight, bias, geometry = call
     try:

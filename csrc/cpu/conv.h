@@ -60,8 +60,7 @@ void conv_forward(const Conv& conv, const float* x, const Weight& w, float* y,
 void conv_dgrad(const Conv& conv, const float* dz, const Weight& w, float* dx,
                 const Finish& finish);
 
-// dw = the gradient of x ⋆ W for W. The order of additions depends on the number of threads that
-// torch has, and on nothing else that may differ from call to call.
+// dw = the gradient of x ⋆ W for W.
 void conv_wgrad(const Conv& conv, const float* dz, const float* x, const Weight& dw);
 
 }  // namespace fusedshape

@@ -51,7 +51,7 @@ Tensor empty_like(const Tensor& x, bool dense) {
     return torch::stable::empty_like(x);
   }
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype);
 }
 
@@ -63,7 +63,7 @@ Tensor copy_like(const Tensor& x, const Tensor& shape, bool dense) {
   aoti_torch_grad_mode_set_enabled(false);
   const AOTITorchError error = aoti_torch_copy_(y.get(), x.get(), 0);
   aoti_torch_grad_mode_set_enabled(grad_mode);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return y;
 }
 

@@ -28,10 +28,11 @@ inline std::string shape_of(const Tensor& x) {
   return text + ")";
 }
 
-// Calls of ops by name look them up each time; this one costs half as much.
+// Calls of ops by name look them up each time; this one costs half as much. Not the macro's twin
+// STABLE_TORCH_ERROR_CODE_CHECK, which torch 2.11 does not have.
 inline Tensor empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       ndim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }

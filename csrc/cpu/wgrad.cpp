@@ -1,6 +1,7 @@
 // wgrad: for each tap, rows of dz as columns, times panels of the rows of x that the tap takes.
 //
-// The work is cut to suit the number of threads, and the order of additions with it.
+// Chunks of positions decide the order of additions, and depend on the sizes alone; groups of columns
+// suit the number of threads.
 #include <vector>
 
 #include "conv.h"
@@ -16,6 +17,7 @@ constexpr int64_t kGroupPanels = 4;           // panels of x copied at once
 constexpr int64_t kSumNumbers = 1 << 16;      // of dw, which stay in the cache for a chunk
 constexpr int64_t kPartialNumbers = 1 << 18;  // of dw, for all chunks together
 constexpr int64_t kNearNumbers = 1 << 18;     // of x and dz, that need not be fetched ahead
+constexpr int64_t kItems = 64;                // pieces of work to aim at, enough for many threads
 constexpr int64_t kItemsPerThread = 8;        // so that threads end together
 
 Sizes tap_at(const Conv& conv, int64_t t) {
@@ -65,13 +67,13 @@ struct Cut {
   int64_t rows, chunks, group;
 
   explicit Cut(const Conv& conv) : rows(conv.out_rows()) {
-    const int64_t wanted = kItemsPerThread * torch::stable::get_num_threads();
     const int64_t taps = conv.taps(), panels = ceil_div(conv.in_channels, kPanel);
     const int64_t size = taps * conv.in_channels * conv.out_channels;
     group = std::clamp(kSumNumbers / (conv.out_channels * kPanel), int64_t{1}, kGroupPanels);
     const int64_t most =
         std::max<int64_t>(1, std::min(kPartialNumbers / size, rows / kCorrelateRows));
-    chunks = std::clamp(ceil_div(wanted, taps * ceil_div(panels, group)), int64_t{1}, most);
+    chunks = std::clamp(ceil_div(kItems, taps * ceil_div(panels, group)), int64_t{1}, most);
+    const int64_t wanted = kItemsPerThread * torch::stable::get_num_threads();
     while (group > 1 && chunks * taps * ceil_div(panels, group) < wanted) {
       --group;
     }

@@ -3,6 +3,8 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -25,9 +27,14 @@ struct Pool {
   int64_t bytes = 0;
 };
 
-// Never destroyed: threads may outlive main.
+// Never destroyed: threads may outlive main. A process that forks while another thread holds the lock
+// would leave it locked in its child for ever.
 Pool& pool() {
-  static Pool* const it = new Pool;
+  static Pool* const it = [] {
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
+                   [] { pool().mutex.unlock(); });
+    return new Pool;
+  }();
   return *it;
 }
 

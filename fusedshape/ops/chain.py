@@ -13,16 +13,13 @@ from fusedshape.ops.checks import (
     Geometry,
     Size,
     check_bias,
-    check_conv,
     check_linear,
-    check_reach,
     check_spec,
     check_tensor,
+    conv_geometry,
     conv_shape,
-    expand,
     match,
     node,
-    padding_of,
     transformed,
 )
 from fusedshape.ops.dispatch import Backend, choose
@@ -163,22 +160,17 @@ def _checked(
             )
         shape[-1] = weight.shape[0]
     else:
-        n = check_conv(op, shape, weight, layer.groups)
-        strides = expand(op, "stride", layer.stride, n, 1)
-        dilations = expand(op, "dilation", layer.dilation, n, 1)
-        kernel = weight.shape[2:]
-        pads, extra = padding_of(op, kernel, strides, layer.padding, dilations, "zeros")
-        if any(extra):
+        sizes = layer.stride, layer.padding, layer.dilation, layer.groups
+        geometry, widths = conv_geometry(op, tuple(shape), weight.shape, *sizes)
+        if widths is not None:
             raise ValueError(
-                f"{op}: padding={layer.padding!r} of a kernel of {tuple(kernel)} pads more at the "
-                "end than at the beginning; use conv_act for this layer, or an odd kernel"
+                f"{op}: padding={layer.padding!r} of a kernel of {tuple(weight.shape[2:])} pads "
+                "more at the end than at the beginning; use conv_act for this layer, or an odd "
+                "kernel"
             )
-        check_reach(op, shape[2:], kernel, pads, dilations)
-        geometry = (strides, pads, dilations, False, [0] * n, layer.groups)
         shape[:] = conv_shape(shape, weight, geometry)
     if layer.bias is not None:
-        out = weight.shape[0]
-        check_bias(op, layer.bias, x, out, f"weight has {out} output channels")
+        check_bias(op, layer.bias, x, weight.shape[0], "weight has {} output channels")
     return (
         x,
         weight,
@@ -240,7 +232,7 @@ class Chain(torch.autograd.Function):
         steps, engines = ctx.steps, ctx.engines
         x, *tensors = ctx.saved_tensors
         count = 2 * len(steps)
-        params, saved = tensors[:count], tensors[count:]
+        params, saved = tensors[:count], list(tensors[count:])
         _, need_x, *need = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return None, *_composed_grads(grads[0], steps, x, params, [need_x, *need])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +17,24 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Size = int | Sequence[int]
 #: Stride, padding, dilation, transposed, output padding, groups, as torch.convolution takes them.
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is active, which Functions do not serve."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # Dynamo guards the level because it is read here.
+    return _functorch() or forward_ad._current_level >= 0
+
+
+def _functorch() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it. It
+# enters transforms while it traces, and compiles anew under others.
+_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_tensor(op: str, name: str, x: Tensor) -> None:
@@ -43,9 +56,10 @@ def check_spec(op: str, spec: ActSpec) -> ActSpec:
 
 
 def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> None:
-    """Raise unless bias is a vector of `channels` numbers beside x."""
+    """Raise unless bias is a vector of `channels` numbers beside x; `why` has a place for them."""
     check_tensor(op, "bias", bias)
     if bias.ndim != 1 or bias.shape[0] != channels:
+        why = why.format(channels)
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, {why}; pass ({channels},)")
     if bias.device != x.device:
         raise ValueError(f"{op}: bias is on {bias.device}, x on {x.device}; move one of them")
@@ -55,9 +69,16 @@ def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> Non
         )
 
 
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 2.11 traces it not
+
+
 def _autocasts(x: Tensor) -> bool:
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = _knows_autocast(device) and torch.is_autocast_enabled(device)
     return autocast and x.dtype != torch.float64
 
 
@@ -75,22 +96,86 @@ def match(op: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
-def check_conv(op: str, shape: Sequence[int], weight: Tensor, groups: int) -> int:
+def _remembered(check: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`check`, whose answers are looked up the next time: it costs several microseconds."""
+    # Typed, so that 1.0 is not taken for the 1 that was checked before.
+    known = functools.lru_cache(4096, typed=True)(check)
+
+    def look_up(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not torch.compiler.is_compiling():
+            try:
+                return known(*args, **kwargs)  # type: ignore[arg-type]
+            except TypeError:  # lists and symbols cannot be looked up
+                pass
+        return check(*args, **kwargs)
+
+    return look_up
+
+
+@_remembered
+def conv_geometry(
+    op: str,
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    mode: str = "zeros",
+) -> tuple[Geometry, list[int] | None]:
+    """Check a convolution: how torch convolves, and what F.pad must add to the input before.
+
+    Args:
+        op: who asks.
+        shape: of the input, with its batch.
+        weight: shape of the weight.
+        stride: as in `conv_act`, and so are the next four.
+        padding: on both sides of each spatial dimension.
+        dilation: distance of taps.
+        groups: number of groups.
+        mode: of the padding.
+
+    Returns:
+        The geometry, not to be written on; and F.pad's widths, None where there is nothing to add.
+
+    Raises:
+        ValueError: shapes or sizes that do not match.
+    """
+    n = _check_conv(op, shape, weight, groups)
+    strides = expand(op, "stride", stride, n, 1)
+    dilations = expand(op, "dilation", dilation, n, 1)
+    kernel, sizes = weight[2:], list(shape[2:])
+    pads, extra = padding_of(op, kernel, strides, padding, dilations, mode)
+    widths = None
+    if any(extra) or (mode != "zeros" and any(pads)):
+        before = [0] * n if mode == "zeros" else pads
+        _check_pad(op, sizes, before, extra, mode)
+        pads = pads if mode == "zeros" else [0] * n
+        sides = [(p, p + more) for p, more in zip(before, extra, strict=True)]
+        sizes = [size + sum(side) for size, side in zip(sizes, sides, strict=True)]
+        widths = [p for side in reversed(sides) for p in side]
+    _check_reach(op, sizes, kernel, pads, dilations)
+    return (strides, pads, dilations, False, [0] * n, groups), widths
+
+
+def _check_conv(op: str, shape: Sequence[int], weight: Sequence[int], groups: int) -> int:
     """Raise unless weight convolves an input of `shape`; return the spatial dimensions."""
-    n = weight.ndim - 2
+    n = len(weight) - 2
     if not 1 <= n <= 3:
-        raise ValueError(f"{op}: weight must have 3, 4 or 5 dimensions, got {tuple(weight.shape)}")
-    if len(shape) not in (n + 1, n + 2):
+        raise ValueError(f"{op}: weight must have 3, 4 or 5 dimensions, got {tuple(weight)}")
+    if len(shape) != n + 2:
         raise ValueError(
-            f"{op}: x has shape {tuple(shape)}; a weight of shape {tuple(weight.shape)} "
+            f"{op}: x has shape {tuple(shape)}; a weight of shape {tuple(weight)} "
             f"wants {n + 2} dimensions, or {n + 1} without a batch"
         )
-    out, per_group = weight.shape[:2]
+    out, per_group = weight[:2]
     if not isinstance(groups, int) or groups < 1 or out < 1 or out % groups:
         raise ValueError(
             f"{op}: groups={groups!r} must be a positive divisor of the {out} output channels"
         )
-    channels = shape[-n - 1]
+    channels = shape[1]
+    if channels < 1:
+        raise ValueError(f"{op}: x has {channels} channels; at least 1 is needed")
     if channels != per_group * groups:
         raise ValueError(
             f"{op}: weight has {per_group} input channels per group, input has {channels} "
@@ -110,16 +195,12 @@ def check_linear(op: str, shape: Sequence[int], weight: Tensor) -> None:
         )
 
 
-def check_reach(
+def _check_reach(
     op: str, sizes: Sequence[int], kernel: Sequence[int], pads: list[int], dilation: list[int]
 ) -> None:
     """Raise where the kernel reaches beyond the padded input, whose spatial sizes are `sizes`."""
     for d in range(len(kernel)):
-        if sizes[d] < 1:
-            raise ValueError(
-                f"{op}: x has size {sizes[d]} in spatial dimension {d}; at least 1 is needed, "
-                "whatever the padding"
-            )
+        _check_size(op, sizes[d], d)
         reach = dilation[d] * (kernel[d] - 1) + 1
         if kernel[d] < 1 or sizes[d] + 2 * pads[d] < reach:
             raise ValueError(
@@ -127,6 +208,30 @@ def check_reach(
                 f"{reach}, but the padded input has {sizes[d] + 2 * pads[d]} in spatial "
                 f"dimension {d}; pad more or use a smaller kernel"
             )
+
+
+def _check_pad(
+    op: str, sizes: Sequence[int], pads: Sequence[int], extra: Sequence[int], mode: str
+) -> None:
+    """Raise where `mode` has not the numbers to pad spatial sizes by pads, and extra at the end."""
+    for d, size in enumerate(sizes):
+        _check_size(op, size, d)
+        pad = pads[d] + extra[d]
+        most = {"reflect": size - 1, "circular": size}.get(mode, pad)
+        if pad > most:
+            raise ValueError(
+                f"{op}: padding_mode={mode!r} pads size {size} by {most} at most, got a padding of "
+                f"{pad} in spatial dimension {d}; pad less, or use padding_mode='replicate'"
+            )
+
+
+def _check_size(op: str, size: int, d: int) -> None:
+    """Raise where x has nothing in spatial dimension d."""
+    if size < 1:
+        raise ValueError(
+            f"{op}: x has size {size} in spatial dimension {d}; at least 1 is needed, whatever the "
+            "padding"
+        )
 
 
 def check_residual(
@@ -176,6 +281,16 @@ def check_residual(
     return residual, residual_weight.__float__()
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x, (N, C, *spatial), is dense in memory with its channels innermost."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers, dense in memory with channels innermost."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def conv_shape(shape: Sequence[int], weight: Tensor, geometry: Geometry) -> list[int]:
     """Shape of a convolution's output for an input of `shape`."""
     strides, pads, dilations, *_ = geometry
@@ -192,7 +307,7 @@ def expand(op: str, name: str, value: Size, n: int, least: int) -> list[int]:
     Raises:
         ValueError: other than one or n integers, or one below `least`.
     """
-    values = [value] * n if isinstance(value, int) else list(value)
+    values = [value] * n if isinstance(value, int) else _listed(value)
     if len(values) == 1:
         values *= n
     fit = len(values) == n
@@ -203,6 +318,15 @@ def expand(op: str, name: str, value: Size, n: int, least: int) -> list[int]:
             f"{op}: {name}={value!r} must be an integer of at least {least}, or {n} of them"
         )
     return values
+
+
+def _listed(value: Any) -> list[int]:
+    """Its integers, NumPy's too; nothing where it has others."""
+    try:
+        values = value if isinstance(value, Sequence) else [value]
+        return [v if isinstance(v, int) else operator.index(v) for v in values]
+    except TypeError:
+        return []
 
 
 def padding_of(

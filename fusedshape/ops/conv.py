@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape.ops.checks import (
+    Geometry,
     Size,
+    channels_last,
     check_bias,
-    check_conv,
-    check_reach,
     check_residual,
     check_spec,
+    conv_geometry,
     conv_shape,
-    expand,
+    is_channels_last,
     match,
-    padding_of,
 )
 from fusedshape.ops.dispatch import Backend, choose
 from fusedshape.ops.engine import Engine, Shortcut, asked_engine
@@ -53,6 +53,9 @@ def conv_act(
     and in training every engine where φ′ is no function of φ, hold x ⋆ W + w/√(1 − w²)·r in x's
     dtype on the way: in float16 that must not go beyond 65504.
 
+    Weights of inf or nan that meet a padding of zeros count there or not, by engine, shape and
+    position, as in torch's own convolutions: what sees them is nan, or made of the other taps.
+
     Args:
         x: (N, C, *spatial) or (C, *spatial), contiguous or channels_last.
         weight: (K, C / groups, *kernel), x's dtype.
@@ -67,7 +70,8 @@ def conv_act(
         engine: who convolves. "aten" is torch, with a pass of the activation after it; "triton" on
             CUDA, and "native" on the CPU, are one kernel for both, for x in channels_last layout;
             "auto" is the fastest where that has been measured, else `pinned_engine`'s choice, and
-            "aten" where a backend is named.
+            "aten" where a backend is named. Under torch.func transforms "auto" and "aten" are plain
+            PyTorch, and the two others raise; second derivatives are torch's with every engine.
         residual: r, of the result's shape and dtype, in any layout; None for the plain layer.
         residual_weight: w, from 0 up to but not 1, needed with residual and refused without. At 0
             the residual takes no part: it gets no gradient, and its inf and nan do not count.
@@ -78,7 +82,7 @@ def conv_act(
     Raises:
         TypeError: dtypes that are not supported or do not match.
         ValueError: shapes, devices or sizes that do not match, a residual_weight outside [0, 1) or
-            without its residual, or a backend or engine that cannot run.
+            without its residual, or a backend or engine that cannot run, here or under a transform.
         RuntimeError: the backend named is not built or not installed.
 
     Source: Martens et al. 2021, arXiv 2110.01765 (normalised sums).
@@ -94,8 +98,7 @@ def conv_act(
     """
     spec = check_spec("conv_act", spec)
     x, weight = match("conv_act", x, weight)
-    n = check_conv("conv_act", x.shape, weight, groups)
-    if x.ndim == n + 1:
+    if x.ndim == weight.ndim - 1:
         y = conv_act(
             x.unsqueeze(0),
             weight,
@@ -112,18 +115,11 @@ def conv_act(
             residual_weight=residual_weight,
         )
         return y.squeeze(0)
+    sizes = stride, padding, dilation, groups, padding_mode
+    x, geometry = padded("conv_act", x, weight, *sizes)
     if bias is not None:
-        out = weight.shape[0]
-        check_bias("conv_act", bias, x, out, f"weight has {out} output channels")
-    strides = expand("conv_act", "stride", stride, n, 1)
-    dilations = expand("conv_act", "dilation", dilation, n, 1)
-    kernel = weight.shape[2:]
-    pads, extra = padding_of("conv_act", kernel, strides, padding, dilations, padding_mode)
-    if padding_mode != "zeros" or any(extra):
-        x, pads = _pad(x, pads, extra, padding_mode)
-    check_reach("conv_act", x.shape[2:], kernel, pads, dilations)
+        check_bias("conv_act", bias, x, weight.shape[0], "weight has {} output channels")
     kernels = choose(backend, x)
-    geometry = (strides, pads, dilations, False, [0] * n, groups)
     step = Step(spec, geometry, kernels, asked_engine(engine, backend))
     if residual is not None or residual_weight is not None:
         shape = conv_shape(x.shape, weight, geometry)
@@ -133,12 +129,25 @@ def conv_act(
     return run(x, weight, bias, step)
 
 
-def _pad(x: Tensor, pads: list[int], extra: list[int], mode: str) -> tuple[Tensor, list[int]]:
-    """Pad by what a convolution cannot: returns x and the padding that is left for it to do."""
-    none = [0] * len(pads)
-    before, left = (none, pads) if mode == "zeros" else (pads, none)
-    if any(before) or any(extra):
-        sides = zip(reversed(before), reversed(extra), strict=True)
-        widths = [p for pad, more in sides for p in (pad, pad + more)]
-        x = F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
-    return x, left
+def padded(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Size,
+    padding: Size | str,
+    dilation: Size,
+    groups: int,
+    padding_mode: str,
+) -> tuple[Tensor, Geometry]:
+    """The batch and the convolution of it that an engine is given, for arguments of `conv_act`.
+
+    Raises:
+        ValueError: shapes or sizes that do not match.
+    """
+    sizes = stride, padding, dilation, groups, padding_mode
+    geometry, widths = conv_geometry(op, x.shape, weight.shape, *sizes)
+    if widths is None:
+        return x, geometry
+    wide = F.pad(x, widths, mode="constant" if padding_mode == "zeros" else padding_mode)
+    # torch forgets the layout, but for some modes in two dimensions
+    return channels_last(wide) if is_channels_last(x) else wide, geometry

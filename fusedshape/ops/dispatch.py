@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedshape import native, reference
 from fusedshape.ops import schema
+from fusedshape.ops.checks import transformed
 from fusedshape.spec import ActSpec
 
 Backend = Literal["auto", "reference", "native", "triton"]
@@ -143,20 +144,30 @@ def choose(backend: str, x: Tensor) -> Kernels:
     to be had (`fusedshape info` says which). Any other name is taken at its word.
 
     Raises:
-        ValueError: unknown backend, or one that does not serve x's device.
+        ValueError: unknown backend, or one that does not serve x's device, or kernels named under
+            a torch.func transform.
         RuntimeError: the backend is not built or not installed.
     """
-    device = x.device.type
     if backend == "auto":
-        if device == "cpu" and native.available():
+        if x.is_cpu and native.available():
             return _KERNELS["native"]
-        if device == "cuda" and HAS_TRITON:
+        if x.is_cuda and HAS_TRITON:
             return _KERNELS["triton"]
         return _KERNELS["reference"]
-    reason = why_not(backend, device)
+    reason = why_not(backend, x.device.type)
     if reason is not None:
         raise reason
+    refuse_transforms("backend", backend)
     return _KERNELS[backend]
+
+
+def refuse_transforms(what: str, name: str) -> None:
+    """Raise where a torch.func transform or forward-mode AD is active and `name` means kernels."""
+    if name in schema.KERNEL_BACKENDS and transformed():
+        raise ValueError(
+            f"{what} {name!r} cannot run under torch.func transforms or forward-mode AD; with "
+            f"{what}='auto' plain PyTorch serves them"
+        )
 
 
 def why_not(backend: str, device: str) -> Exception | None:

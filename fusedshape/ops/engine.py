@@ -21,7 +21,7 @@ from torch import Tensor
 from fusedshape import native
 from fusedshape.activations import get_activation
 from fusedshape.ops import dispatch, schema
-from fusedshape.ops.checks import Geometry
+from fusedshape.ops.checks import Geometry, channels_last, is_channels_last
 from fusedshape.ops.dispatch import Kernels
 from fusedshape.reference import own_weight
 from fusedshape.spec import ActSpec
@@ -212,7 +212,9 @@ class _Aten:
         else:
             z = torch.convolution(x, weight, None, *geometry)
         if shortcut is not None:
-            z.add_(shortcut.residual, alpha=share(shortcut.weight))
+            # Where torch's own ops write in place, torch 2.11 compiles gradients of zero.
+            add = z.add if torch.compiler.is_compiling() else z.add_
+            z = add(shortcut.residual, alpha=share(shortcut.weight))
         return z
 
     def fprop_act(
@@ -228,7 +230,10 @@ class _Aten:
         y = self.fprop(x, weight, geometry, shortcut)
         if shortcut is not None:
             spec = joined_spec(spec, shortcut.weight)
-        kernels.bias_act_(y, bias, spec, channel_dim(y, geometry))
+        dim = channel_dim(y, geometry)
+        if torch.compiler.is_compiling() and kernels.name == "reference":  # as in fprop
+            return kernels.bias_act(y, bias, spec, dim)
+        kernels.bias_act_(y, bias, spec, dim)
         return y
 
     def dgrad(
@@ -389,7 +394,7 @@ def _dense(x: Tensor, geometry: Geometry | None) -> Tensor:
     """The same numbers with channels innermost; a matrix for a linear layer."""
     if geometry is None:
         return x.reshape(-1, x.shape[-1]).contiguous()
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return channels_last(x)
 
 
 def _like_input(y: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
@@ -461,7 +466,8 @@ def forget_choices() -> None:
 def apart() -> Iterator[None]:
     """Let every engine leave its product in memory and run the activation after it, for a while.
 
-    For those who look at the tensors in between. A layer with a residual stays in one piece.
+    For those who look at the tensors in between. A layer with a residual takes torch's product, and
+    makes the normalised sum by itself.
 
     Example:
         >>> with apart():
@@ -473,6 +479,16 @@ def apart() -> Iterator[None]:
         yield
     finally:
         _apart = previous
+
+
+def is_apart() -> bool:
+    """Whether `apart` holds.
+
+    Example:
+        >>> is_apart()
+        False
+    """
+    return _apart
 
 
 def choose_engine(
@@ -589,7 +605,7 @@ def _why_not_native(x: Tensor, weight: Tensor, groups: int) -> str | None:
                 f"x of shape {tuple(x.shape)} and strides {x.stride()} is not contiguous; pass "
                 "x.contiguous()"
             )
-    elif not x.movedim(1, -1).is_contiguous():
+    elif not is_channels_last(x):
         return (
             f"x of shape {tuple(x.shape)} and strides {x.stride()} is not channels_last: channels "
             "must be innermost and memory dense; pass x.to(memory_format=torch.channels_last)"
@@ -599,7 +615,6 @@ def _why_not_native(x: Tensor, weight: Tensor, groups: int) -> str | None:
 
 def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | None) -> Problem:
     """Describe a layer and its input."""
-    innermost = x if geometry is None else x.movedim(1, -1)
     stride, padding, dilation = (tuple(sizes) for sizes in _sizes(geometry))
     return Problem(
         device=x.device.type,
@@ -607,7 +622,7 @@ def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | No
         dtype=x.dtype,
         input=tuple(x.shape),
         weight=tuple(weight.shape),
-        channels_last=innermost.is_contiguous(),
+        channels_last=x.is_contiguous() if geometry is None else is_channels_last(x),
         stride=stride,
         padding=padding,
         dilation=dilation,
@@ -645,7 +660,7 @@ def only_aten(asked: str, x: Tensor) -> bool:
     """Whether torch computes a layer in every direction, known without looking at the problem."""
     if asked != "auto":
         return asked == "aten"
-    served = _SERVED.get(x.device.type, ())
+    served = rivals(x.device.type)
     if "native" not in served:
         return not served or _chooser is None  # nobody else is pinned
     if x.dtype != torch.float32 or not native.available():
@@ -658,7 +673,11 @@ def asked_engine(engine: Engine, backend: str) -> str:
     """The engine that a caller's two choices ask for.
 
     Who names a backend wants its pass, and so, unless told otherwise, the engine that has one.
+
+    Raises:
+        ValueError: kernels named under a torch.func transform.
     """
+    dispatch.refuse_transforms("engine", engine)
     return "aten" if engine == "auto" and backend != "auto" else engine
 
 

@@ -66,8 +66,7 @@ def linear_act(
     x, weight = match("linear_act", x, weight)
     check_linear("linear_act", x.shape, weight)
     if bias is not None:
-        out = weight.shape[0]
-        check_bias("linear_act", bias, x, out, f"weight has {out} output features")
+        check_bias("linear_act", bias, x, weight.shape[0], "weight has {} output features")
     kernels = choose(backend, x)
     step = Step(spec, None, kernels, asked_engine(engine, backend))
     if residual is not None or residual_weight is not None:

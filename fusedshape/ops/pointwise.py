@@ -22,7 +22,8 @@ def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor
     Args:
         x: floating tensor of any shape; its strides are kept where it is dense.
         spec: the constants.
-        backend: "auto", or one of "reference", "native", "triton" to insist on it.
+        backend: "auto", or one of "reference", "native", "triton" to insist on it. Under torch.func
+            transforms "auto" is the reference, and the kernels raise.
 
     Returns:
         Tensor of x's shape and dtype.
@@ -80,7 +81,7 @@ def bias_act(
     if not -x.ndim <= dim < x.ndim:
         raise IndexError(f"bias_act: dim={dim} is out of range for x of shape {tuple(x.shape)}")
     dim %= x.ndim
-    check_bias("bias_act", bias, x, x.shape[dim], f"x has {x.shape[dim]} channels in dim {dim}")
+    check_bias("bias_act", bias, x, x.shape[dim], "x has {} channels along dim")
     kernels = choose(backend, x)
     if transformed():
         return reference.bias_act(x, bias, spec, dim)
@@ -127,4 +128,6 @@ def act_grad(
         dbias = reference.channel_sum(dx, ctx.dim) if need_bias else None
     else:
         dx, dbias = ctx.kernels.act_grad(grad, saved, bias, ctx.spec, ctx.dim, need_bias)
-    return dx, None if dbias is None else dbias.to(ctx.bias_dtype)
+    if dbias is not None and dbias.dtype != ctx.bias_dtype:
+        dbias = dbias.to(ctx.bias_dtype)
+    return dx, dbias

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedshape import reference
 from fusedshape.ops.checks import node, transformed
 from fusedshape.ops.engine import (
+    ATEN,
     Engines,
     Shortcut,
     channel_dim,
     engines_for,
     forward_engine,
+    is_apart,
     joined_spec,
     share,
 )
@@ -28,6 +31,11 @@ def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, ste
         shortcut = Shortcut(shortcut.residual.view_as(shortcut.residual), shortcut.weight)
     if transformed():
         return composed(x, weight, bias, spec, geometry, shortcut)
+    if is_apart():
+        z = ATEN.fprop(x, weight, geometry)
+        dim = channel_dim(z, geometry)
+        z = reference.joined(z, bias, *shortcut, dim).to(z.dtype)
+        return node(BiasAct)(z, None, spec, dim, kernels)
     tensors = x, weight, bias, shortcut.residual
     wanted = any(t is not None and t.requires_grad for t in tensors)
     if not (wanted and torch.is_grad_enabled()):

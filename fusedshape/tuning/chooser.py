@@ -222,7 +222,9 @@ def _device_of(problem: Problem) -> torch.device | None:
 
 def _may_measure(device: torch.device) -> bool:
     """Whether operations run now, instead of being recorded or faked."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    # Of the first torch 2.11 says nothing where `_traced` is called, but has a context then.
+    traced = torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+    if traced or _get_current_dispatch_mode() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

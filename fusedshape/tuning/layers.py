@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,7 +18,8 @@ from fusedshape.nn import (
     ShapedLinear,
     chain_rows,
 )
-from fusedshape.ops.checks import Geometry, expand, match, padding_of
+from fusedshape.ops.checks import Geometry, match
+from fusedshape.ops.conv import padded
 from fusedshape.ops.engine import Direction, Problem, problem_of
 
 _SHAPED = (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
@@ -134,17 +134,7 @@ def _layer(path: str, module: Any, x: Tensor, chained: bool) -> Layer:
 
 def _geometry(path: str, module: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Geometry]:
     """The convolution that conv_act hands to an engine, and its input."""
-    kernel = weight.shape[2:]
-    n = len(kernel)
-    if x.ndim == n + 1:
+    if x.ndim == weight.ndim - 1:
         x = x.unsqueeze(0)
-    strides = expand(path, "stride", module.stride, n, 1)
-    dilations = expand(path, "dilation", module.dilation, n, 1)
-    how = module.padding_mode
-    pads, extra = padding_of(path, kernel, strides, module.padding, dilations, how)
-    if how != "zeros" or any(extra):
-        before = pads if how != "zeros" else [0] * n
-        sides = [s for b, e in zip(before[::-1], extra[::-1], strict=True) for s in (b, b + e)]
-        x = F.pad(x, sides, mode="constant" if how == "zeros" else how)
-        pads = [0] * n if how != "zeros" else pads
-    return x, (strides, pads, dilations, False, [0] * n, module.groups)
+    sizes = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    return padded(path, x, weight, *sizes)
