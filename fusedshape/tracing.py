@@ -6,6 +6,7 @@ import ast
 import dis
 import functools
 import inspect
+import linecache
 import random
 import textwrap
 import types
@@ -57,6 +58,18 @@ class _Value(fx.Proxy):
     def __itruediv__(self, other: Any) -> Any:
         return self._in_place("div_", other)
 
+    def __bool__(self) -> bool:
+        frame = inspect.currentframe()
+        assert frame is not None
+        asker = frame.f_back
+        assert asker is not None
+        if _asserts(asker.f_code, asker.f_lasti):
+            line = linecache.getline(asker.f_code.co_filename, asker.f_lineno).strip()
+            message = line or f"an assertion in {asker.f_code.co_name}"
+            self.tracer.create_proxy("call_function", torch._assert, (self, message), {})
+            return True
+        return self.tracer.to_bool(self)
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance() asks here, after its own quick test has failed; so do torch's own functions.
@@ -70,6 +83,19 @@ class _Value(fx.Proxy):
                 return torch.Tensor
             raise UntraceableError("it asks for the type of a value (isinstance)")
         return _Value
+
+
+def _asserts(code: types.CodeType, at: int) -> bool:
+    """Whether the value that an instruction asks for is one that an assert statement demands."""
+    found = [i for i in dis.get_instructions(code) if i.opname not in ("TO_BOOL", "NOT_TAKEN")]
+    k, jump = next((k, i) for k, i in enumerate(found) if i.offset >= at)
+    if "JUMP" not in jump.opname or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return False
+    ahead = found[k + 1 :]
+    if jump.opname.endswith("IF_FALSE"):  # assert a and b
+        ahead = [i for i in ahead if i.offset == jump.argval]
+    raises = ahead[:1] and (ahead[0].opname, ahead[0].argval)
+    return bool(raises) and (raises[0] == "LOAD_ASSERTION_ERROR" or raises[1] is AssertionError)
 
 
 def _asks_for_types(code: types.CodeType) -> bool:
@@ -232,8 +258,6 @@ class Reading:
 
 class _Reader(_Tracer):
     """Follows one call: only the slots are symbols, and all else is what it is."""
-
-    trace_asserts = True
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         super().__init__(module)

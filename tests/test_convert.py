@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import pickle
 import random
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
+from zoo import AssertsShapes
 
 from fusedshape import ActSpec, reference, theory
 from fusedshape.convert import Report, convert
+from fusedshape.fold import fold
 from fusedshape.nn import (
     NormalizedSum,
     PerLocationNorm,
@@ -417,6 +420,65 @@ def tied() -> nn.Module:
 
 
 LINE = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(2))
+
+
+class First(nn.Module):
+    """Activates what it is given; its last layer's output goes out as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(F.relu(x)).relu())
+
+
+class LayerNorms(nn.Module):
+    """A layer and its BatchNorm, called twice, and activated outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+        self.act, self.last = nn.ReLU(inplace=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.block(self.act(self.block(x)))))
+
+
+class EndsByMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if self.training else self.b(x)
+
+
+class TakesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.first = nn.Linear(6, 6), First()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.first(y) + y
+
+
+def see(module: nn.Module, args: Any, out: Any) -> None:
+    """A hook that only looks."""
+
+
+def watched_block() -> nn.Module:
+    net = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.ReLU())
+    net[0].register_forward_hook(see)
+    return net
+
+
+def block_twice() -> nn.Module:
+    first = First()
+    return nn.Sequential(nn.Linear(6, 6), first, first, nn.ReLU())
+
+
 CUBE = torch.randn(1, 2, 5, 5, 5, generator=torch.Generator().manual_seed(3))
 ZOO: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)), ROW, 1, 0),
@@ -462,6 +524,21 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
         lambda: nn.Sequential(nn.Linear(6, 6), nn.Identity(), nn.ReLU()),
         *(ROW, 1, 0),
     ),
+    "nested": (
+        lambda: nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(6, 6))), nn.ReLU()),
+        *(ROW, 1, 0),
+    ),
+    "nested, activation inside": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6))),
+        *(ROW, 1, 0),
+    ),
+    "activation first": (lambda: nn.Sequential(nn.Linear(6, 6), First(), First()), ROW, 4, 0),
+    "block called twice": (block_twice, ROW, 1, 2),
+    "layer and norm": (LayerNorms, ROW, 1, 0),
+    "block that ends by mode": (lambda: nn.Sequential(EndsByMode(), nn.ReLU()), ROW, 0, 1),
+    "sum beside a block": (TakesTwo, ROW, 1, 1),
+    "hook on a block": (watched_block, ROW, 0, 1),
+    "asserting shapes": (AssertsShapes, ROW, 1, 0),
     "two activations": (lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.ReLU()), ROW, 1, 1),
     "norm in front": (
         lambda: nn.Sequential(PerLocationNorm(), conv(4, 4), nn.ReLU()),
@@ -494,6 +571,29 @@ def test_parametrized_layers_are_left_to_themselves() -> None:
     assert "computed from other tensors" in report.skipped[0].note
     x = ROW.double()
     torch.testing.assert_close(net(x), reference.shaped_act(plain[0](x), SPEC))
+
+
+def test_assertions_still_hold() -> None:
+    net = AssertsShapes()
+    convert(net, spec=SPEC)
+    with pytest.raises(AssertionError, match="assert features == 6"):
+        net(torch.zeros(3, 5))
+    with pytest.raises(AssertionError, match="n > 1"):
+        net(torch.zeros(1, 6))
+    assert fold(net)(torch.zeros(2, 6)).shape == (2, 2, 3)
+
+
+def test_delta_orthogonal_says_where_q_falls() -> None:
+    def note(*widths: int) -> str:
+        layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+        notes = convert(nn.Sequential(*layers), spec=SPEC, init="delta_orthogonal").notes
+        return " ".join(notes)
+
+    assert note(6, 6, 4) == ""
+    assert "2 layer(s) with more outputs than inputs" in note(4, 6, 6, 8)
+    grouped = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ConvTranspose2d(8, 8, 1, groups=4))
+    report = convert(nn.Sequential(*grouped, nn.ReLU()), spec=SPEC, init="delta_orthogonal")
+    assert "1 layer(s) with more" in report.notes[0]
 
 
 def test_batchnorm_stripped() -> None:
@@ -1058,6 +1158,15 @@ def act_and(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), *modules, nn.ReLU())
 
 
+class NeverCalled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.act = nn.Linear(6, 6), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     "no module": (lambda: torch.zeros(3), "must be an nn.Module"),
     "bare activation": (nn.ReLU, "ShapedActivation"),
@@ -1079,6 +1188,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     "instancenorm": (lambda: act_and(nn.InstanceNorm1d(6)), "nn.Identity"),
     "groupnorm": (lambda: act_and(nn.GroupNorm(2, 6)), "nn.Identity"),
     "group_norm": (NormFunction, "F.group_norm"),
+    "other activations": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 6), nn.Tanh()),
+        r"pass replace=\[nn.SiLU, nn.Tanh\]",
+    ),
+    "never called": (NeverCalled, "no activation lies between"),
     "held in a list": (Held, "plain list, .acts"),
 }
 
@@ -1107,7 +1221,10 @@ def test_refuses(name: str) -> None:
         ({"spec": SPEC, "backend": "cuda"}, "unknown backend"),
         ({"spec": SPEC, "init": "he"}, "unknown method 'he'"),
         ({"spec": SPEC, "replace": ("ReLU",)}, "nn.Module classes"),
-        ({"spec": SPEC, "filter_fn": lambda name, module: False}, "found no activation"),
+        ({"spec": SPEC, "filter_fn": lambda name, module: False}, "relu .*filter_fn.$"),
+        ({"spec": SPEC, "filter_fn": "relu"}, "filter_fn must be callable or None, got 'relu'"),
+        ({"spec": SPEC, "generator": 3}, "generator must be a torch.Generator or None, got 3"),
+        ({"spec": SPEC, "replace": nn.ReLU}, "must be a sequence of classes, got .*ReLU"),
     ],
 )
 def test_refuses_arguments(kwargs: dict[str, Any], message: str) -> None:

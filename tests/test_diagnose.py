@@ -21,7 +21,16 @@ from conftest import shaped
 from torch import Tensor, nn
 
 import fusedshape
-from fusedshape import ACTIVATIONS, ActSpec, NormalizedSum, PerLocationNorm, convert, theory
+from fusedshape import (
+    ACTIVATIONS,
+    ActSpec,
+    NormalizedSum,
+    PerLocationNorm,
+    convert,
+    linear_act,
+    native,
+    theory,
+)
 from fusedshape.cli import main
 from fusedshape.diagnose import CAUSES, Diagnosis, diagnose
 from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
@@ -29,7 +38,11 @@ from fusedshape.diagnose.measure import sample
 from fusedshape.diagnose.tape import Tape
 from fusedshape.init import delta_orthogonal_, gaussian_, init_module_, suo_, suo_full_
 from fusedshape.models.vanilla import vanilla_convnet
+from fusedshape.nn import ShapedLinear
+from fusedshape.ops.engine import Engine
 from fusedshape.shortcuts import reweight_shortcuts
+
+NATIVE = pytest.mark.skipif(not native.available(), reason=f"native: {native.why_not()}")
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +174,7 @@ def test_noise_of_one_layer_simulated() -> None:
     assert n * np.var(cosines) == pytest.approx(noise_c, rel=0.3)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (160, 256), (256, 160)])
 @pytest.mark.parametrize("fill", [suo_, gaussian_, delta_orthogonal_])
 def test_chance_of_weights_simulated(fill: Callable[..., Tensor], shape: tuple[int, int]) -> None:
     w = fill(torch.empty(shape, dtype=torch.float64))
@@ -304,6 +317,19 @@ def test_finds_weights_drawn_for_the_other_layout() -> None:
     assert "64/256" in found.findings[0].text
 
 
+@pytest.mark.parametrize("inputs", [20, 28, 40])
+def test_names_the_nearest_of_two_causes(inputs: int) -> None:
+    # Of so few weights, 1/3 and inputs/64 are both within what chance explains.
+    layer = nn.Linear(inputs, 64)
+    gaussian_(layer.weight, gain=(1 / 3) ** 0.5)
+    nn.init.zeros_(layer.bias)
+    net = nn.Sequential(layer, converted(mlp(20, 64, 64), init="suo"))
+    found = diagnose(net, torch.randn(64, inputs))
+    gain = matrix(layer.weight.T, None).gain
+    swapped = abs(math.log(gain * 64 / inputs)) < abs(math.log(gain * 3))
+    assert found.cause == ("init layout" if swapped else "weight scale")
+
+
 def test_finds_the_other_layout_in_a_stem() -> None:
     net = converted(vanilla_convnet(30, 64, in_channels=3))
     stem = net[0].weight
@@ -343,6 +369,47 @@ def test_finds_a_sum_that_is_not_normalised() -> None:
     reweight_shortcuts(net, 0.8)
     found = diagnose(converted(net, depth=20), torch.randn(32, 32))
     assert found.agrees, found.verdict
+
+
+class Joined(nn.Module):
+    """Two layers, and a shortcut that joins before the second activation."""
+
+    def __init__(self, width: int, spec: ActSpec, engine: Engine) -> None:
+        super().__init__()
+        self.first = ShapedLinear(width, width, spec=spec)
+        self.second = ShapedLinear(width, width, spec=spec)
+        self.engine: Engine = engine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_act(
+            self.first(x),
+            *(self.second.weight, self.second.bias, self.second.spec),
+            engine=self.engine,
+            residual=x,
+            residual_weight=0.6,
+        )
+
+
+@pytest.mark.parametrize("engine", ["aten", pytest.param("native", marks=NATIVE)])
+def test_residuals_of_a_layer_are_normalised_sums(engine: Engine) -> None:
+    spec = theory.solve("TAT", "tanh", depth=8)
+    blocks = [Joined(128, spec, engine) for _ in range(4)]
+    nn.init.constant_(blocks[1].second.bias, 0.5)
+    net, x = nn.Sequential(ShapedLinear(64, 128, spec=spec), *blocks), torch.randn(64, 64)
+    found = diagnose(net, x)
+    assert {f.cause for f in found.findings} == {"biases"}
+    assert found.findings[0].paths == ("2:bias",)
+    with torch.no_grad():
+        inputs = [net[:1](x), net[:2](x)]
+        sums = [
+            0.8 * F.linear(block.first(r), block.second.weight, block.second.bias) + 0.6 * r
+            for r, block in zip(inputs, blocks[:2], strict=True)
+        ]
+    rows = {layer.path: layer for layer in found.layers}
+    for i, total in enumerate(sums, 1):
+        row = rows[f"{i}:add"]
+        assert row.q_measured == pytest.approx(total.square().mean().item(), rel=1e-5)
+        assert row.q_near == pytest.approx(row.q_measured, rel=0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -454,6 +521,55 @@ def test_finds_what_is_not_finite() -> None:
     assert_finds(diagnose(net, torch.randn(32, 32)), "non-finite", "6")
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        NormalizedSum.shortcut(0.6),
+        lambda a, b: 0.6 * a + 0.8 * b,
+        lambda a, b: a.mul(0.6).add(b, alpha=0.8),
+        lambda a, b: 0.8 * b + a * 0.6,
+        lambda a, b: b * 0.8 - a * -0.6,
+    ],
+)
+def test_a_sum_may_take_an_activation_that_nobody_else_takes(add: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+            self.add = add
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.add(F.relu(self.a(x)), self.b(x)))
+
+    net, x = converted(Net(), spec=theory.solve("TAT", "tanh", depth=20)), torch.randn(64, 64)
+    found = diagnose(net, x)
+    assert found.agrees, found.verdict
+    rows = {layer.op: layer for layer in found.layers}
+    assert isinstance(net, Net)
+    with torch.no_grad():
+        activated = net.a(x)
+        total = add(activated, net.b(x))
+    assert rows["nonlinear"].q_measured == pytest.approx(activated.square().mean().item(), rel=1e-5)
+    assert rows["sum"].q_measured == pytest.approx(total.square().mean().item(), rel=1e-5)
+    assert rows["sum"].q == pytest.approx(rows["sum"].q_measured, rel=0.15)
+
+
+def test_an_activation_written_by_hand_may_be_added_to() -> None:
+    spec = theory.solve("TAT", "tanh", depth=20)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            u = torch.tanh(spec.input_scale * self.a(x) + spec.input_shift)
+            return self.b(spec.output_scale * (u + spec.output_shift) + 0.0 * x)
+
+    found = diagnose(initialised(Net()), torch.randn(64, 64))
+    assert found.agrees, found.verdict
+
+
 def test_finds_branches_that_are_not_independent() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -526,6 +642,55 @@ def test_concat_pool_flatten_and_norm() -> None:
         ("affine", 5),
     ]
     assert found.layers[5].q_measured == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda h: h[:, 1:3],
+        lambda h: h[:, -1],
+        lambda h: h.flatten(0, 1),
+        lambda h: h.chunk(2, 1)[0],
+        lambda h: h.transpose(1, 2).transpose(1, 2),
+    ],
+)
+def test_views_of_what_was_changed_in_place_are_followed(view: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(view(F.relu_(self.a(x))))
+
+    found = diagnose(initialised(Net(), gain=2**0.5), torch.randn(32, 4, 64))
+    assert found.agrees, found.verdict
+    assert not [note for note in found.notes if "in place" in note]
+    assert not [layer for layer in found.layers if layer.op == "unknown"]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_are_looked_at_from_outside(kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Sequential(nn.Linear(16, 64), nn.ReLU())
+            self.cells = kind(64, 64, batch_first=True)
+            self.after = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.cells(self.before(x))[0][:, -1])
+
+    net, x = converted(Net(), depth=20), torch.randn(32, 5, 16)
+    found = diagnose(net, x)
+    # Gates keep no q = 1, but they are no reason to doubt the layers' scale.
+    assert (found.sigma_w, found.agrees) == (1.0, True), found.verdict
+    (row,) = [layer for layer in found.layers if layer.op == "unknown"]
+    with torch.no_grad():
+        assert isinstance(net, Net)
+        h = net.cells(net.before(x))[0]
+    assert (row.path, row.name, row.channels) == ("cells", kind.__name__, 64)
+    assert row.q_measured == pytest.approx(h.square().mean().item(), rel=1e-5)
 
 
 def test_what_no_map_is_known_for_is_measured_and_named() -> None:
@@ -790,6 +955,24 @@ def test_given_sigmas_are_what_the_weights_should_be() -> None:
 
 
 # Forms.
+
+
+def test_given_sigmas_of_the_edge_of_chaos() -> None:
+    edge = theory.eoc("tanh")
+    net = converted(mlp(12, 256, 256), method="EOC", activation="tanh")
+    sigmas = {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b}
+    found = diagnose(net, torch.randn(64, 256), **sigmas)
+    assert found.agrees, found.verdict
+
+
+def test_zero_weights_among_others_are_dead() -> None:
+    net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(64, 64), nn.Tanh())))
+    for layer in net[:4]:
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.weight)
+    assert diagnose(net, torch.randn(32, 64)).cause == "dead"
+    with pytest.raises(ValueError, match="sigma_w=0 would leave nothing"):
+        diagnose(net, torch.randn(32, 64), sigma_w=0)
 
 
 def test_forms(tmp_path: Path) -> None:

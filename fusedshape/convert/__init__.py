@@ -74,7 +74,8 @@ def convert(
       decisions are those of the conversion, but for ``self.training``. ReLUs written in other ways
       (``x.clamp(min=0)``) are not recognised.
     * An nn.Conv1d/2d/3d or nn.Linear whose every output goes to such an activation and nowhere else
-      is fused with it. Where that is not certain, the activation stays by itself.
+      is fused with it, in whatever modules the two stand: a module that ends with the layer then
+      gives what is activated. Where that is not certain, the activation stays by itself.
     * Every linear and convolution layer is initialised as the constants assume, trained ones and
       frozen ones too: load weights afterwards, or pass ``init=None``.
 
@@ -135,6 +136,10 @@ def convert(
         raise ValueError(f"convert: on_untraceable={on_untraceable!r}; known: 'error', 'report'")
     if not isinstance(chain, int) or (chain is not False and chain < 1):
         raise ValueError(f"convert: chain={chain!r} must be True, False or a positive integer")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"convert: filter_fn must be callable or None, got {filter_fn!r}")
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"convert: generator must be a torch.Generator or None, got {generator!r}")
     _refuse(model, replace, strip_batchnorm, init)
     for device in sorted({p.device.type for p in model.parameters()} or {"cpu"}):
         reason = None if backend == "auto" else why_not(backend, device)
@@ -160,6 +165,8 @@ def _refuse(
     model: nn.Module, replace: Sequence[type[nn.Module]], strip: bool, init: str | None
 ) -> None:
     """Raise if the model is of a kind that cannot be converted."""
+    if not isinstance(replace, Sequence):
+        raise TypeError(f"convert: replace must be a sequence of classes, got {replace!r}")
     for wanted in replace:
         if not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
             raise TypeError(f"convert: replace must hold nn.Module classes, got {wanted!r}")
@@ -241,6 +248,11 @@ def _constants(
         raise ValueError(f"convert: unknown method {method!r}; known: {', '.join(_METHODS)}")
     unread = any(wired.nodes[i].op == "unknown" for i in wired.live)
     counted = None if unread else wired.depth
+    if counted == 0:
+        raise ValueError(
+            "convert: no activation lies between the model's inputs and its outputs, those that it "
+            "has are never called"
+        )
     has_wiring = depth is not None or subnet_max is not None
     if spec is not None:
         if not isinstance(spec, ActSpec):

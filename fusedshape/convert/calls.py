@@ -196,9 +196,13 @@ class Calls:
                     )
         self._check_in_place()
         if not self.sites and not self.acts:
+            kinds = dict.fromkeys(map(type, self.names))
+            known = (k for k in kinds if FUNCTIONAL.get(k, "") not in ("", *self.words))
+            others = ", ".join(f"nn.{kind.__name__}" for kind in known)
             raise ValueError(
                 "convert: found no activation to replace; looked for "
                 f"{self._forms()} (see the arguments replace and filter_fn)"
+                + (f"; there are {others}: pass replace=[{others}]" if others else "")
             )
 
     def check_stripped(self, stripped: frozenset[nn.Module]) -> None:

@@ -44,12 +44,12 @@ class Fusion:
         for layer in {site.layer for site in calls.sites if site.layer is not None}:
             reason = rejected.get(layer) or self._why_never(layer)
             of_layer[layer] = []
-            for owner, node in calls.calls[layer]:
-                after = self._consumer(owner, node)
-                if after in by_node and by_node[after].input is self._last(owner, node):
-                    of_layer[layer].append(by_node[after])
-                else:
-                    reason = reason or "another call or use of the layer wants its plain output"
+            for call in calls.calls[layer]:
+                for user, value in self._users(*call):
+                    if user in by_node and by_node[user].input is value:
+                        of_layer[layer].append(by_node[user])
+                    else:
+                        reason = reason or "another call or use of the layer wants its plain output"
             if reason:
                 rejected[layer] = reason
         live = set(of_layer) - set(rejected)
@@ -82,11 +82,35 @@ class Fusion:
             return False
         return type(called) is nn.Identity or called in self.stripped
 
+    def _open(self, module: nn.Module | None) -> fx.Graph | None:
+        """The graph of a module into which a tensor can be followed, as nobody watches."""
+        graphs = self.calls.graphs.get(module, ()) if module is not None else ()
+        known = module is not None and module not in self.calls.unknown and not hooked(module)
+        return graphs[0] if known and len(graphs) == 1 else None
+
+    def _only_call(self, module: nn.Module | None) -> tuple[nn.Module, fx.Node] | None:
+        """The one call of a module that takes one tensor, if a tensor can be followed into it."""
+        graph = self._open(module)
+        if module is None or graph is None or len(graph.find_nodes(op="placeholder")) != 1:
+            return None
+        calls = self.calls.calls.get(module, [])
+        whole = len(calls) == 1 and len(calls[0][1].all_input_nodes) == len(calls[0][1].args) == 1
+        return calls[0] if whole else None
+
     def _layer_before(self, site: Site) -> tuple[nn.Module | None, str]:
-        node = site.input
-        while self._passes(site.owner, node):
-            node = node.all_input_nodes[0]
-        called = self.calls.called(site.owner, node)
+        owner, node = site.owner, site.input
+        while True:
+            called = self.calls.called(owner, node)
+            inside = self._open(called)
+            outside = self._only_call(owner) if node.op == "placeholder" else None
+            if self._passes(owner, node):
+                node = node.all_input_nodes[0]
+            elif outside is not None:
+                owner, node = outside[0], outside[1].all_input_nodes[0]
+            elif called is not None and inside and isinstance(_result(inside), fx.Node):
+                owner, node = called, _result(inside)
+            else:
+                break
         if isinstance(called, (nn.Linear, _ConvNd)):
             return called, ""
         if node.op == "placeholder":
@@ -94,15 +118,25 @@ class Fusion:
         what = type(called).__name__ if called is not None else node.name
         return None, f"its input comes from {what}"
 
-    def _last(self, owner: nn.Module, node: fx.Node) -> fx.Node:
-        """The last of the identities after a layer's call."""
-        while len(node.users) == 1 and self._passes(owner, next(iter(node.users))):
-            node = next(iter(node.users))
-        return node
+    def _users(self, owner: nn.Module, node: fx.Node) -> list[tuple[fx.Node | None, fx.Node]]:
+        """Who takes a value, past identities and in or out of modules, and as which node.
 
-    def _consumer(self, owner: nn.Module, node: fx.Node) -> fx.Node | None:
-        users = list(self._last(owner, node).users)
-        return users[0] if len(users) == 1 else None
+        None stands for more than one, or for somebody who is not known.
+        """
+        while len(node.users) == 1:
+            (user,) = node.users
+            called = self.calls.called(owner, user)
+            if self._passes(owner, user):
+                node = user
+            elif self._only_call(called) == (owner, user):
+                assert called is not None
+                owner, node = called, self.calls.graphs[called][0].find_nodes(op="placeholder")[0]
+            elif user.op == "output" and self._open(owner) and _result(user.graph) is node:
+                calls = self.calls.calls.get(owner, [])
+                return [found for call in calls for found in self._users(*call)] or [(None, node)]
+            else:
+                return [(user, node)]
+        return [(None, node)]
 
     def _why_never(self, layer: nn.Module) -> str:
         kind = type(layer)
@@ -130,6 +164,11 @@ class Fusion:
         if _is_sequential(site.owner):
             return "the activation is shared with other places"
         return ""
+
+
+def _result(graph: fx.Graph) -> Any:
+    """What a forward returns."""
+    return next(iter(reversed(graph.nodes))).args[0]
 
 
 def hooked(module: nn.Module) -> bool:

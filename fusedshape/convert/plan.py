@@ -187,7 +187,7 @@ class Plan:
                 self.rows[i] = replace(row, note=f"not chained: {notes[row.path]}")
 
     def _plan_init(self) -> None:
-        no_bias = even = 0
+        no_bias = even = widening = 0
         for module in self.calls.names:
             if not isinstance(module, (nn.Linear, _ConvNd)):
                 continue
@@ -201,11 +201,17 @@ class Plan:
             if method in ("suo", "delta_orthogonal") and _lacks_centre(module, method):
                 method = "suo_full"
                 even += 1
+            widening += method == "delta_orthogonal" and _widens(module)
             self.layers.append((module, method))
         self.counts["initialised"] = len(self.layers)
         self.counts["skipped"] = sum(row.now == row.was for row in self.rows)
         if even:
             self.notes.append(f"{even} layer(s) with an even kernel took suo_full, not {self.init}")
+        if widening:
+            self.notes.append(
+                f"delta_orthogonal keeps norms, so that q falls in {widening} layer(s) with more "
+                "outputs than inputs; suo keeps q"
+            )
         if self.counts["stripped"]:
             self.notes.append(
                 f"{self.counts['stripped']} BatchNorm layer(s) are nn.Identity now: their keys are "
@@ -273,6 +279,13 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
     return new
+
+
+def _widens(module: nn.Linear | _ConvNd) -> bool:
+    """Whether a group has more outputs than inputs."""
+    first, second = module.weight.shape[:2]
+    first //= getattr(module, "groups", 1)
+    return first < second if isinstance(module, _ConvTransposeNd) else first > second
 
 
 def _lacks_centre(module: nn.Linear | _ConvNd, method: str) -> bool:

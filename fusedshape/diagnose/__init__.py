@@ -298,6 +298,8 @@ def _check(model: nn.Module, batches: int, **sigmas: float | None) -> None:
     for name, sigma in sigmas.items():
         if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
             raise ValueError(f"diagnose: {name}={sigma} must be finite and not negative")
+    if sigmas.get("sigma_w") == 0:
+        raise ValueError("diagnose: sigma_w=0 would leave nothing of the input; pass it positive")
 
 
 def _batches(

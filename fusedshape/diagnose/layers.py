@@ -85,6 +85,11 @@ class Phi:
         z, w = _nodes(self, q)
         return float(w @ self.at(math.sqrt(q) * z) ** 2)
 
+    @property
+    def keeps_q(self) -> bool:
+        """Whether q = 1 stays 1, as behind the activations of DKS and TAT."""
+        return abs(self.q(1.0) - 1) < 0.05
+
     def growth(self, q: float, c: float) -> tuple[float, float]:
         """d ln Q / d ln q, which is 1 for TAT and DKS at q = 1, and dC / dc."""
         if self.slopes is None:
@@ -362,9 +367,10 @@ class Affine:
 def matrix(weight: Tensor, bias: Tensor | None) -> Affine:
     """Look at the weights (in, out) of a linear layer."""
     w = weight.detach().float().t()
+    energy = float(torch.linalg.vector_norm(w)) ** 2
     return Affine(
-        _energy(w) / len(w),
-        _chance(w.unsqueeze(0)),
+        energy / len(w),
+        _chance(w.unsqueeze(0), energy),
         _bias(bias),
         (w.shape[1], w.shape[0]),
         math.sqrt(2 / w.numel()),
@@ -393,7 +399,7 @@ def convolution(
     out = w.shape[0] * w.shape[1]
     return Affine(
         total / out / phases,
-        _chance(used.flatten(2)) / groups,
+        _chance(used.flatten(2), total) / groups,
         _bias(bias),
         (w.shape[2], w.shape[1] if transposed else out),
         math.sqrt(2 / max(used.numel(), 1)),
@@ -402,22 +408,18 @@ def convolution(
     )
 
 
-def _energy(w: Tensor) -> float:
-    return float(w.square().sum())
-
-
 def _bias(bias: Tensor | None) -> float:
     return 0.0 if bias is None else float(bias.detach().double().square().mean())
 
 
-def _chance(w: Tensor) -> float:
+def _chance(w: Tensor, energy: float) -> float:
     """Var of |Wx|² relative to its mean, for x uniform on a sphere; w is (groups, out, in).
 
-    2/(in + 2) · (in · tr(G²)/tr(G)² − 1) with G = WᵀW, whose tr(G²) = E|Gv|² is estimated with
-    random signs v where W is large.
+    2/(in + 2) · (in · tr(G²)/tr(G)² − 1) with G = WᵀW, whose tr(G) is the energy ‖W‖², and whose
+    tr(G²) = E|vG|² is estimated with random signs v where W is large, to 4 % for Gaussian W.
     """
-    out, n = w.shape[1:]
-    trace = _energy(w) / len(w)
+    groups, out, n = w.shape
+    trace = energy / groups
     if not 0 < trace < math.inf:
         return 0.0
     if min(out, n) <= _SMALL:
@@ -425,6 +427,8 @@ def _chance(w: Tensor) -> float:
         squared = gram.square().sum((1, 2)).mean().item()
     else:
         generator = torch.Generator().manual_seed(0)
-        signs = 2 * torch.randint(0, 2, (len(w), n, 8), generator=generator).to(w) - 1
-        squared = (w.mT @ (w @ signs)).square().sum(1).mean().item()
+        # As rows: BLAS is several times slower at a wide matrix times a few columns.
+        size = groups, max(4, 2**14 // n), n
+        signs = 2 * torch.randint(0, 2, size, generator=generator).to(w) - 1
+        squared = (signs @ w.mT @ w).square().sum(2).mean().item()
     return 2 / (n + 2) * max(n * squared / trace**2 - 1, 0.0)

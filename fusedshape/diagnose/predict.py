@@ -11,7 +11,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fusedshape.diagnose.layers import Phi
 from fusedshape.diagnose.measure import Sample
 from fusedshape.diagnose.tape import Step
 
@@ -32,11 +31,13 @@ class Contract:
         gain: σ_w².
         bias: σ_b².
         read: whether the two were read off the weights, as nothing else tells.
+        keeping: whether the activations are to keep q = 1, as most of them do.
     """
 
     gain: float = 1.0
     bias: float = 0.0
     read: bool = False
+    keeping: bool = True
 
 
 def contract(
@@ -48,24 +49,21 @@ def contract(
     others no single scale is right; then the model's own is taken, the median of its layers.
     """
     phis = [s.phi for s in steps if s.phi is not None and not s.phi.is_linear]
-    keeping = [phi for phi in phis if keeps_q(phi)]
+    keeping = [phi for phi in phis if phi.keeps_q]
     affine = [s.affine for s in steps if s.affine is not None]
-    gains = [a.gain for a in affine if a.has_weights]
+    gains = [a.gain for a in affine if a.has_weights and a.gain > 0]
     # A fused layer's bias is a step of its own.
     biases = [a.bias for a in affine if a.bias or not a.has_weights]
-    read = len(keeping) * 2 < len(phis) and bool(gains)
+    others = len(keeping) * 2 < len(phis)
+    read = others and bool(gains)
     gain = median(gains) if read else 1.0
     bias = median(biases) if read and biases else 0.0
     return Contract(
         gain if sigma_w is None else sigma_w**2,
         bias if sigma_b is None else sigma_b**2,
         read and sigma_w is None,
+        not others,
     )
-
-
-def keeps_q(phi: Phi) -> bool:
-    """Whether φ keeps q = 1, as those of DKS and TAT do."""
-    return abs(phi.q(1.0) - 1) < 0.05
 
 
 def offsets(

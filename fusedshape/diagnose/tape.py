@@ -45,6 +45,8 @@ _CUTS |= {"reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "as_stride
 _CUTS |= {"replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_unshuffle"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min"}
 _POINTWISE = {"hardswish", "_prelu_kernel"}  # without the tag, or it would be enough
+# Modules of which only inputs and outputs are looked at.
+_WHOLE = (PerLocationNorm, nn.RNNBase, nn.RNNCellBase)
 _IDS = {row.id: name for name, row in ACTIVATIONS.items()}
 
 
@@ -141,16 +143,14 @@ class Tape(TorchDispatchMode):
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Call the model, and record what it does."""
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        for tensor in tensors:
+        for tensor in _tensors((args, kwargs)):
             if tensor.is_floating_point():
                 self._emit(tensor, Step("input", path="input", name="input"), None)
         with self._watching(), self:
             out = self.model(*args, **kwargs)
-        for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                found = self._take(tensor)
-                self.outputs += [] if found is None else [found]
+        for tensor in _tensors(out):
+            found = self._take(tensor)
+            self.outputs += [] if found is None else [found]
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -171,9 +171,9 @@ class Tape(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module not in self._names:
             return
-        if isinstance(module, PerLocationNorm):
-            for tensor in filter(torch.is_tensor, args):
-                self._take(tensor, 1)
+        if isinstance(module, _WHOLE):
+            for tensor in _tensors(args):
+                self._take(tensor, 1 if isinstance(module, PerLocationNorm) else None)
             self._quiet += 1
         self._stack.append(module)
 
@@ -182,12 +182,15 @@ class Tape(TorchDispatchMode):
             return
         while self._stack[-1] is not module:
             self._stack.pop()
-        if isinstance(module, PerLocationNorm):
+        if isinstance(module, _WHOLE):
             self._quiet -= 1
-            if isinstance(out, Tensor):
-                taken = [i for t in args if torch.is_tensor(t) and (i := self._take(t)) is not None]
-                step = Step("norm", tuple(taken), self._here("norm"), "PerLocationNorm")
-                self._emit(out, step, 1)
+            taken = tuple(i for t in _tensors(args) if (i := self._take(t)) is not None)
+            kind = type(module).__name__
+            for tensor in _tensors(out):
+                step = Step("norm", taken, self._here(kind), kind)
+                if not isinstance(module, PerLocationNorm):
+                    step.op, step.note = "unknown", f"no theory of {kind} is known here"
+                self._emit(tensor, step, 1 if step.op == "norm" else -1)
         self._stack.pop()
 
     def _here(self, name: str) -> str:
@@ -218,8 +221,11 @@ class Tape(TorchDispatchMode):
         record = self._recorder(space, name, func, args, kwargs, tensors, tracked)
         out = func(*args, **kwargs)
         target = args[0] if in_place else out
-        # Torch counts an operation in place after it has come back from here.
+        # Torch counts an operation in place, and lets a view share the count of what it is a view
+        # of, after it has come back from here.
         self._ahead = int(in_place and space == "aten")
+        if not in_place and any(r.alias_info is not None for r in func._schema.returns):
+            self._ahead = _version(tensors[0])
         record(target)
         base = target._base if in_place and isinstance(target, Tensor) else None
         if base is not None and self._get(base) is None:
@@ -313,45 +319,22 @@ class Tape(TorchDispatchMode):
         """This library's own kernels."""
         kind = name.partition("_")[2]
         x = args[0]
-        if kind not in ("bias_act", "conv_act", "conv"):
+        if kind not in ("bias_act", "conv"):
             return self._restart("unknown", name, [x], f"no theory of {name} is known here")
         path = self._here(kind)
-        if kind == "bias_act":
-            bias = args[1]
-            taken = self._take(x, None if bias is None else args[2])
-            dim = self._dim_like(x)
-            assert taken is not None
-            if bias is not None and bool(bias.count_nonzero()):
-                shift = Affine(bias=float(bias.double().square().mean()))
-                taken = self._push(
-                    Step("affine", (taken,), path, "bias", x.shape[dim], affine=shift)
-                )
-        else:
-            taken = self._take(x, 1 if x.ndim > 2 else -1)
-            assert taken is not None
-            weight, bias = args[1], args[2] if kind == "conv_act" else None
-            geometry = args[5:8] if kind == "conv_act" else args[2:5]
-            zeros = [0] * len(geometry[0])
-            look, more = convolution, (*geometry, False, zeros, 1)
-            affine = (
-                self._affine(look, weight, bias, *more)
-                if weight.ndim > 2
-                else self._affine(matrix, weight.t(), bias)
-            )
-            label = "conv" if weight.ndim > 2 else "linear"
-            step = Step("affine", (taken,), path, label, weight.shape[0], affine=affine)
-            step.move = affine.over(x.shape[2:])
-            dim = 1 if weight.ndim > 2 else -1
-            if kind == "conv":
-                return lambda out: self._emit(out, step, dim)
-            taken = self._push(step)
-            if args[3] is not None:
-                w = args[4]
-                other = self._take(args[3])
-                if other is not None:
-                    pair = (math.sqrt(1 - w * w), w)
-                    step = Step("sum", (taken, other), path, "add", weight.shape[0], pair)
-                    taken = self._push(step)
+        if kind == "conv":
+            if x.ndim == 2:
+                return self._layer("linear", self._affine(matrix, args[1].t(), None), x, -1, -1)
+            zeros = [0] * (x.ndim - 2)
+            affine = self._affine(convolution, args[1], None, *args[2:5], False, zeros, 1)
+            return self._layer("conv", affine, x, 1, 1)
+        bias = args[1]
+        taken = self._take(x, None if bias is None else args[2])
+        dim = self._dim_like(x)
+        assert taken is not None
+        if bias is not None and bool(bias.count_nonzero()):
+            shift = Affine(bias=float(bias.double().square().mean()))
+            taken = self._push(Step("affine", (taken,), path, "bias", x.shape[dim], affine=shift))
         spec = _spec(args[-6:])
         made = _Signal(((taken, 1.0),), dim % x.ndim, path, spec.activation, ("spec", spec))
         return lambda out: self._set(out, made)
@@ -367,7 +350,7 @@ class Tape(TorchDispatchMode):
                 expr = ("add", self._expr(a), self._expr(b), alpha)
                 return self._deferred(replace(a, expr=expr, terms=((a.terms[0][0], 1.0),)), name)
             for t in args[:2]:
-                self._take(t)
+                self._unscale(t)
             a, b = (self._get(t) for t in args[:2])
             assert a is not None
             assert b is not None
@@ -588,6 +571,27 @@ class Tape(TorchDispatchMode):
         if [w for _, w in signal.terms] == [1.0]:
             self._take(t)
 
+    def _unscale(self, t: Tensor) -> None:
+        """Let a function's value that was multiplied for a sum be that function's step, weighted.
+
+        What makes q = 1 of it is no weight, but part of an activation written by hand.
+        """
+        signal = self._get(t)
+        if signal is None or signal.expr is None:
+            return
+        kind, inner, *factor = signal.expr
+        whole = Phi.of(signal.expr)
+        if kind != "scale" or not factor[0] or (whole is not None and whole.keeps_q):
+            self._take(t)
+            return
+        self._quiet += 1
+        bare = t / factor[0]
+        self._quiet -= 1
+        self._set(bare, replace(signal, expr=inner))
+        i = self._take(bare)
+        assert i is not None
+        self._set(t, replace(signal, terms=((i, factor[0]),), expr=None, dim=self._dim_like(bare)))
+
     def _step(self, signal: _Signal) -> Step:
         inputs, weights = zip(*signal.terms, strict=True)
         if signal.expr is None:
@@ -608,6 +612,10 @@ class Tape(TorchDispatchMode):
             return self.measure(t, dim)
         finally:
             self._quiet -= 1
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _version(t: Tensor) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fusedshape.diagnose.layers import Affine
 from fusedshape.diagnose.measure import Stats
-from fusedshape.diagnose.predict import LEAST_LN_Q, SIGMAS, Contract, keeps_q
+from fusedshape.diagnose.predict import LEAST_LN_Q, SIGMAS, Contract
 from fusedshape.diagnose.report import Finding, Layer
 from fusedshape.diagnose.tape import Step
 
@@ -185,22 +185,23 @@ def _scale(affine: Affine, weights: Contract) -> tuple[str, str]:
     gain, want = affine.gain, weights.gain
     seen = f"its weights multiply q by {gain:.3g}"
     in_channels, out_channels = affine.fan
-    near = 0.02 + SIGMAS * affine.spread
-
-    def is_like(value: float) -> bool:
-        return abs(math.log(gain / value)) < near
-
+    swapped = want * in_channels / out_channels
+    mistakes = [1 / 3]
+    mistakes += [2.0] if want == 1 else []
+    mistakes += [swapped] if in_channels != out_channels else []
+    nearest = min(mistakes, key=lambda value: abs(math.log(gain / value)))
+    is_like = abs(math.log(gain / nearest)) < 0.02 + SIGMAS * affine.spread
     advice = "use fusedshape.init.suo_, or convert(..., init='suo')"
-    if in_channels != out_channels and is_like(want * in_channels / out_channels):
+    if is_like and nearest == swapped:
         return (
             "init layout",
             f"{seen}, which is {in_channels}/{out_channels} of what it should be: weights "
             "[out, in] were drawn as if they were [in, out], as the dks package does, or so as to "
             f"keep norms, not q; {advice}",
         )
-    if is_like(1 / 3):
+    if is_like and nearest == 1 / 3:
         return "weight scale", f"{seen}, not by {want:.3g}: PyTorch's default weights; {advice}"
-    if is_like(2) and want == 1:
+    if is_like and nearest == 2:
         return (
             "weight scale",
             f"{seen}, not by 1: He's initialisation, for a plain ReLU; {advice}",
@@ -247,7 +248,7 @@ def _activation(case: Case, i: int) -> _Found:
         )
         return
     inner = any(u.op in ("affine", "sum") for u in case.users(i))
-    if inner and not case.weights.read and not keeps_q(phi):
+    if inner and case.weights.keeping and not phi.keeps_q:
         yield (
             i,
             "plain activation",
@@ -275,7 +276,7 @@ def _global(case: Case) -> _Found:
     nonlinear = list(phis)
     if not nonlinear:
         return
-    plain = [i for i, phi in phis.items() if not keeps_q(phi)]
+    plain = [i for i, phi in phis.items() if not phi.keeps_q]
     names = ", ".join(dict.fromkeys(case.steps[i].name for i in nonlinear))
     is_plain = 2 * len(plain) >= len(nonlinear)
     cause = "plain activation" if is_plain else "wrong depth"

@@ -309,7 +309,7 @@ def _problem(node: Node) -> str:
     if node.op == "concat" and not node.weights:
         return (
             f"{_at(node)} joins channels in proportions that cannot be read off the model; pass "
-            "trace_wiring an example input"
+            "trace_wiring an example input, and what it returns to convert as subnet_max"
         )
     total = math.fsum(w * w for w in node.weights)
     if node.op != "sum" or abs(total - 1) <= _OFF_ONE:

@@ -265,7 +265,7 @@ def eoc(
     spec = ActSpec(activation, negative_slope=negative_slope, origin="EOC")
     row = spec.row
     bias = (0.0 if row.homogeneous else 0.2) if sigma_b is None else sigma_b
-    _above("sigma_b", bias, -math.ulp(0.0))
+    _above("sigma_b", bias, 0.0, or_equal=True)
     bias = float(bias)
     if row.homogeneous:
         if bias > 0:
@@ -629,11 +629,12 @@ def _hidden(spec: ActSpec) -> float:
     return spec.output_scale**2 * sum(jump**2 * normal_pdf(x) for x, jump in corners)
 
 
-def _above(name: str, value: float, low: float) -> None:
+def _above(name: str, value: float, low: float, or_equal: bool = False) -> None:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > low):
-        raise ValueError(f"{name} must be finite and above {low:g}, got {value}")
+    if not (math.isfinite(value) and (value > low or (or_equal and value == low))):
+        limit = "at least" if or_equal else "above"
+        raise ValueError(f"{name} must be finite and {limit} {low:g}, got {value}")
 
 
 def _floor(value: float) -> str:

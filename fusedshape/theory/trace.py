@@ -321,6 +321,7 @@ class _Trace:
             return value
         known = self._layer(module, path, taken)
         if known is not None:
+            self.seen.update(module.modules())
             return known
         if module in self.running:
             return self.unknown(taken, path, f"{kind} calls itself; {_BY_HAND}")
@@ -377,7 +378,10 @@ class _Trace:
         op = _FILES.get(_file(module))
         if op is None:
             return None
-        return self.emit(op, [x], path) if op == "reshape" else self.like(op, x, path)
+        padding = getattr(module, "padding", ())
+        if op != "reshape" or _keeps_channels(_file(module), padding, x):
+            return self.like(op, x, path)
+        return self.emit(op, [x], path)
 
     def _affine(self, x: _Signal, weight: Any, path: str, layer: Any) -> _Signal:
         channels, axes = _channels(layer)
@@ -488,8 +492,12 @@ class _Trace:
         if name == "chunk":
             return self._chunks(x, *args[1:], **kwargs)
         if name in _VIEWS:
-            return replace(x, channels=None, axes=frozenset())
+            cuts = args[1] if name == "getitem" else ()
+            return x if _cuts_locations(cuts, x) else replace(x, channels=None, axes=frozenset())
         if base in _RESHAPES:
+            widths = (*args[1:], kwargs.get("pad", ()))[0]
+            if _keeps_channels(base, widths, x):
+                return self.like("reshape", x, at)
             return self.emit("reshape", [x], at)
         if name in _SOFTMAX:
             return self._softmax(x, at)
@@ -696,6 +704,21 @@ def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
     return None, frozenset()
 
 
+def _keeps_channels(name: str, padding: Any, x: _Signal) -> bool:
+    """Whether what resizes or pads a tensor leaves its channels what and where they are."""
+    if name in ("interpolate", "upsample", "upsampling"):
+        return True
+    padded = len(padding) // 2 if isinstance(padding, (tuple, list)) else 0
+    return name in ("pad", "padding") and 0 < padded < min((-a for a in x.axes if a < 0), default=0)
+
+
+def _cuts_locations(index: Any, x: _Signal) -> bool:
+    """Whether x[index] has all of x's channels where they were."""
+    if not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index):
+        return False
+    return 1 in x.axes and index[1:2] in ((), (slice(None),))
+
+
 def _file(module: nn.Module) -> str:
     return str(inspect.unwrap(type(module).forward).__module__).rpartition(".")[2]
 
@@ -719,6 +742,8 @@ def _join(path: str, name: str) -> str:
 def _why_not(module: nn.Module) -> str:
     """Why a module of torch cannot be read."""
     kind = type(module).__name__
+    if type(module).forward is nn.Module.forward:
+        return f"{kind} has no forward; take the module that calls what is in it"
     if isinstance(module, _BatchNorm):
         return (
             f"{kind} normalises over the batch, which undoes what shaped activations set up; build "

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import canonical, derivatives, local
 
 from fusedshape import ACTIVATIONS, ActSpec
-from fusedshape.theory import Unreachable, c_map, chain, dks, resnet, solve, tat
+from fusedshape.theory import Unreachable, c_map, chain, dks, eoc, resnet, solve, tat
 from fusedshape.theory.solve import SPREAD, STEEPEST, _spread, _steepest
 
 TOLERANCE = 1e-9
@@ -301,6 +301,11 @@ def test_bad_zeta(zeta: float) -> None:
 def test_bad_eta(eta: float) -> None:
     with pytest.raises(ValueError, match="eta must be"):
         tat("relu", depth=10, eta=eta)
+
+
+def test_bad_sigma_b() -> None:
+    with pytest.raises(ValueError, match="sigma_b must be finite and at least 0, got -1"):
+        eoc("tanh", sigma_b=-1)
 
 
 @given(NOT_FINITE | st.floats(max_value=0.0))

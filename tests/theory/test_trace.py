@@ -392,6 +392,54 @@ def test_shared_modules() -> None:
     assert [n.path for n in wiring.nodes if n.op == "nonlinear"] == ["1", "3", "4.0"]
 
 
+class Decoder(nn.Module):
+    """Joins channels of an encoder to those of a decoder, as a U-Net does."""
+
+    def __init__(self, way: Callable[[Any, Tensor, Tensor], list[Tensor]]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+        self.up, self.pad = nn.Upsample(scale_factor=2), nn.ReflectionPad2d(1)
+        self.last, self.way = nn.Conv2d(12, 1, 1), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        return self.last(torch.cat(self.way(self, a, F.relu(self.b(a))), 1))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda m, a, b: [m.up(b), a],
+        lambda m, a, b: [b, m.pad(a)],
+        lambda m, a, b: [F.pad(b, [1, a.size(3) - 1, 2, 0]), a],
+        lambda m, a, b: [F.pad(b, pad=(1, 1)), F.interpolate(a, scale_factor=2.0)],
+        lambda m, a, b: [b, a[:, :, 1:-1, 1:-1]],
+    ],
+)
+def test_locations_can_be_resized_before_channels_are_joined(way: Any) -> None:
+    wiring = trace_wiring(Decoder(way))
+    (joined,) = (n for n in wiring.nodes if n.op == "concat")
+
+    def depth(i: int) -> int:
+        node = wiring.nodes[i]
+        return (node.op == "nonlinear") + max(map(depth, node.inputs), default=0)
+
+    assert {depth(i): w for i, w in zip(joined.inputs, joined.weights, strict=True)} == {1: 4, 2: 8}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda m, a, b: [b, F.pad(a, (0, 0, 0, 0, 1, 1))],
+        lambda m, a, b: [b, a[:, 1:]],
+        lambda m, a, b: [b, a[:, 0, None]],
+    ],
+)
+def test_what_cuts_or_pads_channels_leaves_their_number_unknown(way: Any) -> None:
+    with pytest.raises(UnreadableError, match="subnet_max"):
+        trace_wiring(Decoder(way))(0.0, lambda c: c)
+
+
 def halves(m: Any, x: Tensor) -> Tensor:
     left, right = m.a(x).chunk(2, -1)
     return torch.cat([left, m.b(F.relu(right))], -1)
@@ -604,3 +652,11 @@ def test_torchvision_where_it_is() -> None:
         assert wiring.depth == depth
         own = trace_wiring(zoo.ResNet(int(name[6:]), 1, math.sqrt(0.5)))
         same(wiring.normalized(), own)
+
+
+def test_names_what_has_no_forward_and_nothing_that_is_part_of_a_layer() -> None:
+    lone = trace_wiring(nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]))
+    with pytest.raises(UnreadableError, match="ModuleList has no forward"):
+        lone(0.0, lambda c: c)
+    layer = parametrizations.weight_norm(nn.Linear(4, 4))
+    assert trace_wiring(nn.Sequential(layer, nn.ReLU())).notes == ()
