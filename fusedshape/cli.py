@@ -1,13 +1,15 @@
-"""The command ``fusedshape``: constants, convert, diagnose, train, bench, tune, build, info.
+"""The command `fusedshape`: constants, convert, diagnose, train, bench, tune, build, info.
 
 Exit codes: 0 done, 1 the request cannot be met (one line on stderr says why), 2 wrong usage,
-130 interrupted.
+130 interrupted, 141 whoever reads the output closed it.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +21,9 @@ from fusedshape import convert, native, theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import command as bench
 from fusedshape.diagnose import command as diagnosis
-from fusedshape.machine import machine
+from fusedshape.machine import find_device, machine, version
 from fusedshape.train import demo, run
-from fusedshape.train.config import TrainConfig, load_object
+from fusedshape.train.config import TARGETS, TrainConfig, load_object, make, strange_targets
 from fusedshape.tuning import command as tuning
 
 
@@ -41,33 +43,69 @@ def main(argv: Sequence[str] | None = None) -> int:
         ...
         0
     """
-    args = parser().parse_args(argv)
+    # What a terminal cannot show is no reason to lose what has been computed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    args = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("fusedshape: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Python flushes once more at its end, into nothing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        print(f"fusedshape: error: {error}", file=sys.stderr)
+        print(f"fusedshape: error: {_said(error)}", file=sys.stderr)
         return 1
     return 0
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    whole, commands = _declare()
+    if argv and argv[0] in commands:
+        # Options may stand before, between and behind files: bench compare --suite cpu A B.
+        return commands[argv[0]].parse_intermixed_args(argv[1:])
+    return whole.parse_args(argv)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of every command."""
-    whole = argparse.ArgumentParser(prog="fusedshape", description=__doc__.split("\n")[0])
+    return _declare()[0]
+
+
+def _declare() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    about = "Deep vanilla networks: shaped activations, fused with the layers before them."
+    whole = argparse.ArgumentParser(prog="fusedshape", description=about)
+    whole.add_argument("--version", action="version", version=f"fusedshape {version()}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="command")
+    found: dict[str, argparse.ArgumentParser] = {}
 
     def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> Any:
-        command = commands.add_parser(name, help=about, description=about)
-        command.set_defaults(run=run)
-        return command
+        found[name] = commands.add_parser(name, help=about, description=about)
+        found[name].set_defaults(run=run, command=name)
+        return found[name]
 
     constants = add("constants", _constants, "compute the constants of a shaped activation")
     constants.add_argument("method", nargs="?", help="DKS, TAT or EOC")
     constants.add_argument("activation", nargs="?", help=", ".join(ACTIVATIONS))
-    constants.add_argument("--method", dest="its_method", help="with --model; default TAT")
-    constants.add_argument("--activation", dest="its_activation", help="default leaky_relu")
+    constants.add_argument(
+        *("--method",), dest="its_method", metavar="METHOD", help="with --model; default TAT"
+    )
+    constants.add_argument(
+        *("--activation",),
+        dest="its_activation",
+        metavar="ACTIVATION",
+        help="with --model; default leaky_relu",
+    )
     constants.add_argument("--model", help="pkg.module:factory, whose wiring to solve for")
     constants.add_argument("--strip-batchnorm", action="store_true", help="read past BatchNorm")
     constants.set_defaults(wrong_usage=constants.error)
@@ -86,11 +124,11 @@ def parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train the demo, the evidence sweep, or a configuration of yours")
     train.add_argument("what", nargs="?", default="demo", help="demo, sweep, or a JSON file")
     train.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
-    train.add_argument("--depth", type=int, help="depth of the demo's network")
-    train.add_argument("--epochs", type=int, help="epochs of the demo")
-    train.add_argument("--seed", type=int, default=0, help="seed of the demo")
+    train.add_argument("--depth", type=int, help="of the demo's network (default 300)")
+    train.add_argument("--epochs", type=int, help="of the demo (default 20)")
+    train.add_argument("--seed", type=int, help="of the demo (default 0)")
     train.add_argument("--threads", type=int, help="CPU threads of the demo")
-    train.add_argument("--jobs", type=int, default=2, help="processes of the sweep")
+    train.add_argument("--jobs", type=int, help="processes of the sweep (default 2)")
 
     about = "measure speed, memory and accuracy; show, compare and plot what was measured"
     bench.add_arguments(add("bench", bench.main, about))
@@ -107,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
 
     info = add("info", _info, "say what is installed, built and chosen on this machine")
     info.add_argument("--json", action="store_true", help="as JSON")
-    return whole
+    return whole, found
 
 
 def _add_targets(command: argparse.ArgumentParser) -> None:
@@ -122,8 +160,10 @@ def _add_targets(command: argparse.ArgumentParser) -> None:
 
 
 def _targets(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("depth", "zeta", "eta", "tau", "sigma_b")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {n: getattr(args, n) for n in ("depth", *TARGETS) if getattr(args, n) is not None}
+    strange = strange_targets(args.method, args.activation, given)
+    if strange:
+        raise ValueError(f"{strange}; drop what is not its own")
     if args.subnet_max is not None:
         given["subnet_max"] = load_object(args.subnet_max)
     if args.clamp:
@@ -133,8 +173,11 @@ def _targets(args: argparse.Namespace) -> dict[str, Any]:
 
 def _constants(args: argparse.Namespace) -> None:
     row: dict[str, Any]
-    args.method = args.method or args.its_method or (args.model and "TAT")
-    args.activation = args.activation or args.its_activation or (args.model and "leaky_relu")
+    for name, default in (("method", "TAT"), ("activation", "leaky_relu")):
+        here, there = getattr(args, name), getattr(args, f"its_{name}")
+        if here and there:
+            args.wrong_usage(f"{name} is given twice, as {here} and as {there}")
+        setattr(args, name, here or there or (args.model and default))
     if not (args.method and args.activation):
         args.wrong_usage("give a method and an activation, or --model")
     targets = _targets(args)
@@ -152,8 +195,6 @@ def _constants(args: argparse.Namespace) -> None:
         row = {"method": "EOC", "activation": args.activation}
         row |= {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b, "q": edge.q}
     else:
-        if "sigma_b" in targets:
-            raise ValueError(f"{args.method} takes no --sigma-b; it belongs to EOC")
         spec = theory.solve(args.method, args.activation, **targets)
         row = {"method": args.method.upper(), **spec.to_dict()}
         if wiring is not None:
@@ -167,7 +208,7 @@ def _constants(args: argparse.Namespace) -> None:
 
 def _model(name: str) -> nn.Module:
     """What a user's pkg.module:factory makes."""
-    model = load_object(name)()
+    model = make(name)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} returned {type(model).__name__}, not an nn.Module")
     return model
@@ -190,21 +231,38 @@ def _diagnose(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    takes = {"demo": ("depth", "epochs", "seed", "threads"), "sweep": ("jobs",)}
+    names = takes.get(args.what, ())
+    given = {n: getattr(args, n) for own in takes.values() for n in own}
+    given = {name: value for name, value in given.items() if value is not None}
+    strange = ", ".join(f"--{name}" for name in given if name not in names)
+    if strange:
+        way = "it decides all of a run" if args.what not in takes else "leave it out"
+        raise ValueError(f"train {args.what} takes no {strange}; {way}")
     if args.what == "demo":
-        names = ("depth", "epochs", "seed", "threads")
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         demo.run_demo(args.out, **given)
     elif args.what == "sweep":
-        demo.run_sweep(args.out / "sweep.json", jobs=args.jobs)
+        demo.run_sweep(args.out / "sweep.json", **given)
     else:
-        run(TrainConfig.load(args.what), args.out)
+        _train_file(args.what, args.out)
+
+
+def _train_file(path: str, out: Path) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"train {path}: no such file; give demo, sweep, or a JSON file")
+    result = run(TrainConfig.load(path), out)
+    epochs, place = len(result["epochs"]), out / "result.json"
+    if result["status"] == "diverged":
+        raise RuntimeError(f"the loss of epoch {epochs} is not finite; lower lr. See {place}")
+    print(
+        f"{epochs} epochs, {result['seconds']:.0f} s: training loss "
+        f"{result['final_train_loss']:.4f}, test accuracy {result['final_accuracy']:.1%} "
+        f"(best {result['best_accuracy']:.1%})\nwritten to {place}"
+    )
 
 
 def _tune(args: argparse.Namespace) -> None:
-    model = load_object(args.model)()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{args.model} returned {type(model).__name__}, not an nn.Module")
-    tuning.run(model, args)
+    tuning.run(_model(args.model), args, find_device(args.device))
 
 
 def _build(args: argparse.Namespace) -> None:

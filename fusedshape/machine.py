@@ -9,7 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ import torch
 
 from fusedshape import native, tuning
 from fusedshape.ops import dispatch
+
+
+def version() -> str:
+    """The version that is installed; "source" where the source tree runs without being installed.
+
+    Example:
+        >>> version() != ""
+        True
+    """
+    try:
+        return importlib.metadata.version("fusedshape")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 def machine() -> dict[str, Any]:
@@ -28,7 +42,7 @@ def machine() -> dict[str, Any]:
     """
     triton = dispatch.why_not("triton", "cuda")
     return {
-        "fusedshape": importlib.metadata.version("fusedshape"),
+        "fusedshape": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": native.cpu_name(),
@@ -43,10 +57,37 @@ def machine() -> dict[str, Any]:
     }
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """The device of that name, if this machine has it; None takes the GPU, or the CPU without one.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:1", …
+
+    Raises:
+        ValueError: another name, or a GPU that is not there.
+
+    Example:
+        >>> find_device("cpu")
+        device(type='cpu')
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device(kind)
+    number = int(index or 0) if kind == "cuda" and (index or "0").isdecimal() else None
+    if number is None:
+        raise ValueError(f"device {name!r}; known: cpu, cuda, or cuda:1 and so on")
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"device {name!r}: there are {count} CUDA device(s) here; take cpu")
+    return torch.device("cuda", number)
+
+
 def provenance() -> dict[str, Any]:
     """Where a result came from: machine, date, command, and the commit of the source tree.
 
-    `commit` and `dirty` are None outside a repository.
+    `commit` and `dirty` are None outside a repository; where the source tree travelled without its
+    repository, ``$FUSEDSHAPE_COMMIT`` tells the commit.
 
     Example:
         >>> sorted(provenance())
@@ -61,7 +102,7 @@ def provenance() -> dict[str, Any]:
         "machine": own | {"native": Path(own["native"]).name if native.available() else "no"},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit or os.environ.get("FUSEDSHAPE_COMMIT"),
         "dirty": None if commit is None else bool(_git("status", "--porcelain")),
     }
 
@@ -69,15 +110,40 @@ def provenance() -> dict[str, Any]:
 def headline(source: Mapping[str, Any]) -> str:
     """One line over a table that says where its figures come from, given `provenance()`."""
     m = source["machine"]
+    code = f"commit {source['commit']}" if source["commit"] else f"fusedshape {m['fusedshape']}"
     changes = " with changes" if source["dirty"] else ""
     return (
         f"{m['cpu']}, {m['threads']} thread(s), {', '.join(m['gpu']) or 'no GPU'}, "
-        f"torch {m['torch']}, {m['cpu_tensors']} backend, commit {source['commit']}{changes}"
+        f"torch {m['torch']}, {m['cpu_tensors']} backend, {code}{changes}"
     )
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` in one piece when the body ends.
+
+    Whoever reads `path` sees the old file or the new one, also when the process is killed. If the
+    body fails, the old file stays and nothing is left beside it.
+
+    Args:
+        path: the file to replace; need not exist.
+
+    Raises:
+        OSError: the file cannot be written; names `path`.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one piece: whoever reads sees the old file or the new one.
+    """Write JSON in one piece.
 
     Args:
         path: the file.
@@ -85,11 +151,11 @@ def write_json(path: Path, data: Any) -> None:
 
     Raises:
         ValueError: a number that JSON does not know.
+        OSError: the file cannot be written.
     """
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write_text(text)
 
 
 def _git(*args: str) -> str | None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from fusedshape import timing
-from fusedshape.bench import cases, compare, providers, records, revisions, runner, suites
+from fusedshape.bench import cases, compare, providers, records, runner, suites
 from fusedshape.bench.cases import CASES, Case, Setting
 from fusedshape.bench.providers import Problem
 from fusedshape.bench.runner import run_suite
@@ -337,7 +337,7 @@ def test_limit_skips_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, one=problem)
     (row,) = run_suite(replace(suites.SUITES["smoke"], limit=-1.0))["rows"]
     assert row["status"] == "skipped"
-    assert "no case begins" in row["why"]
+    assert "no time" in row["why"]
 
 
 def test_checks_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +357,147 @@ def test_checks_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("ms" in row["candidates"]["fused"] for row in record["rows"])
 
 
+def test_checks_leave_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case takes a second of a clock of its own; checks first may take three of ten."""
+    now, order = [0.0], []
+
+    def build(name: str) -> Callable[[], Problem]:
+        def make() -> Problem:
+            order.append(name)
+            now[0] += 1.0
+            return problem()
+
+        return make
+
+    install(monkeypatch, **{name: build(name) for name in "abcdefghij"})
+    monkeypatch.setattr(runner._Run, "elapsed", lambda self: now[0])
+    suite = replace(suites.SUITES["smoke"], check_first=True, limit=10.0)
+    rows = run_suite(suite)["rows"]
+    # The fourth check would end after 3 seconds, the eighth timing after 10.
+    assert "".join(order) == "abc" + "abcdefg"
+    timed = [row["case"][-1] for row in rows if "ms" in row["candidates"].get("fused", {})]
+    assert "".join(timed) == "abcdefg"
+    assert [row["status"] for row in rows] == ["ok"] * 7 + ["skipped"] * 3
+    assert "no time for it in 10 s" in rows[-1]["why"]
+
+
+def test_an_interrupted_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "record.json"
+    argv = ["bench", "--suite", "smoke", "--out", str(out)]
+    broken = raising(ValueError("never"))
+    install(monkeypatch, one=problem, two=broken, three=raising(KeyboardInterrupt()))
+    assert main(argv) == 130
+    first = records.load(out)
+    assert [row["status"] for row in first["rows"]] == ["ok", "failed"]
+    # What is finished is not run again, what has failed neither.
+    install(monkeypatch, one=broken, two=problem, three=problem)
+    assert main([*argv, "--resume"]) == 1
+    record = records.load(out)
+    assert record["finished"]
+    assert record["rows"][:2] == first["rows"]
+    assert [row["status"] for row in record["rows"]] == ["ok", "failed", "ok"]
+    out.write_text(json.dumps({**record, "commit": "another"}))
+    capsys.readouterr()
+    assert main([*argv, "--resume"]) == 1
+    assert "different: commit" in capsys.readouterr().err
+    assert main(["bench", "--suite", "smoke", "--resume", "--out", str(tmp_path / "new.json")]) == 1
+    assert len(records.load(tmp_path / "new.json")["rows"]) == 3
+
+
+def test_what_was_only_checked_is_timed_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, one=problem, two=problem)
+    suite = replace(suites.SUITES["smoke"], check_first=True)
+    out = tmp_path / "record.json"
+    visit = runner._Run.visit
+
+    def interrupted(self: Any, case: Case, timed: bool) -> dict[str, Any]:
+        if timed:
+            raise KeyboardInterrupt
+        return visit(self, case, timed)
+
+    monkeypatch.setattr(runner._Run, "visit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite, out=out)
+    assert [row["status"] for row in records.load(out)["rows"]] == ["ok", "ok"]
+    monkeypatch.setattr(runner._Run, "visit", visit)
+    record = run_suite(suite, out=out, resume=True)
+    assert all("ms" in row["candidates"]["fused"] for row in record["rows"])
+
+
+def test_a_lost_device_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An illegal access leaves a process that fails in whatever it asks of the GPU."""
+    install(monkeypatch, bad=raising(RuntimeError("CUDA error: illegal access")), good=problem)
+
+    def lost(self: Any, case: Case) -> None:
+        raise runner.DeviceLostError(f"the GPU stopped working in {case.name}")
+
+    monkeypatch.setattr(runner._Run, "demand_device", lost)
+    out = tmp_path / "record.json"
+    argv = ["bench", "--suite", "smoke", "--out", str(out)]
+    assert main(argv) == 1
+    assert "stopped working in pointwise/bad" in capsys.readouterr().err
+    monkeypatch.undo()
+    install(monkeypatch, bad=raising(RuntimeError("CUDA error: illegal access")), good=problem)
+    assert main([*argv, "--resume"]) == 1
+    assert [row["status"] for row in records.load(out)["rows"]] == ["failed", "ok"]
+
+
+def test_a_device_is_asked_whether_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = object.__new__(runner._Run)
+    case = Case("pointwise/x", ("smoke",), lambda setting: problem())
+    run.device = CPU
+    run.demand_device(case)
+    run.device = torch.device("cuda")
+
+    def dead(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    with pytest.raises(runner.DeviceLostError, match=r"pointwise/x .*illegal memory access"):
+        run.demand_device(case)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/record.json"])
+def test_nowhere_to_write_is_found_out_first(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    install(monkeypatch, one=raising(AssertionError("ran")))
+    monkeypatch.setattr(runner, "ceilings", None)
+    out = tmp_path / place
+    assert main(["bench", "--suite", "smoke", "--out", str(out)]) == 1
+    assert str(tmp_path / place.split("/")[0]) in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_seeds_have_a_range(capsys: pytest.CaptureFixture[str], seed: str) -> None:
+    assert main(["bench", "--suite", "smoke", "--seed", seed]) == 1
+    assert f"got {seed}" in capsys.readouterr().err
+
+
+def test_a_line_for_each_case_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, one=problem, two=problem)
+    assert main(["bench", "--suite", "smoke", "--out", str(tmp_path / "r.json")]) == 0
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert [line.split("] ")[1] for line in lines[:2]] == ["pointwise/one", "pointwise/two"]
+    assert lines[0].startswith("[1/2, ")
+    assert "\x1b" not in out + err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_suite_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -366,7 +507,17 @@ def test_gpu_suite_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [("show",), ("compare", "one.json"), ("run", "a.json"), ("--suite", "all"), ("race",)]
+    "argv",
+    [
+        ("show",),
+        ("compare", "one.json"),
+        ("compare", "1.json", "2.json", "3.json"),
+        ("run", "a.json"),
+        ("--suite", "all"),
+        ("race",),
+        ("--resume",),
+        ("--limit", "soon"),
+    ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -611,10 +762,11 @@ def synthetic(template: dict[str, Any], samples: dict[str, list[float]]) -> dict
     factor=st.floats(0.3, 3.0),
     drift=st.floats(0.1, 10.0),
     noise=st.floats(0.0, 0.3),
+    runs=st.integers(1, 5),
     seed=st.integers(0, 2**20),
 )
-def test_verdicts(factor: float, drift: float, noise: float, seed: int) -> None:
-    """`factor` on the candidate, `drift` on the whole second run, `noise` on every sample."""
+def test_verdicts(factor: float, drift: float, noise: float, runs: int, seed: int) -> None:
+    """`factor` on the candidate, `drift` on all runs after, `noise` on every sample."""
     rng = random.Random(seed)
     template = records.new("smoke", CPU, 0)
 
@@ -624,7 +776,7 @@ def test_verdicts(factor: float, drift: float, noise: float, seed: int) -> None:
 
         return synthetic(template, {"eager": draw(1.0), "fused": draw(own)})
 
-    before, after = run(1.0, 1.0), run(factor, drift)
+    before, after = ([run(*how) for _ in range(runs)] for how in ((1.0, 1.0), (factor, drift)))
     (change,) = compare.compare(before, after)
     (back,) = compare.compare(after, before)
     assert (change.candidate, change.control) == ("fused", "eager")
@@ -632,14 +784,56 @@ def test_verdicts(factor: float, drift: float, noise: float, seed: int) -> None:
     # Ratios of two samples are off by exp(2 · noise) at most, ratios of two such by its square.
     worst = math.exp(4 * noise) * (1 + 1e-9)
     assert factor / worst <= change.ratio <= factor * worst
-    opposite = {"faster": "slower", "slower": "faster"}
-    assert back.verdict in (opposite.get(change.verdict, change.verdict), "cannot tell", "same")
-    if change.verdict == "faster":
+    few = "" if runs > 3 else "perhaps "
+    opposite = {f"{few}faster": f"{few}slower", f"{few}slower": f"{few}faster"}
+    same = ("cannot tell", f"{few}same")
+    assert back.verdict in (opposite.get(change.verdict, change.verdict), *same)
+    if change.verdict.endswith("faster"):
         assert factor < worst
-    if change.verdict == "slower":
+    if change.verdict.endswith("slower"):
         assert factor > 1 / worst
     if noise * 4 < abs(math.log(factor)) - 0.05 and noise < 0.01:
-        assert change.verdict == ("faster" if factor < 1 else "slower")
+        assert change.verdict == few + ("faster" if factor < 1 else "slower")
+
+
+def process(
+    rng: random.Random, template: dict[str, Any], factor: float, between: float
+) -> dict[str, Any]:
+    """A run whose process is off by a factor of its own, as real ones are, and its rounds less."""
+    own = factor * math.exp(rng.gauss(0, between))
+    eager = [math.exp(rng.gauss(0, 0.01)) for _ in range(30)]
+    return synthetic(
+        template, {"eager": eager, "fused": [own * e * math.exp(rng.gauss(0, 0.01)) for e in eager]}
+    )
+
+
+@pytest.mark.parametrize("between", [0.02, 0.2])
+def test_the_same_code_is_not_called_another(between: float) -> None:
+    """In 1000 comparisons of four runs with four of the same code."""
+    rng = random.Random(0)
+    template = records.new("smoke", CPU, 0)
+    pool = [process(rng, template, 1.0, between) for _ in range(60)]
+    wrong = 0
+    for _ in range(1000):
+        runs = rng.sample(pool, 8)
+        (change,) = compare.compare(runs[:4], runs[4:])
+        wrong += change.verdict in ("faster", "slower")
+    # The bound is 2 / 70 of them; 4.5 standard deviations above.
+    assert wrong <= 52
+    (change,) = compare.compare(pool[:1], pool[1:2])
+    assert change.verdict.startswith(("perhaps", "cannot tell"))
+
+
+def test_a_tenth_slower_is_found() -> None:
+    rng = random.Random(1)
+    template = records.new("smoke", CPU, 0)
+    found = 0
+    for _ in range(50):
+        before, after = ([process(rng, template, f, 0.01) for _ in range(4)] for f in (1.0, 1.1))
+        (change,) = compare.compare(before, after)
+        found += change.verdict == "slower"
+        assert change.verdict in ("slower", "cannot tell")
+    assert found >= 48
 
 
 def test_no_verdict_without_control_or_on_another_machine() -> None:
@@ -647,20 +841,23 @@ def test_no_verdict_without_control_or_on_another_machine() -> None:
     fast, slow = [1.0] * 10, [2.0] * 10
     before = synthetic(template, {"fused": slow})
     after = synthetic(template, {"fused": fast})
-    (change,) = compare.compare(before, after)
+    (change,) = compare.compare([before], [after])
     assert (change.ratio, change.control, change.verdict) == (0.5, "", "cannot tell")
     before = synthetic(template, {"fused": slow, "eager": fast})
     after = synthetic(template, {"fused": fast, "eager": fast})
-    assert compare.compare(before, after)[0].verdict == "faster"
+    assert compare.compare([before], [after])[0].verdict == "perhaps faster"
+    assert "four files of each" in compare.report([before], [after])
+    assert compare.compare([before] * 4, [after] * 4)[0].verdict == "faster"
+    assert "four files of each" not in compare.report([before] * 4, [after] * 4)
     other = {**before, "machine": {**before["machine"], "cpu": "another"}}
-    assert compare.compare(other, after)[0].verdict == "cannot tell"
-    assert "different machines" in compare.report(other, after)
+    assert compare.compare([other], [after])[0].verdict == "cannot tell"
+    assert "different machines" in compare.report([other], [after])
     few = synthetic(template, {"fused": slow[:4], "eager": fast[:4]})
-    assert compare.compare(few, after)[0].verdict == "cannot tell"
-    with pytest.raises(ValueError, match="run the same suite for both"):
-        compare.compare({**before, "device": "cuda"}, after)
-    with pytest.raises(ValueError, match="no case was timed in both"):
-        compare.compare({**before, "rows": []}, after)
+    assert compare.compare([few], [after])[0].verdict == "cannot tell"
+    with pytest.raises(ValueError, match="run the same suite for all"):
+        compare.compare([{**before, "device": "cuda"}], [after])
+    with pytest.raises(ValueError, match="no case was timed in all"):
+        compare.compare([{**before, "rows": []}], [after])
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -696,7 +893,7 @@ def test_two_revisions_are_measured_in_turns(
     assert main(["bench", "compare", "one", "two", "--suite", "smoke"]) == 0
     assert "faster" in capsys.readouterr().out.split("under 1 is faster")[1]
     built = ["one build", "two build"]
-    ran = [f"{name} bench" for name in ("one", "two", "two", "one", "one", "two")]
+    ran = [f"{name} bench" for name in ("one", "two", "two", "one") * 2]
     assert log.read_text().splitlines() == built + ran
     done = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 1
@@ -713,23 +910,25 @@ def test_graphs_are_compared_with_graphs() -> None:
     before = synthetic(template, {"fused": [2.0] * 10, "eager": [1.0] * 10})
     after = synthetic(template, {"fused": [2.0] * 10, "eager": [1.0] * 10})
     after["rows"][0]["candidates"]["fused"]["graph_samples_ms"] = [0.1] * 10
-    assert compare.compare(before, after)[0].verdict == "same"
+    assert compare.compare([before], [after])[0].verdict == "perhaps same"
     for record in (before, after):
         for result in record["rows"][0]["candidates"].values():
             result["graph_samples_ms"] = [1.0] * 10
     after["rows"][0]["candidates"]["fused"]["graph_samples_ms"] = [0.5] * 10
-    assert compare.compare(before, after)[0].ratio == 0.5
+    assert compare.compare([before], [after])[0].ratio == 0.5
 
 
-def test_runs_are_merged_round_by_round() -> None:
+def test_files_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     template = records.new("smoke", CPU, 0)
-    first = synthetic(template, {"fused": [1.0, 2.0, 3.0], "eager": [4.0, 5.0], "dks": [9.0]})
-    second = synthetic(template, {"fused": [6.0, 7.0], "eager": [8.0, 9.0, 10.0]})
-    (row,) = revisions.merge([first, second])["rows"]
-    assert row["candidates"]["fused"]["samples_ms"] == [1, 2, 6, 7]
-    assert row["candidates"]["eager"]["samples_ms"] == [4, 5, 8, 9]
-    second["rows"][0]["status"] = "wrong"
-    assert revisions.merge([first, second])["rows"] == []
+    paths = []
+    for i, ms in enumerate([2.0] * 4 + [1.0] * 4):
+        paths.append(tmp_path / f"run {i}.json")
+        records.save(paths[-1], synthetic(template, {"fused": [ms] * 9, "eager": [1.0] * 9}))
+    # Options stand wherever they like.
+    assert main(["bench", "compare", "--suite", "smoke", *map(str, paths)]) == 0
+    shown = capsys.readouterr().out
+    assert "before  4 run(s)" in shown
+    assert shown.splitlines()[-1].endswith(" faster")
 
 
 # The page.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedshape
 from fusedshape import ActSpec, theory
 from fusedshape.cli import main
 
@@ -82,12 +84,18 @@ def test_constants_from_a_users_wiring(
         (("constants", "TAT", "reul", "--depth", "5"), "unknown activation 'reul'"),
         (("constants", "EOC", "softplus"), "softplus"),
         (("constants", "EOC", "relu", "--depth", "3"), "takes --sigma-b only"),
-        (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "belongs to EOC"),
+        (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "not at sigma_b"),
+        (("constants", "TAT", "relu", "--depth", "50", "--zeta", "2"), "aims at eta, not at zeta"),
+        (("convert", "json:JSONDecoder", "--method", "DKS", "--tau", "1"), "not an nn.Module"),
+        (("convert", "builtins:iter"), "builtins:iter raised TypeError"),
         (("convert", "nowhere"), "pkg.module:name"),
         (("convert", "no_such_module:net"), "no_such_module"),
         (("convert", "json:nothing"), "has no 'nothing'"),
         (("convert", "builtins:dict"), "not an nn.Module"),
-        (("train", "missing.json"), "missing.json"),
+        (("train", "missing.json"), "give demo, sweep, or a JSON file"),
+        (("train", "missing.json", "--epochs", "3"), "takes no --epochs"),
+        (("train", "demo", "--jobs", "3"), "takes no --jobs"),
+        (("bench", "show", "missing.json"), "missing.json: No such file"),
     ],
 )
 def test_errors_are_one_line(
@@ -125,6 +133,78 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["torch"] == torch.__version__
     assert row["cpu_tensors"] in ("native", "reference")
     assert run(capsys, "info")[0] == 0
+
+
+def test_nothing_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["constants", "DKS", "tanh", "--method", "TAT", "--depth", "5"])
+    assert caught.value.code == 2
+    assert "method is given twice, as DKS and as TAT" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fusedshape {fusedshape.__version__}\n"
+
+
+def test_train_from_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small.py").write_text(
+        "import torch\n"
+        "from fusedshape.train import Data\n"
+        "def data():\n"
+        "    x, y = torch.ones(8, 1, 4, 4), torch.arange(8) % 2\n"
+        "    return Data(x, y, x, y, num_classes=2)\n"
+        "def poison(in_channels, num_classes):\n"
+        "    class Net(torch.nn.Linear):\n"
+        "        def forward(self, x):\n"
+        "            return super().forward(x.flatten(1)) * float('nan')\n"
+        "    return Net(16 * in_channels, num_classes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    config = {"model": "mlp", "data": "small:data", "depth": 30, "width": 8, "epochs": 1}
+    Path("my config.json").write_text(json.dumps(config))
+    code, out, err = run(capsys, "train", "my config.json", "--out", "a b")
+    assert (code, err) == (0, "")
+    assert out.startswith("1 epochs, ")
+    assert Path("a b/result.json").exists()
+    config |= {"model": "small:poison", "depth": None, "method": None, "pln": False}
+    Path("my config.json").write_text(json.dumps(config))
+    code, out, err = run(capsys, "train", "my config.json", "--out", "c")
+    assert (code, out) == (1, "")
+    assert "epoch 1 is not finite" in err
+    sys.modules.pop("small", None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of POSIX")
+def test_whoever_reads_may_stop() -> None:
+    bench = f"{sys.executable} -m fusedshape bench list --suite cpu"
+    done = subprocess.run(
+        ["bash", "-c", f"{bench} | head -n 1; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    # 0 if all of it went into the pipe's buffer before head left.
+    assert done.stdout.splitlines()[1] in ("0", "141")
+    done = subprocess.run(["bash", "-c", f"{bench} > /dev/full"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "fusedshape: error: [Errno 28] No space left on device\n"
+
+
+def test_a_terminal_that_knows_no_greek() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedshape", "bench", "show", "bench/results/cpu.json"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"bare" in done.stdout
 
 
 def test_as_a_program() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fusedshape.machine import write_json
 from fusedshape.nn import PerLocationNorm, ShapedConv2d
 from fusedshape.train import Data, TrainConfig, demo, loop, run
-from fusedshape.train.config import load_object
+from fusedshape.train.config import load_object, make
 from fusedshape.train.loop import build, evaluate, fit, learning_rate
 
 
@@ -69,7 +69,7 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 def test_config_survives_its_file(tmp_path: Path) -> None:
     config = TrainConfig(
-        model="a.b:c", data="d:e", lr=0.1 + 0.2, tau=0.3, threads=3, amp="bfloat16"
+        model="a.b:c", data="d:e", lr=0.1 + 0.2, eta=0.8, threads=3, amp="bfloat16"
     )
     config.save(tmp_path / "c.json")
     assert TrainConfig.load(tmp_path / "c.json") == config
@@ -104,6 +104,9 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
         ({"depth": 3, "model": "a b:c"}, ValueError, "model='a b:c'"),
         ({"depth": 3, "data": "mnist"}, ValueError, "data='mnist'; known: 'digits'"),
         ({"depth": 3, "method": "EOC", "gain": 2}, ValueError, "EOC decides the scale.*gain=2"),
+        ({"depth": 3, "zeta": 1.2}, ValueError, "TAT of leaky_relu aims at eta, not at zeta"),
+        ({"depth": 3, "method": "DKS", "eta": 0.8}, ValueError, "DKS .* at zeta, not at eta"),
+        ({"depth": 3, "method": None, "tau": 1}, ValueError, "null aims at nothing, not at tau"),
         ({}, ValueError, "model 'convnet' needs a depth"),
         ([], ValueError, "expected a JSON object"),
     ],
@@ -123,6 +126,69 @@ def test_config_refuses_what_is_no_json(tmp_path: Path) -> None:
         TrainConfig.load(tmp_path / "c.json")
     with pytest.raises(OSError, match="nowhere"):
         TrainConfig.load(tmp_path / "nowhere.json")
+
+
+def fails() -> Data:
+    raise KeyError("pixels")
+
+
+def test_a_users_error_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"fails raised KeyError: 'pixels' \(.*test_train.py"):
+        fit(replace(TINY, data=f"{HERE}:fails"))
+    with pytest.raises(TypeError, match="no function or class"):
+        make("math:pi")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}'"):
+        fit(replace(TINY, device=device))
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would train the same, and write to the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun has started 2"):
+        run(TINY, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    config = replace(TINY, epochs=1)
+    run(config, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for damaged in (b"", b"garbage", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt .*remove that file to start anew"):
+            run(config, tmp_path)
+        assert path.read_bytes() == damaged
+    torch.save({"weights": 1}, path)
+    with pytest.raises(ValueError, match="remove that file"):
+        run(config, tmp_path)
+
+
+def test_an_interrupted_epoch_goes_on_from_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(TINY, tmp_path / "whole")
+    train = loop._train_epoch
+
+    def interrupted(config: TrainConfig, epoch: int, *rest: Any) -> float:
+        loss = train(config, epoch, *rest)
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return loss
+
+    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, tmp_path / "parts")
+    monkeypatch.setattr(loop, "_train_epoch", train)
+    assert len(json.loads((tmp_path / "parts/result.json").read_text())["epochs"]) == 2
+    parts = run(TINY, tmp_path / "parts")
+    assert [e["train_loss"] for e in parts["epochs"]] == [e["train_loss"] for e in whole["epochs"]]
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_load_object() -> None:

@@ -231,6 +231,7 @@ def test_the_kernels_sources_count(tmp_path: Path) -> None:
     package = tmp_path / "fusedshape"
     for name in ("kernels", "ops"):
         shutil.copytree(Path(engine.__file__).parents[1] / name, package / name)
+    cache.kernel_hash.cache_clear()
     before = cache.kernel_hash(package)
     assert before == cache.environment(CPU)["kernels"]
     for name in ("kernels/conv.py", "kernels/phi.py", "ops/engine.py"):
@@ -813,6 +814,8 @@ def net():
     )
 def plain():
     return nn.Linear(4, 4)
+def fails():
+    raise KeyError("width")
 """
 
 
@@ -925,6 +928,9 @@ def fresh_clocks(factor: float) -> Callable[..., measuring.Result]:
         (("builtins:dict", "--input", "2"), 1, "not an nn.Module"),
         (("tune_mine:net", "--input", "2,2,6,6", "--device", "cuda:99"), 1, "CUDA device"),
         (("tune_mine:net", "--input", "2,2,6,6", "--device", "abacus"), 1, "abacus"),
+        (("tune_mine:net", "--input", "2,2,6,6", "--device", "meta"), 1, "known: cpu, cuda"),
+        (("tune_mine:net", "--input", "2,2,6,6", "--autocast"), 1, "got --dtype fp32"),
+        (("tune_mine:fails", "--input", "2"), 1, "tune_mine:fails raised KeyError"),
     ],
 )
 def test_tune_says_what_is_wrong(

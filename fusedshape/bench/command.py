@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="*",
         type=Path,
-        help="records, for show, compare and plot; compare also takes two git revisions",
+        help="records, for show, plot and compare; compare takes two, or as many of before as of "
+        "after, or two git revisions",
     )
     about = "; ".join(f"{suite.name}: {suite.about}" for suite in SUITES.values())
     parser.add_argument("--suite", choices=SUITES, default="cpu", help=f"default cpu. {about}")
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", default="*", help="run or list only cases like this: 'conv_act/*'"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default 0)")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="of the run, instead of the suite's own"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="run what the record at --out does not have yet"
+    )
     parser.add_argument(
         "--out", type=Path, help="file of the record, or folder of the plots (default under runs/)"
     )
@@ -44,12 +51,14 @@ def main(args: argparse.Namespace) -> None:
 
     Raises:
         SystemExit: 2, wrong usage: files that the action does not take, or a GPU that is not there.
-        ValueError: a record that cannot be read.
-        RuntimeError: a case failed its check; the record is written all the same.
+        ValueError: a record that cannot be read, or not be gone on with.
+        RuntimeError: a case failed its check, or the GPU; the record is written all the same.
         KeyboardInterrupt: interrupted or terminated; finished rows are kept.
     """
-    if len(args.files) != _FILES[args.action]:
-        args.error(f"{args.action} takes {_FILES[args.action]} file(s), got {len(args.files)}")
+    count, wanted = len(args.files), _FILES[args.action]
+    if count != wanted and (args.action != "compare" or count < 2 or count % 2):
+        more = ", or as many of before as of after" if args.action == "compare" else ""
+        args.error(f"{args.action} takes {wanted} file(s){more}, got {count}")
     actions: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run,
         "list": _list,
@@ -63,9 +72,19 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     out = args.out or Path("runs") / f"bench-{args.suite}-{stamp}.json"
+    if args.resume and args.out is None:
+        args.error("--resume needs --out, the record to go on with")
     before = out.stat().st_mtime_ns if out.exists() else None
     try:
-        run_suite(args.suite, pattern=args.case, out=out, seed=args.seed, progress=True)
+        run_suite(
+            args.suite,
+            pattern=args.case,
+            out=out,
+            seed=args.seed,
+            limit=args.limit,
+            resume=args.resume,
+            progress=True,
+        )
     except NoDeviceError as error:
         args.error(str(error))
     finally:
@@ -80,11 +99,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    if any(file.exists() for file in args.files):
-        found = [records.load(file) for file in args.files]
+    half = len(args.files) // 2
+    if len(args.files) == 2 and not any(file.exists() for file in args.files):
+        before, after = revisions.measure(list(map(str, args.files)), args.suite, args.case)
     else:
-        found = revisions.measure([str(file) for file in args.files], args.suite, args.case)
-    print(compare.report(*found))
+        found = [records.load(file) for file in args.files]
+        before, after = found[:half], found[half:]
+    print(compare.report(before, after))
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
-"""Two records of the same cases: what changed, and whether the spread allows to say so.
+"""Records of the same cases: what changed, and whether the spread allows to say so.
 
 Machines drift between two runs, so times are not compared with times. In each run a candidate's
-time is divided, round by round, by that of a control timed in the same round, and the two medians
-of these ratios are compared, each with its confidence interval.
+time is divided, round by round, by that of a control timed in the same round, and the medians of
+these ratios are compared, run by run.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from fusedshape.timing import paired_ratios
 
 #: A change smaller than this is not called one.
 MARGIN = 0.02
-#: Chance that an interval misses its median.
+#: Chance of a verdict where nothing has changed, and that an interval misses its median.
 RISK = 0.05
 #: Candidates that no change of this library touches, the nearest to the work first.
 CONTROLS = ("bare", "eager", "folded")
 
 
 class Change(NamedTuple):
-    """One candidate of one case in both records.
+    """One candidate of one case in all records.
 
     Attributes:
         case: its name.
         candidate: its name.
         control: what its times were divided by; "" for none, and then there is no verdict.
-        ratio: median in the second record over that in the first; under 1 is faster.
-        low: the ratio's lower bound.
-        high: its upper bound.
-        verdict: "faster", "slower", "same" (within `MARGIN`), or "cannot tell".
+        ratio: median of the runs after over that of those before; under 1 is faster.
+        low: the least ratio of a run after to one before; of one run each, by the rounds' spread.
+        high: the largest.
+        verdict: "faster", "slower", "same" (within `MARGIN`), each with "perhaps" where the runs
+            are too few, or "cannot tell".
     """
 
     case: str
@@ -46,66 +47,83 @@ class Change(NamedTuple):
     verdict: str
 
 
-def compare(before: Record, after: Record) -> list[Change]:
-    """Changes of this library's candidates, over the cases that both records have.
+def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
+    """Changes of this library's candidates, over the cases that all records have.
+
+    Two processes that run the same code differ by more than the rounds of one: in where memory
+    lies, and in what else the machine does. So a verdict takes several runs of each, and all of one
+    side beyond all of the other. If nothing has changed, n and m runs come to lie so with a chance
+    of 2 / binomial(n + m, n), whatever the distribution; of four each, 0.03. With fewer than
+    `RISK` takes, a change is "perhaps" one.
 
     Args:
-        before: a record.
-        after: another, of the same cases on the same kind of machine.
+        before: runs of one thing.
+        after: runs of another, of the same cases on the same kind of machine.
 
     Raises:
-        ValueError: no case is ok in both, or the two ran on different devices.
+        ValueError: no case was timed in all, or they ran on different devices.
     """
-    if before["device"] != after["device"]:
+    records = [*before, *after]
+    devices = sorted({record["device"] for record in records})
+    if len(devices) > 1:
         raise ValueError(
-            f"compare: one record is of device {before['device']!r}, the other of "
-            f"{after['device']!r}; run the same suite for both"
+            f"compare: records of the devices {' and '.join(devices)}; run the same suite for all"
         )
-    comparable = _machine(before) == _machine(after)
-    old = {row["case"]: row for row in before["rows"]}
+    comparable = len({_machine(record) for record in records}) == 1
+    rows = [{row["case"]: row for row in record["rows"]} for record in records]
     found = []
-    for row in after["rows"]:
-        if row["case"] in old:
-            found += list(_changes(old[row["case"]], row, comparable))
+    for case in rows[-1]:
+        same = [own[case] for own in rows if case in own]
+        if len(same) == len(records):
+            found += list(_changes(same, len(before), comparable))
     if not found:
         raise ValueError(
-            "compare: no case was timed in both records; run the same suite twice, for example "
+            "compare: no case was timed in all records; run the same suite for each, for example "
             "fusedshape bench --suite cpu --out A.json"
         )
     return found
 
 
-def _changes(before: Row, after: Row, comparable: bool) -> Iterator[Change]:
-    for name in after["candidates"]:
-        found = _ratios(before, after, name)
-        if not is_ours(name) or found is None:
+def _changes(rows: Sequence[Row], first: int, comparable: bool) -> Iterator[Change]:
+    """Changes of one case; the first `first` rows are from before."""
+    for name in rows[-1]["candidates"]:
+        found = _ratios(rows, name) if is_ours(name) else None
+        if found is None:
             continue
-        control, old, new = found
-        bounds = interval(old), interval(new)
-        low, high = 0.0, math.inf
-        if bounds[0] is not None and bounds[1] is not None:
-            low, high = bounds[1][0] / bounds[0][1], bounds[1][1] / bounds[0][0]
+        control, runs = found
+        medians = [statistics.median(run) for run in runs]
+        old, new = medians[:first], medians[first:]
+        low, high = min(new) / max(old), max(new) / min(old)
+        enough = RISK * math.comb(len(rows), first) >= 2
+        if len(rows) == 2:
+            low, high = _within(*runs)
         ratio = statistics.median(new) / statistics.median(old)
         word = verdict(low, high) if control and comparable else "cannot tell"
-        yield Change(after["case"], name, control, ratio, low, high, word)
+        if not enough and word != "cannot tell":
+            word = f"perhaps {word}"
+        yield Change(rows[-1]["case"], name, control, ratio, low, high, word)
 
 
-def _ratios(before: Row, after: Row, name: str) -> tuple[str, list[float], list[float]] | None:
+def _within(old: Sequence[float], new: Sequence[float]) -> tuple[float, float]:
+    """Bounds from one run of each, by the rounds alone."""
+    bounds = interval(old), interval(new)
+    if bounds[0] is None or bounds[1] is None:
+        return 0.0, math.inf
+    return bounds[1][0] / bounds[0][1], bounds[1][1] / bounds[0][0]
+
+
+def _ratios(rows: Sequence[Row], name: str) -> tuple[str, list[list[float]]] | None:
     """The control, and the ratios to it in each row; by CUDA graphs where all have been timed so.
 
     Without a control, "" and the times themselves; None where there are none.
     """
     for key in ("graph_samples_ms", "samples_ms"):
-        times = [
-            {n: c[key] for n, c in row["candidates"].items() if c.get(key)}
-            for row in (before, after)
-        ]
+        times = [{n: c[key] for n, c in row["candidates"].items() if c.get(key)} for row in rows]
         if all(name in own for own in times):
             for control in CONTROLS:
                 if all(control in own for own in times):
-                    old, new = (paired_ratios(own[name], own[control]) for own in times)
-                    return control, old, new
-            return "", times[0][name], times[1][name]
+                    return control, [paired_ratios(own[name], own[control]) for own in times]
+            return "", [own[name] for own in times]
     return None
 
 
@@ -148,21 +166,25 @@ def interval(samples: Sequence[float]) -> tuple[float, float] | None:
     return None if k == 0 else (ordered[k - 1], ordered[n - k])
 
 
-def report(before: Record, after: Record) -> str:
+def report(before: Sequence[Record], after: Sequence[Record]) -> str:
     """The changes as a table, with both machines over it."""
     changes = compare(before, after)
-    lines = [
-        f"before  {before['date']}  {source(before)}",
-        f"after   {after['date']}  {source(after)}",
-    ]
-    if _machine(before) != _machine(after):
+    lines = []
+    for word, runs in (("before", before), ("after", after)):
+        lines.append(f"{word:<6}  {len(runs)} run(s), {runs[0]['date']}  {source(runs[0])}")
+    if len({_machine(record) for record in (*before, *after)}) > 1:
         lines.append("different machines: no verdicts")
+    if any(change.verdict.startswith("perhaps") for change in changes):
+        lines.append(
+            "perhaps: too few runs to know how far runs of the same code lie apart; four files of "
+            "each, or two revisions, can say"
+        )
     lines += [
         "",
         "time after ÷ before, each divided by its control in the same run; under 1 is faster",
     ]
     lines += columns(
-        ["case", "candidate", "control", "ratio", "95 % interval", "verdict"],
+        ["case", "candidate", "control", "ratio", "range", "verdict"],
         [[c.case, c.candidate, c.control, f"{c.ratio:.3f}", _span(c), c.verdict] for c in changes],
     )
     return "\n".join(lines)

@@ -40,7 +40,9 @@ def plot(record: Record, folder: Path) -> list[Path]:
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1], dpi=150)
     if not written:
-        raise ValueError("plot: the record has no case that is ok, so there is nothing to draw")
+        raise ValueError(
+            "plot: the record has no layer, network or series that is ok, so nothing to draw"
+        )
     return written
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedshape.machine import provenance
+from fusedshape.machine import provenance, replacing
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -126,12 +128,29 @@ def save(path: Path, record: Record) -> None:
     Raises:
         RecordError: the record is not what its schema says.
         ValueError: a number that JSON does not know.
+        OSError: the file cannot be written.
     """
     check(record)
+    text = _text(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(_text(record))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write_text(text)
+
+
+def demand_writable(path: Path) -> None:
+    """Find out whether `save` can write a file, before there is anything to lose.
+
+    Raises:
+        OSError: it cannot; names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load(path: str | Path) -> Record:

@@ -13,12 +13,12 @@ from pathlib import Path
 from fusedshape.bench import records
 from fusedshape.bench.records import Record
 
-#: Runs of each revision, in the order A B B A A B ….
-RUNS = 3
+#: Runs of each revision, in the order A B B A A B …; as many as a verdict of `compare` takes.
+RUNS = 4
 
 
-def measure(revisions: Sequence[str], suite: str, pattern: str) -> list[Record]:
-    """Run a suite at each revision, in turns, and put the runs of each into one record.
+def measure(revisions: Sequence[str], suite: str, pattern: str) -> list[list[Record]]:
+    """The records of a suite run at each revision, in turns.
 
     Args:
         revisions: names that git knows, of the repository in the current folder.
@@ -39,38 +39,7 @@ def measure(revisions: Sequence[str], suite: str, pattern: str) -> list[Record]:
                 command = ["bench", "--suite", suite, "--case", pattern, "--out", str(out)]
                 _fusedshape(trees[number], *command)
                 runs[number].append(records.load(out))
-    return [merge(own) for own in runs]
-
-
-def merge(runs: Sequence[Record]) -> Record:
-    """One record with the samples of several runs of the same code, round after round.
-
-    A case stays where it is ok in every run. Rounds of one run stay rounds: the samples of all
-    candidates are put together in the same order.
-    """
-    rows = []
-    for row in runs[0]["rows"]:
-        same = [next((r for r in run["rows"] if r["case"] == row["case"]), None) for run in runs]
-        others = [r for r in same if r is not None and r["status"] == "ok"]
-        if len(others) < len(runs):
-            continue
-        candidates = {}
-        for name in row["candidates"]:
-            found = [r["candidates"].get(name, {}) for r in others]
-            if all("samples_ms" in c for c in found):
-                # As many of each candidate, or rounds would be paired with others.
-                least = [min(_counts(r)) for r in others]
-                samples = [
-                    ms for c, n in zip(found, least, strict=True) for ms in c["samples_ms"][:n]
-                ]
-                candidates[name] = {"status": "ok", "samples_ms": samples}
-        rows.append({**row, "candidates": candidates, "ratios": {}})
-    return {**runs[0], "rows": rows, "fits": []}
-
-
-def _counts(row: records.Row) -> list[int]:
-    counts = [len(c["samples_ms"]) for c in row["candidates"].values() if "samples_ms" in c]
-    return [n for n in counts if n > 1] or [1]
+    return runs
 
 
 @contextmanager

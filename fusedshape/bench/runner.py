@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import signal
 import statistics
@@ -10,7 +11,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,11 @@ from fusedshape.timing import (
 SLACK = 4.0
 #: Eager itself has gone wrong beyond this relative error.
 GROSS = 0.5
+#: Part of a suite's time that checks before the first timing may take; all others are checked when
+#: they are timed.
+CHECKS_FIRST = 0.3
+#: Seeds are below this.
+SEEDS = 2**32
 #: The largest fitted exponent that still counts as linear growth.
 LINEAR = 1.15
 
@@ -48,12 +55,18 @@ class NoDeviceError(ValueError):
     """The suite needs a device that this machine does not have."""
 
 
+class DeviceLostError(RuntimeError):
+    """The GPU answers nothing any more in this process, as after an illegal access of a kernel."""
+
+
 def run_suite(
     suite: str | Suite,
     *,
     pattern: str = "*",
     out: Path | None = None,
     seed: int = 0,
+    limit: float | None = None,
+    resume: bool = False,
     progress: bool = False,
 ) -> Record:
     """Run the cases of a suite and return their record.
@@ -66,15 +79,20 @@ def run_suite(
         suite: a `Suite`, or the name of one: smoke, cpu, solver, scaling, gpu-quick or gpu.
         pattern: shell pattern of the cases' names.
         out: file to write the record to, whole, after every row.
-        seed: of all random numbers.
-        progress: show a bar, if tqdm is installed.
+        seed: of all random numbers, 0 … 2³² − 1.
+        limit: seconds, instead of the suite's; no case begins that would probably end later.
+        resume: keep what `out` has of an earlier run of the same code, and run what is missing.
+        progress: show a bar, or on what is no terminal a line for each case.
 
     Returns:
         The record, as `records.load` reads it.
 
     Raises:
-        ValueError: an unknown suite, or no case matches.
+        ValueError: an unknown suite, no case matches, a seed out of its range, or a record of
+            something else to go on with.
+        OSError: `out` cannot be written, which is found out first.
         NoDeviceError: a suite for a GPU, and there is none.
+        DeviceLostError: a case broke the GPU's context; `resume` goes on without it.
         KeyboardInterrupt: interrupted or terminated; the finished rows are in `out`.
     """
     if isinstance(suite, str):
@@ -86,9 +104,16 @@ def run_suite(
             f"suite {suite.name!r} needs an NVIDIA GPU, and torch {torch.__version__} sees none "
             "here; run --suite cpu, or install torch for CUDA on a machine with a GPU"
         )
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be in 0 … {SEEDS - 1}, got {seed}")
+    if limit is not None:
+        suite = replace(suite, limit=limit)
     cases = suite.cases(pattern)
-    device = torch.device(suite.device)
-    record = records.new(suite.name, device, seed)
+    record = records.new(suite.name, torch.device(suite.device), seed)
+    if resume:
+        if out is None:
+            raise ValueError("resume needs out, the file of the record to go on with")
+        record = _resumed(record, out)
     with terminable():
         return _Run(suite, cases, record, out, progress).finish()
 
@@ -109,33 +134,65 @@ class _Run:
         self.clock = clock_for(self.device)
         self.graphs = GraphClock(self.device) if self.device.type == "cuda" else None
         self.start = time.monotonic()
+        #: Seconds of visits so far, by group and whether they were timed.
+        self.costs: dict[tuple[str, bool], list[float]] = {}
 
     def finish(self) -> Record:
-        """Run what there is time for."""
+        """Run what there is time for, and is not in the record yet."""
+        if self.out is not None:
+            records.demand_writable(self.out)
         # Of products only: some dtypes have slow ones on a CPU.
         products = ("conv_act", "linear_act", "chain", "net")
         dtypes = {c.parameters["dtype"] for c in self.cases if c.group in products}
-        self.record["ceilings"] = ceilings(
+        self.record["ceilings"] = self.record["ceilings"] or ceilings(
             self.device, [getattr(torch, name) for name in sorted(dtypes)]
         )
-        visits = [(case, case.timed) for case in self.cases]
+        rows: dict[str, Row] = {row["case"]: row for row in self.record["rows"]}
+        cases = [case for case in self.cases if not _is_done(case, rows.get(case.name))]
+        visits = [(case, case.timed) for case in cases]
         if self.suite.check_first:
-            visits = [(case, False) for case in self.cases] + visits
-        rows: dict[str, Row] = {}
-        for case, timed in _bar(visits, self.progress):
-            late = time.monotonic() - self.start > self.suite.limit
-            if late:
-                if case.name not in rows:
-                    rows[case.name] = _row(case, "skipped")
-                rows[case.name].setdefault("why", f"after {self.suite.limit:.0f} s no case begins")
+            visits = [(case, False) for case in cases] + visits
+        for i, (case, timed) in enumerate(_bar(visits, self.progress)):
+            checking = self.suite.check_first and i < len(cases)
+            if self.is_late(case, timed, checking):
+                if not checking:
+                    row = rows.setdefault(case.name, _row(case, "skipped"))
+                    row.setdefault("why", f"no time for it in {self.suite.limit:.0f} s")
             else:
+                self.say(f"[{i + 1}/{len(visits)}, {self.elapsed():.0f} s] {case.name}")
                 rows[case.name] = self.visit(case, timed)
             self.record["rows"] = list(rows.values())
             self.save()
+            self.demand_device(case)
         self.record["fits"] = fits(self.record["rows"])
         self.record["finished"] = True
         self.save()
         return self.record
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def is_late(self, case: Case, timed: bool, checking: bool) -> bool:
+        """Whether a visit would probably end too late, going by those of its group so far."""
+        seen = self.costs.get((case.group, timed), [0.0])
+        end = self.elapsed() + statistics.fmean(seen)
+        return end > self.suite.limit * (CHECKS_FIRST if checking else 1.0)
+
+    def say(self, line: str) -> None:
+        if self.progress and not _has_bar():
+            print(line, file=sys.stderr, flush=True)
+
+    def demand_device(self, case: Case) -> None:
+        """Stop where all that follows would fail, whatever its own merit."""
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise DeviceLostError(
+                f"the GPU stopped working in {case.name} ({_first_line(error)}); the same command "
+                "with --resume goes on behind it"
+            ) from None
 
     def save(self) -> None:
         if self.out is not None:
@@ -144,6 +201,7 @@ class _Run:
     def visit(self, case: Case, timed: bool) -> Row:
         """The row of one case; whatever goes wrong in it is said there."""
         row = _row(case, "ok")
+        begin = self.elapsed()
         if self.suite.compiled:
             torch._dynamo.reset()
         try:
@@ -156,9 +214,11 @@ class _Run:
         finally:
             problem = None  # type: ignore[assignment]
             if self.graphs is not None:
-                self.graphs.clear()
-                gc.collect()
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # a lost device, of which the row tells
+                    self.graphs.clear()
+                    gc.collect()
+                    torch.cuda.empty_cache()
+        self.costs.setdefault((case.group, timed), []).append(self.elapsed() - begin)
         return row
 
 
@@ -437,12 +497,37 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _resumed(new: Record, out: Path) -> Record:
+    """The record to go on with: what is in the file, if the same code wrote it here."""
+    if not out.exists():
+        return new
+    old = records.load(out)
+    same = ("suite", "device", "seed", "commit", "dirty", "machine", "accelerator")
+    other = [key for key in same if old[key] != new[key]]
+    if other:
+        raise ValueError(
+            f"{out} was made by another run (different: {', '.join(other)}); choose another --out, "
+            "or leave --resume out to write it anew"
+        )
+    return {**old, "finished": False}
+
+
+def _is_done(case: Case, row: Row | None) -> bool:
+    """Whether an earlier run has finished a case, or failed in it."""
+    if row is None or row["status"] == "skipped":
+        return False
+    timed = any("ms" in candidate for candidate in row["candidates"].values())
+    return timed or not case.timed or row["status"] != "ok"
+
+
+def _has_bar() -> bool:
+    return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+
+
 def _bar(visits: Sequence[Any], wanted: bool) -> Iterable[Any]:
     """The visits, with a progress bar on a terminal."""
-    if wanted and sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return visits
-        return tqdm(visits, unit="case", dynamic_ncols=True)
-    return visits
+    if not (wanted and _has_bar()):
+        return visits
+    from tqdm import tqdm
+
+    return tqdm(visits, unit="case", dynamic_ncols=True)

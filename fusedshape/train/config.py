@@ -6,6 +6,8 @@ import importlib
 import json
 import math
 import sys
+import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 MODELS = ("convnet", "mlp")
 DATA = ("digits",)
 WHOLE = ("depth", "width", "epochs", "batch_size", "seed", "threads")
+TARGETS = ("zeta", "eta", "tau", "sigma_b")
 OPTIONAL = ("depth", "zeta", "eta", "tau", "sigma_b", "threads")
 LIMITS: dict[str, tuple[float, float]] = {
     "depth": (1, math.inf),
@@ -145,6 +148,9 @@ class TrainConfig:
                 )
         if self.model in MODELS and self.depth is None:
             raise ValueError(f"TrainConfig: model {self.model!r} needs a depth, e.g. depth=100")
+        strange = strange_targets(self.method, self.activation, self.to_dict())
+        if strange:
+            raise ValueError(f"TrainConfig: {strange}; set it to null")
         if self.method is not None and self.gain != 1:
             raise ValueError(
                 f"TrainConfig: {self.method} decides the scale of the weights, got "
@@ -186,7 +192,7 @@ class TrainConfig:
             TypeError: as `from_json`.
         """
         try:
-            return cls.from_json(Path(path).read_text())
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{path}: {error}") from error
@@ -201,7 +207,7 @@ def load_object(path: str) -> Any:
 
     Raises:
         ValueError: another form, or no such name.
-        ImportError: no such module.
+        ImportError: no such module, or one that cannot be imported.
 
     Example:
         >>> load_object("math:pi")
@@ -212,12 +218,65 @@ def load_object(path: str) -> Any:
     module, _, name = path.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    found: Any = importlib.import_module(module)
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise ImportError(f"{path}: importing {module} raised {_said(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"module {module!r} has no {name!r}")
         found = getattr(found, part)
     return found
+
+
+def make(path: str, **arguments: Any) -> Any:
+    """Call ``pkg.module:factory``.
+
+    Raises:
+        TypeError: what is there cannot be called.
+        RuntimeError: the factory raised something; the message says what and where.
+        ValueError, ImportError: as `load_object`.
+
+    Example:
+        >>> make("builtins:dict", a=1)
+        {'a': 1}
+    """
+    factory = load_object(path)
+    if not callable(factory):
+        raise TypeError(f"{path} is no function or class, but {factory!r:.60}")
+    try:
+        return factory(**arguments)
+    except Exception as error:
+        raise RuntimeError(f"{path} raised {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """An error of a user's code, with the line it comes from."""
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, (ImportError, SyntaxError)):
+        return text
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{text} ({last.filename}, line {last.lineno})"
+
+
+def strange_targets(method: str | None, activation: str, given: Mapping[str, object]) -> str | None:
+    """Say which of the targets that are given, and not None, a method does not aim at.
+
+    Example:
+        >>> strange_targets("TAT", "tanh", {"zeta": 1.5, "tau": 0.3})
+        'TAT of tanh aims at tau, not at zeta'
+        >>> strange_targets("DKS", "tanh", {"zeta": 1.5, "tau": None})
+    """
+    aims: dict[str | None, str | None] = {"DKS": "zeta", "TAT": "tau", "EOC": "sigma_b", None: None}
+    name = method and method.upper()
+    if name not in aims:
+        return None  # who knows the methods says so
+    aim = "eta" if name == "TAT" and activation in ("relu", "leaky_relu") else aims[name]
+    strange = [other for other in TARGETS if given.get(other) is not None and other != aim]
+    if not strange:
+        return None
+    of = f"{name} of {activation}" if name else "method null"
+    return f"{of} aims at {aim or 'nothing'}, not at {', '.join(strange)}"
 
 
 def _is_path(value: object) -> bool:
@@ -239,4 +298,7 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise TypeError(f"TrainConfig: {name} must be {kind}, got {value!r}")
     assert isinstance(value, (int, float))
     if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"TrainConfig: {name}={value} must be finite and in {low:g} … {high:g}")
+        limits = " … ".join(
+            f"{n:g}" if n == math.inf or name not in WHOLE else str(n) for n in (low, high)
+        )
+        raise ValueError(f"TrainConfig: {name}={value} must be finite and in {limits}")

@@ -80,15 +80,21 @@ class Row(NamedTuple):
     result: Result | None
 
 
-def run(model: nn.Module, args: argparse.Namespace) -> None:
+def run(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Tune a model's layers as the arguments say, and print what was found.
 
+    Args:
+        model: what `args.model` made.
+        args: as declared by `add_arguments`.
+        device: what `args.device` names.
+
     Raises:
-        ValueError: no fused layers, or a device that is not there.
+        ValueError: no fused layers, or autocast to a dtype that it does not know.
         RuntimeError: the model cannot take the input, or "aten" cannot run.
     """
-    device = _device(args.device)
     dtype = _DTYPES[args.dtype]
+    if args.autocast and args.dtype not in ("fp16", "bf16"):
+        raise ValueError(f"--autocast is to fp16 or bf16, got --dtype {args.dtype}; name one")
     own = torch.float32 if args.autocast else dtype
     model = model.to(device, own)
     x = torch.zeros(args.input, dtype=own, device=device)
@@ -108,19 +114,6 @@ def run(model: nn.Module, args: argparse.Namespace) -> None:
         if rows:
             print(json.dumps(_as_json(rows), indent=1) if args.json else text(rows))
         torch.backends.cudnn.benchmark = before
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {error}") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device {name}: there are {count} CUDA device(s); try --device cpu")
-        device = torch.device("cuda", device.index or 0)
-    return device
 
 
 def tune(
