@@ -11,6 +11,9 @@ import torch
 
 from fusedshape.activations import Activation, get_activation
 
+#: (id, negative_slope, input_scale, input_shift, output_shift, output_scale): what kernels take.
+KernelArgs = tuple[int, float, float, float, float, float]
+
 
 @dataclass(frozen=True)
 class ActSpec:
@@ -78,10 +81,8 @@ class ActSpec:
         object.__setattr__(self, "saves_output", row.saves == "output" and readable)
         object.__setattr__(self, "text", json.dumps([self.activation, *self.kernel_args[1:]]))
 
-    #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale) for kernels.
-    kernel_args: tuple[int, float, float, float, float, float] = field(
-        init=False, repr=False, compare=False
-    )
+    #: The constants as kernels take them.
+    kernel_args: KernelArgs = field(init=False, repr=False, compare=False)
     #: Whether backward works from the output; if not, it needs the input.
     saves_output: bool = field(init=False, repr=False, compare=False)
     #: The constants as a string, exact; see `static`.

@@ -39,6 +39,7 @@ from fusedshape.kernels.epilogue import IDENTITY
 from fusedshape.kernels.pointwise import WIDE
 from fusedshape.kernels.roofline import Arithmetic, Problem
 from fusedshape.kernels.tuned import tunable
+from fusedshape.spec import KernelArgs
 
 Direction = Literal["forward", "dgrad", "wgrad"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -604,12 +605,7 @@ def conv_act(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
     *,
     config: Config | gemm.Config | None = None,
 ) -> Tensor:
@@ -624,12 +620,7 @@ def conv_act(
         stride: a number for each spatial dimension; none for a linear layer.
         padding: the same.
         dilation: the same.
-        activation: id of the row in `fusedshape.activations`.
-        negative_slope: of leaky_relu.
-        input_scale: α.
-        input_shift: β.
-        output_shift: δ.
-        output_scale: γ.
+        kernel_args: of the spec.
         config: how to cut it up; None leaves that to `config_for`. For a convolution that is one
             product of matrices, a `gemm.Config` or None means the GEMM kernel.
 
@@ -639,11 +630,9 @@ def conv_act(
     Raises:
         ValueError: what `why_not` says, or shapes that do not match.
     """
-    five = negative_slope, input_scale, input_shift, output_shift, output_scale
     geometry = stride, padding, dilation
     return _forward(
-        *("conv_act", x, weight, bias, residual, residual_weight, geometry),
-        *(activation, five, config),
+        *("conv_act", x, weight, bias, residual, residual_weight, geometry, kernel_args, config)
     )
 
 
@@ -658,15 +647,10 @@ def conv(
 ) -> Tensor:
     """X ⋆ weight alone; arguments, result and errors as in `conv_act`."""
     geometry = stride, padding, dilation
-    five = 0.0, 1.0, 0.0, 0.0, 1.0
-    return _forward(
-        *("conv", x, weight, None, None, 0.0, geometry),
-        *(IDENTITY.value, five, config),
-    )
+    return _forward("conv", x, weight, None, None, 0.0, geometry, epilogue.PLAIN, config)
 
 
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
-_Five = tuple[float, float, float, float, float]
 
 
 def _forward(
@@ -677,8 +661,7 @@ def _forward(
     residual: Tensor | None,
     residual_weight: float,
     geometry: _Geometry,
-    activation: int,
-    five: _Five,
+    kernel_args: KernelArgs,
     config: Config | gemm.Config | None,
 ) -> Tensor:
     _check(op, x, weight)
@@ -688,11 +671,11 @@ def _forward(
     _check_shape(op, "residual", residual, shape)
     if residual is None:
         residual_weight = 0.0
-    constants = epilogue.constants(*five, residual_weight)
+    constants = epilogue.constants(kernel_args, residual_weight)
     if _is_gemm(problem, config):
         y = gemm.linear_act(
             *(_matrix(x), _matrix(weight), bias, None if residual is None else _matrix(residual)),
-            *(residual_weight, activation, *five),
+            *(residual_weight, kernel_args),
             tf32=problem.arithmetic == "tf32",
             config=config,
         )
@@ -704,7 +687,7 @@ def _forward(
         p = problem
         _launch(
             *(p, config, False, _images(x), _images(weight), _images(y), bias, residual, None),
-            *(activation, constants, False),
+            *(kernel_args[0], constants, False),
         )
     return y
 
@@ -718,12 +701,7 @@ def conv_dgrad(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
     save_output: bool,
     bias_grad: bool,
     *,
@@ -741,13 +719,7 @@ def conv_dgrad(
         stride: as in `conv_act`, like `padding` and `dilation`.
         padding: zeros on either side.
         dilation: distance of taps.
-        activation: id of the row in `fusedshape.activations`; this and the constants are those of
-            the layer before.
-        negative_slope: of leaky_relu.
-        input_scale: α.
-        input_shift: β.
-        output_shift: δ.
-        output_scale: γ.
+        kernel_args: of the spec of the layer before.
         save_output: what `saved` is.
         bias_grad: whether the sums are wanted.
         config: as in `conv_act`.
@@ -769,13 +741,12 @@ def conv_dgrad(
     )
     _check_shape(op, "saved", saved, shape)
     if saved is None:
-        activation = IDENTITY.value
+        kernel_args = epilogue.PLAIN
     bias = None if saved is None or save_output else _vector(op, bias, problem.channels)
-    five = negative_slope, input_scale, input_shift, output_shift, output_scale
     if _is_gemm(problem, config):
         dx, sums = gemm.linear_dgrad(
             *(_matrix(dz), _matrix(weight), None if saved is None else _matrix(saved), bias),
-            *(activation, *five, save_output, bias_grad),
+            *(kernel_args, save_output, bias_grad),
             tf32=problem.arithmetic == "tf32",
             config=config,
         )
@@ -790,7 +761,8 @@ def conv_dgrad(
     sums = dz.new_empty((parts, channels) if bias_grad else 0, dtype=torch.float32)
     _launch(
         *(problem, config, True, _images(dz), _images(weight), _images(dx), bias, saved),
-        *(sums if bias_grad else None, activation, epilogue.grad_constants(*five), save_output),
+        *(sums if bias_grad else None, kernel_args[0], epilogue.grad_constants(kernel_args)),
+        save_output,
     )
     if bias_grad:
         with pointwise._on_device(dz):

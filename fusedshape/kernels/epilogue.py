@@ -14,9 +14,12 @@ import triton.language as tl
 
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import phi
+from fusedshape.spec import KernelArgs
 
 #: In place of an activation's id: the product is written as it is.
 IDENTITY = tl.constexpr(-1)
+#: The arguments of a kernel that has no activation.
+PLAIN: KernelArgs = (IDENTITY.value, 0.0, 1.0, 0.0, 0.0, 1.0)
 #: Activations that take hardly more registers than that.
 STRAIGHT = (IDENTITY.value, *(row.id for row in ACTIVATIONS.values() if row.homogeneous))
 
@@ -50,14 +53,7 @@ class Tiling:
         return parts if parts == 1 or activation in STRAIGHT else 2 * parts
 
 
-def constants(
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
-    residual_weight: float = 0.0,
-) -> tuple[float, ...]:
+def constants(kernel_args: KernelArgs, residual_weight: float = 0.0) -> tuple[float, ...]:
     """Arguments of `act` and `mix`: the five constants, then √(1 − w²) and w.
 
     Raises:
@@ -66,20 +62,13 @@ def constants(
     if not abs(residual_weight) <= 1:
         raise ValueError(f"residual_weight must lie between -1 and 1, got {residual_weight}")
     own_weight = math.sqrt((1 - residual_weight) * (1 + residual_weight))
-    five = negative_slope, input_scale, input_shift, output_shift, output_scale
-    return *five, own_weight, residual_weight
+    return *kernel_args[1:], own_weight, residual_weight
 
 
-def grad_constants(
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
-) -> tuple[float, ...]:
+def grad_constants(kernel_args: KernelArgs) -> tuple[float, ...]:
     """Arguments of `act_grad`: the five constants, then 1/γ and αγ."""
-    five = negative_slope, input_scale, input_shift, output_shift, output_scale
-    return *five, 1 / output_scale, input_scale * output_scale
+    _, _, input_scale, _, _, output_scale = kernel_args
+    return *kernel_args[1:], 1 / output_scale, input_scale * output_scale
 
 
 @triton.jit

@@ -36,6 +36,7 @@ from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
 from fusedshape.kernels.tuned import tunable
+from fusedshape.spec import KernelArgs
 
 Direction = Literal["forward", "dgrad", "wgrad"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -453,12 +454,7 @@ def linear_act(
     bias: Tensor | None,
     residual: Tensor | None,
     residual_weight: float,
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
     *,
     tf32: bool | None = None,
     config: Config | None = None,
@@ -471,12 +467,7 @@ def linear_act(
         bias: (K,) or None.
         residual: (M, K) or None.
         residual_weight: w, between -1 and 1; means nothing without residual.
-        activation: id of the row in `fusedshape.activations`.
-        negative_slope: of leaky_relu.
-        input_scale: α.
-        input_shift: β.
-        output_shift: δ.
-        output_scale: γ.
+        kernel_args: of the spec.
         tf32: whether products of float32 may be rounded; None asks torch.backends.cuda.matmul.
         config: one of `configs_for`; None takes `config_for`'s.
 
@@ -486,16 +477,13 @@ def linear_act(
     Raises:
         ValueError: `why_not` has a reason, shapes do not fit, or `config` cannot run here.
     """
-    constants = epilogue.constants(
-        *(negative_slope, input_scale, input_shift, output_shift, output_scale),
-        residual_weight if residual is not None else 0.0,
-    )
+    constants = epilogue.constants(kernel_args, residual_weight if residual is not None else 0.0)
     _require("linear_act", x, weight, residual)
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear_act", weight=(weight, (n, k)), residual=(residual, (m, n)), bias=(bias, (n,)))
     y = x.new_empty(m, n)
     problem = _problem("forward", x, weight, y, k, tf32, residual)
-    _multiply(problem, config, x, weight, y, bias, residual, activation, constants)
+    _multiply(problem, config, x, weight, y, bias, residual, kernel_args[0], constants)
     return y
 
 
@@ -516,12 +504,7 @@ def linear_dgrad(
     weight: Tensor,
     saved: Tensor | None,
     bias: Tensor | None,
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
     save_output: bool,
     bias_grad: bool,
     *,
@@ -536,12 +519,7 @@ def linear_dgrad(
         saved: (M, C), the output of the layer before if `save_output`, else its pre-activation
             without bias; None leaves φ̂′ and the constants out.
         bias: (C,) of the layer before; used only where the pre-activation was saved.
-        activation: id of the row in `fusedshape.activations`, of the layer before.
-        negative_slope: of leaky_relu.
-        input_scale: α.
-        input_shift: β.
-        output_shift: δ.
-        output_scale: γ.
+        kernel_args: of the spec of the layer before.
         save_output: what `saved` is.
         bias_grad: whether the sums are wanted.
         tf32: as in `linear_act`.
@@ -562,13 +540,11 @@ def linear_dgrad(
     if dz.dtype == torch.float32:
         weight = weight.t().contiguous()  # see Problem.along_k
     dx = dz.new_empty(m, n)
-    constants = epilogue.grad_constants(
-        negative_slope, input_scale, input_shift, output_shift, output_scale
-    )
+    activation = IDENTITY.value if saved is None else kernel_args[0]
     sums = _multiply(
         _problem("dgrad", dz, weight, dx, k, tf32, saved),
         *(config, dz, weight, dx, bias, saved),
-        *(IDENTITY.value if saved is None else activation, constants, save_output, bias_grad),
+        *(activation, epilogue.grad_constants(kernel_args), save_output, bias_grad),
     )
     return dx, sums
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue
 from fusedshape.reference import opmath_dtype
+from fusedshape.spec import KernelArgs
 
 #: Bytes of a tensor that one program has in flight: 2 vectors of 16 bytes for each of 128 threads.
 TILE_BYTES = 4096
@@ -292,12 +293,7 @@ def bias_act(
     x: Tensor,
     bias: Tensor | None,
     dim: int,
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
 ) -> Tensor:
     """γ(φ(α(x + b) + β) + δ) in a fresh tensor.
 
@@ -305,12 +301,7 @@ def bias_act(
         x: any shape and strides.
         bias: one number for each channel, or None.
         dim: the channel dimension; means nothing without bias.
-        activation: id of the row in `fusedshape.activations`.
-        negative_slope: of leaky_relu.
-        input_scale: α.
-        input_shift: β.
-        output_shift: δ.
-        output_scale: γ.
+        kernel_args: of the spec.
 
     Returns:
         Tensor of x's dtype and shape; x's strides where x is dense.
@@ -318,9 +309,8 @@ def bias_act(
     Raises:
         ValueError: x is on a device that Triton does not serve, or bias has not a number a channel.
     """
-    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
     y = torch.empty_like(x)
-    _bias_act(_laid_out_like(y, x), bias, dim, activation, constants, y)
+    _bias_act(_laid_out_like(y, x), bias, dim, kernel_args, y)
     return y
 
 
@@ -328,12 +318,7 @@ def bias_act_(
     x: Tensor,
     bias: Tensor | None,
     dim: int,
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
 ) -> None:
     """`bias_act` that overwrites x.
 
@@ -345,8 +330,7 @@ def bias_act_(
             f"bias_act_: x of shape {tuple(x.shape)} and strides {x.stride()} is not dense in "
             "memory; use bias_act, or pass x.contiguous()"
         )
-    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
-    _bias_act(x, bias, dim, activation, constants, x)
+    _bias_act(x, bias, dim, kernel_args, x)
 
 
 def act_grad(
@@ -354,12 +338,7 @@ def act_grad(
     saved: Tensor,
     bias: Tensor | None,
     dim: int,
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
     save_output: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -370,12 +349,7 @@ def act_grad(
         saved: the output if `save_output`, else x without the bias.
         bias: used only where x was saved.
         dim: the channel dimension; means nothing without bias and `bias_grad`.
-        activation: id of the row in `fusedshape.activations`.
-        negative_slope: of leaky_relu.
-        input_scale: α.
-        input_shift: β.
-        output_shift: δ.
-        output_scale: γ.
+        kernel_args: of the spec.
         save_output: what `saved` is.
         bias_grad: whether the sums are wanted.
 
@@ -392,9 +366,8 @@ def act_grad(
     dx = torch.empty_like(saved, dtype=grad.dtype)
     if not _is_dense(saved):
         saved = torch.empty_like(saved).copy_(saved)
-    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
     grad = _laid_out_like(dx, grad)
-    return dx, _act_grad(grad, saved, bias, dim, activation, constants, save_output, bias_grad, dx)
+    return dx, _act_grad(grad, saved, bias, dim, kernel_args, save_output, bias_grad, dx)
 
 
 def act_grad_(
@@ -402,12 +375,7 @@ def act_grad_(
     saved: Tensor,
     bias: Tensor | None,
     dim: int,
-    activation: int,
-    negative_slope: float,
-    input_scale: float,
-    input_shift: float,
-    output_shift: float,
-    output_scale: float,
+    kernel_args: KernelArgs,
     save_output: bool,
     bias_grad: bool,
 ) -> Tensor:
@@ -422,8 +390,7 @@ def act_grad_(
             f"act_grad_: grad of shape {tuple(grad.shape)} has strides {grad.stride()}, saved "
             f"{saved.stride()}; both must be dense and the same, or use act_grad"
         )
-    constants = negative_slope, input_scale, input_shift, output_shift, output_scale
-    return _act_grad(grad, saved, bias, dim, activation, constants, save_output, bias_grad, grad)
+    return _act_grad(grad, saved, bias, dim, kernel_args, save_output, bias_grad, grad)
 
 
 def _check_alike(op: str, grad: Tensor, saved: Tensor) -> None:
@@ -439,8 +406,7 @@ def _act_grad(
     saved: Tensor,
     bias: Tensor | None,
     dim: int,
-    activation: int,
-    constants: tuple[float, float, float, float, float],
+    kernel_args: KernelArgs,
     save_output: bool,
     bias_grad: bool,
     dx: Tensor,
@@ -465,10 +431,8 @@ def _act_grad(
             plan.cols // plan.vector,
             channels,
             plan.steps,
-            *constants,
-            1 / constants[4],
-            constants[1] * constants[4],
-            ACTIVATION=activation,
+            *epilogue.grad_constants(kernel_args),
+            ACTIVATION=kernel_args[0],
             HAS_BIAS=bias is not None,
             SAVE_OUTPUT=save_output,
             BIAS_GRAD=bias_grad,
@@ -477,7 +441,7 @@ def _act_grad(
             ROWS=plan.tile_rows,
             COLS=plan.tile_cols,
             WIDE=plan.wide,
-            **launch_options(activation, saved.dtype),
+            **launch_options(kernel_args[0], saved.dtype),
         )
         return _reduce(sums) if bias_grad else sums
 
@@ -493,8 +457,7 @@ def _bias_act(
     x: Tensor,
     bias: Tensor | None,
     dim: int,
-    activation: int,
-    constants: tuple[float, float, float, float, float],
+    kernel_args: KernelArgs,
     out: Tensor,
 ) -> None:
     bias = _check("bias_act", x, bias, dim)
@@ -510,15 +473,15 @@ def _bias_act(
             plan.rows,
             plan.cols // plan.vector,
             channels,
-            *constants,
-            ACTIVATION=activation,
+            *kernel_args[1:],
+            ACTIVATION=kernel_args[0],
             HAS_BIAS=bias is not None,
             BY_COLUMN=plan.by_column,
             VECTOR=plan.vector,
             ROWS=plan.tile_rows,
             COLS=plan.tile_cols,
             WIDE=plan.wide,
-            **launch_options(activation, x.dtype),
+            **launch_options(kernel_args[0], x.dtype),
         )
 
 

@@ -142,10 +142,16 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _triton(module: str, name: str) -> Callable[..., Any]:
+def _triton(module: str, name: str, schema: str) -> Callable[..., Any]:
+    before, constants, _ = schema.partition(_CONSTANTS)
+    begin, end = before.count(","), before.count(",") + _CONSTANTS.count(",") + 1
+
     def kernel(*args: Any) -> Any:
         # Triton is imported by the first call, not before.
-        return getattr(importlib.import_module(f"fusedshape.kernels.{module}"), name)(*args)
+        launch = getattr(importlib.import_module(f"fusedshape.kernels.{module}"), name)
+        if not constants:
+            return launch(*args)
+        return launch(*args[:begin], args[begin:end], *args[end:])
 
     return kernel
 
@@ -160,7 +166,7 @@ for _backend in KERNEL_BACKENDS:
     for _name, _schema in (_SCHEMAS | _CONV_SCHEMAS).items():
         _define(f"{_backend}_{_name}", _schema, _FAKES[_name])
 _KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
-for _module, _names in (("pointwise", _SCHEMAS), ("conv", _CONV_SCHEMAS)):
-    for _name, _key in itertools.product(_names, _KEYS):
-        _library.impl(f"triton_{_name}", _triton(_module, _name), _key)
+for _module, _schemas in (("pointwise", _SCHEMAS), ("conv", _CONV_SCHEMAS)):
+    for (_name, _schema), _key in itertools.product(_schemas.items(), _KEYS):
+        _library.impl(f"triton_{_name}", _triton(_module, _name, _schema), _key)
 native.load()

@@ -197,12 +197,12 @@ def check(
     """Forward, backward and bias gradient of one case against float64."""
     before = [t.clone() for t in (x, grad)]
     wide = None if bias is None else bias.double()
-    y = pointwise.bias_act(x, bias, dim, *spec.kernel_args)
+    y = pointwise.bias_act(x, bias, dim, spec.kernel_args)
     plain = reference.bias_act(x, bias, spec, dim)
     assert_as_good_as(y, plain, reference.bias_act(x.double(), wide, spec, dim))
     assert y.stride() == torch.empty_like(x).stride()
     for saved, save_output in [(x, False), (y, True)][: 1 + spec.saves_output]:
-        args = (grad, saved, bias, dim, *spec.kernel_args, save_output, bias_grad)
+        args = (grad, saved, bias, dim, spec.kernel_args, save_output, bias_grad)
         dx, sums = pointwise.act_grad(*args)
         assert dx.stride() == torch.empty_like(saved).stride()
         truth = true_grad(spec, x, bias, saved, grad, dim, save_output)
@@ -294,7 +294,7 @@ def test_sums_over_many_parts(tiles: str, request: pytest.FixtureRequest) -> Non
     for shape, dim in [((30, 3), 1), ((6, 3, 7), 1), ((3, 40), 0), ((80,), 0), ((2, 1, 40), 1)]:
         x, grad = draw(*shape, dtype=F32), draw(*shape, dtype=F32, seed=1)
         check(spec, x, None, grad, dim)
-        args = (grad, x, None, dim, *spec.kernel_args, False, True)
+        args = (grad, x, None, dim, spec.kernel_args, False, True)
         first, second = pointwise.act_grad(*args), pointwise.act_grad(*args)
         assert torch.equal(first[1], second[1])
 
@@ -313,7 +313,7 @@ def test_bfloat16_is_read_right(save_output: bool) -> None:
     x, bias, grad, dim = case("channels_last", BF16)
     saved = reference.bias_act(x, bias, spec, dim) if save_output else x
     dx, sums = pointwise.act_grad(
-        grad.float(), saved, bias, dim, *spec.kernel_args, save_output, True
+        grad.float(), saved, bias, dim, spec.kernel_args, save_output, True
     )
     truth = true_grad(spec, x, bias, saved, grad, dim, save_output)
     assert_as_good_as(dx, truth.float(), truth)
@@ -326,10 +326,10 @@ def test_double_constants_keep_every_bit() -> None:
     third = 1 / 3
     spec = ActSpec("leaky_relu", third, 0.1, -0.7, 1 / 7, third)
     x = draw(64)
-    y = pointwise.bias_act(x, None, 0, *spec.kernel_args)
+    y = pointwise.bias_act(x, None, 0, spec.kernel_args)
     truth = reference.bias_act(x, None, spec)
     assert ((y - truth).abs() <= 1e-15 * truth.abs().clamp(min=0.1)).all()
-    dx, _ = pointwise.act_grad(x, x, None, 0, *spec.kernel_args, False, False)
+    dx, _ = pointwise.act_grad(x, x, None, 0, spec.kernel_args, False, False)
     truth = true_grad(spec, x, None, x, x, 0, False)
     assert ((dx - truth).abs() <= 1e-15 * truth.abs()).all()
 
@@ -343,8 +343,8 @@ def test_dead_units_stay_dead_behind_a_shifted_output(
     x = torch.cat([-torch.logspace(-3, 3, 50), torch.zeros(1), torch.logspace(-1, 3, 50)]).to(dtype)
     for delta in (-0.35, 0.1, 0.7, 3.3):
         spec = ActSpec(name, 1.0, 0.0, delta, gamma)
-        y = pointwise.bias_act(x, None, 0, *spec.kernel_args)
-        dx, _ = pointwise.act_grad(torch.ones_like(x), y, None, 0, *spec.kernel_args, True, False)
+        y = pointwise.bias_act(x, None, 0, spec.kernel_args)
+        dx, _ = pointwise.act_grad(torch.ones_like(x), y, None, 0, spec.kernel_args, True, False)
         assert torch.equal(dx, gamma * (x > 0).to(dtype))
 
 
@@ -359,18 +359,18 @@ def test_expanded_and_transposed_gradients() -> None:
 def test_no_elements(shape: tuple[int, ...], dim: int) -> None:
     spec = shaped("tanh")
     x, bias = torch.ones(shape), torch.ones(shape[dim])
-    assert pointwise.bias_act(x, bias, dim, *spec.kernel_args).shape == shape
-    pointwise.bias_act_(x, bias, dim, *spec.kernel_args)
-    dx, sums = pointwise.act_grad(x, x, None, dim, *spec.kernel_args, True, True)
+    assert pointwise.bias_act(x, bias, dim, spec.kernel_args).shape == shape
+    pointwise.bias_act_(x, bias, dim, spec.kernel_args)
+    dx, sums = pointwise.act_grad(x, x, None, dim, spec.kernel_args, True, True)
     assert dx.shape == shape
     assert torch.equal(sums, torch.zeros(shape[dim]))
 
 
 def test_scalar_tensor() -> None:
     spec = shaped("softplus")
-    y = pointwise.bias_act(torch.tensor(0.3), None, 0, *spec.kernel_args)
+    y = pointwise.bias_act(torch.tensor(0.3), None, 0, spec.kernel_args)
     torch.testing.assert_close(y, reference.shaped_act(torch.tensor(0.3), spec))
-    dx, _ = pointwise.act_grad(y, y, None, 0, *spec.kernel_args, True, False)
+    dx, _ = pointwise.act_grad(y, y, None, 0, spec.kernel_args, True, False)
     torch.testing.assert_close(dx, reference.act_grad(y, y, None, spec, 0))
 
 
@@ -378,8 +378,8 @@ def test_scalar_tensor() -> None:
 def test_in_place_is_the_same_bits(layout: str) -> None:
     spec = shaped("elu")
     x, bias, _, dim = case(layout, F16)
-    y = pointwise.bias_act(x, bias, dim, *spec.kernel_args)
-    assert pointwise.bias_act_(x, bias, dim, *spec.kernel_args) is None
+    y = pointwise.bias_act(x, bias, dim, spec.kernel_args)
+    assert pointwise.bias_act_(x, bias, dim, spec.kernel_args) is None
     assert torch.equal(x, y)
 
 
@@ -387,13 +387,13 @@ def test_in_place_is_the_same_bits(layout: str) -> None:
 def test_nan_and_infinity_pass_through_the_kernels(row: Activation) -> None:
     spec = shaped(row.name)
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])
-    y = pointwise.bias_act(x, None, 0, *spec.kernel_args)
+    y = pointwise.bias_act(x, None, 0, spec.kernel_args)
     truth = reference.bias_act(x, None, spec)
     known = ~truth.isnan() | x.isnan()
     torch.testing.assert_close(y[known], truth[known], equal_nan=True)
     assert y[0].isnan()
     nan_grad = torch.full_like(x, float("nan"))
-    dx, sums = pointwise.act_grad(nan_grad, x, None, 0, *spec.kernel_args, False, True)
+    dx, sums = pointwise.act_grad(nan_grad, x, None, 0, spec.kernel_args, False, True)
     assert dx.isnan().all()
     assert sums.isnan().all()
 
@@ -402,8 +402,8 @@ def test_errors_say_what_to_do() -> None:
     args = shaped("tanh").kernel_args
     x = torch.zeros(3, 4)
     with pytest.raises(ValueError, match=r"not dense.*use bias_act"):
-        pointwise.bias_act_(x[:, 1:], None, 1, *args)
+        pointwise.bias_act_(x[:, 1:], None, 1, args)
     with pytest.raises(ValueError, match=r"bias has shape \(3,\).*pass \(4,\)"):
-        pointwise.bias_act(x, torch.zeros(3), 1, *args)
+        pointwise.bias_act(x, torch.zeros(3), 1, args)
     with pytest.raises(ValueError, match="must be the same"):
-        pointwise.act_grad(x, x[:2], None, 1, *args, True, True)
+        pointwise.act_grad(x, x[:2], None, 1, args, True, True)

@@ -141,7 +141,7 @@ def check(
     bias = draw(case.out, dtype=dtype, seed=3)
     other = layout(draw(*z.shape, dtype=dtype, seed=4)) if residual else None
     w = 0.6 if residual else 0.0
-    y = conv.conv_act(x, weight, bias, other, w, *case.geometry, *spec.kernel_args, **args)
+    y = conv.conv_act(x, weight, bias, other, w, *case.geometry, spec.kernel_args, **args)
     want = activated(truth[0], bias, other, w, spec)
     assert_as_good_as(y, activated(plain[0], bias, other, w, spec).to(dtype), want)
     assert y.stride() == z.stride()
@@ -156,14 +156,14 @@ def check(
         saved, slope = previous(x.shape, dtype, spec, before, save_output)
         dx, sums = conv.conv_dgrad(
             *(dz, weight, saved, None if save_output else before, case.x, *case.geometry),
-            *(*spec.kernel_args, save_output, True),
+            *(spec.kernel_args, save_output, True),
             **args,
         )
         assert_as_good_as(dx, (plain[1] * slope.float()).to(dtype), truth[1] * slope)
         check_sums(sums, truth[1] * slope)
         assert dx.stride() == x.stride()
     dx, sums = conv.conv_dgrad(
-        *(dz, weight, None, None, case.x, *case.geometry, *spec.kernel_args, True, False), **args
+        *(dz, weight, None, None, case.x, *case.geometry, spec.kernel_args, True, False), **args
     )
     assert_as_good_as(dx, plain[1].to(dtype), truth[1])
     assert sums.shape == (0,)
@@ -241,7 +241,7 @@ def test_every_shipped_tile(direction: conv.Direction) -> None:
         if direction == "forward":
             got, i = conv.conv(x, weight, *case.geometry, config=config), 0
         elif direction == "dgrad":
-            args = (dz, weight, None, None, case.x, *case.geometry, *spec, True, True)
+            args = (dz, weight, None, None, case.x, *case.geometry, spec, True, True)
             (got, sums), i = conv.conv_dgrad(*args, config=config), 1
             check_sums(sums, truth[1])
         else:
@@ -293,13 +293,13 @@ def test_unaligned_and_foreign_layouts() -> None:
     n, c, h, w = x.shape
     moved = whole[1:].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
     zero = torch.zeros(case.out, dtype=F16)
-    args = (zero, None, 0.0, *case.geometry, *spec.kernel_args)
+    args = (zero, None, 0.0, *case.geometry, spec.kernel_args)
     y = conv.conv_act(x, weight, *args)
     assert torch.equal(conv.conv_act(moved, weight, *args), y)
     assert torch.equal(conv.conv_act(x, weight.to(memory_format=NHWC), *args), y)
     strange = torch.zeros(2 * case.out, dtype=F16)[::2]
     assert torch.equal(conv.conv_act(x, weight, strange, *args[1:]), y)
-    rest = (case.x, *case.geometry, *spec.kernel_args, True, True)
+    rest = (case.x, *case.geometry, spec.kernel_args, True, True)
     want = conv.conv_dgrad(dz, weight, x, None, *rest)
     for other in (dz.contiguous(), dz.transpose(2, 3).contiguous().transpose(2, 3)):
         got = conv.conv_dgrad(other, weight, x.contiguous(), None, *rest)
@@ -317,7 +317,7 @@ def test_bias_in_float32_beside_half() -> None:
     x, weight, _ = operands(case, F16)
     bias = draw(case.out, dtype=F32, seed=3)
     y = conv.conv_act(
-        x, weight, bias, None, 0.0, *case.geometry, *shaped("tanh").kernel_args, config=SMALL
+        x, weight, bias, None, 0.0, *case.geometry, shaped("tanh").kernel_args, config=SMALL
     )
     truth, plain = (truth_of(case, x.to(t), weight.to(t))[0] for t in (F64, F32))
     spec = shaped("tanh")
@@ -332,11 +332,11 @@ def test_no_batch(name: str) -> None:
     x, weight, dz = torch.empty(case.x), torch.ones(case.weight), None
     spec = shaped("tanh")
     x = layout(x)
-    y = conv.conv_act(x, weight, None, None, 0.0, *case.geometry, *spec.kernel_args)
+    y = conv.conv_act(x, weight, None, None, 0.0, *case.geometry, spec.kernel_args)
     assert y.shape == truth_of(case, x, weight)[0].shape
     dz = torch.empty_like(y)
     dx, sums = conv.conv_dgrad(
-        dz, weight, x, None, case.x, *case.geometry, *spec.kernel_args, True, True
+        dz, weight, x, None, case.x, *case.geometry, spec.kernel_args, True, True
     )
     assert dx.shape == case.x
     assert torch.equal(sums, torch.zeros(case.x[1]))
@@ -350,7 +350,7 @@ def test_nan_stays_where_the_gradient_is_zero() -> None:
     saved[0, 3, 1, 1] = torch.nan  # no tap meets an odd pixel
     dx, sums = conv.conv_dgrad(
         *(dz, weight, saved, None, case.x, *case.geometry),
-        *(*shaped("tanh").kernel_args, False, True),
+        *(shaped("tanh").kernel_args, False, True),
     )
     assert dx.isnan().nonzero().tolist() == [[0, 3, 1, 1]]
     assert sums.isnan().nonzero().tolist() == [[3]]
@@ -399,13 +399,13 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"reaches beyond .*pad more"):
         conv.conv(x, weight, [1, 1], [0, 0], [5, 5])
     with pytest.raises(ValueError, match=r"bias has shape \(3,\), it must be \(16,\)"):
-        conv.conv_act(x, weight, torch.zeros(3), None, 0.0, *geometry, *spec)
+        conv.conv_act(x, weight, torch.zeros(3), None, 0.0, *geometry, spec)
     with pytest.raises(ValueError, match=r"residual has shape"):
-        conv.conv_act(x, weight, None, x, 0.5, *geometry, *spec)
+        conv.conv_act(x, weight, None, x, 0.5, *geometry, spec)
     with pytest.raises(ValueError, match="residual_weight must lie between"):
-        conv.conv_act(x, weight, None, dz, 1.5, *geometry, *spec)
+        conv.conv_act(x, weight, None, dz, 1.5, *geometry, spec)
     with pytest.raises(ValueError, match=r"saved has shape"):
-        conv.conv_dgrad(dz, weight, dz, None, x.shape, *geometry, *spec, True, True)
+        conv.conv_dgrad(dz, weight, dz, None, x.shape, *geometry, spec, True, True)
     with pytest.raises(ValueError, match=r"dz has shape"):
         conv.conv_wgrad(x, x, weight.shape, *geometry)
     assert "groups=2" in str(conv.why_not(x, weight, groups=2))

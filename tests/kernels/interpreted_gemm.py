@@ -85,7 +85,7 @@ def check_forward(
             z = (1 - w * w) ** 0.5 * z + w * residual_
         return reference.shaped_act(z, spec)
 
-    args = (x, weight, bias, residual, w, *spec.kernel_args)
+    args = (x, weight, bias, residual, w, spec.kernel_args)
     y = gemm.linear_act(*args, config=config)
     assert y.is_contiguous()
     assert_as_good_as(y, exact(F32).to(x.dtype), exact(F64))
@@ -117,7 +117,7 @@ def check_dgrad(
             d = spec.row.d1_from_output(v, spec.negative_slope)
         return dx * d * (spec.input_scale * spec.output_scale)
 
-    args = (dz, weight, saved, bias, *spec.kernel_args, save_output, bias_grad)
+    args = (dz, weight, saved, bias, spec.kernel_args, save_output, bias_grad)
     dx, sums = gemm.linear_dgrad(*args, config=config)
     truth, plain = exact(F64), exact(F32)
     assert dx.is_contiguous()
@@ -298,7 +298,7 @@ def test_wgrad_is_summed_before_it_is_rounded() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_every_time(kind: str) -> None:
     x, weight, _, _, dz = operands((70, 40, 24), F16)
-    args = (dz, weight, x, None, *shaped("swish").kernel_args, False, True)
+    args = (dz, weight, x, None, shaped("swish").kernel_args, False, True)
     for first, second in zip(
         *(gemm.linear_dgrad(*args, config=KINDS[kind]) for _ in range(2)), strict=True
     ):
@@ -311,8 +311,8 @@ def test_the_same_bits_every_time(kind: str) -> None:
 def test_no_elements(config: Config | None) -> None:
     args = shaped("tanh").kernel_args
     x, weight, bias, residual, dz = operands((0, 24, 16), F16)
-    assert gemm.linear_act(x, weight, bias, residual, 0.5, *args, config=config).shape == (0, 16)
-    dx, sums = gemm.linear_dgrad(dz, weight, x, None, *args, True, True, config=config)
+    assert gemm.linear_act(x, weight, bias, residual, 0.5, args, config=config).shape == (0, 16)
+    dx, sums = gemm.linear_dgrad(dz, weight, x, None, args, True, True, config=config)
     assert dx.shape == (0, 24)
     assert torch.equal(sums, torch.zeros(24))
     assert torch.equal(gemm.linear_wgrad(dz, x, config=config), torch.zeros(16, 24, dtype=F16))
@@ -320,10 +320,10 @@ def test_no_elements(config: Config | None) -> None:
     x, weight = x[:, :0], weight[:, :0]
     check_forward(shaped("tanh"), x, weight, bias, residual, config)
     assert gemm.linear_wgrad(dz, x, config=config).shape == (16, 0)
-    dx, sums = gemm.linear_dgrad(dz, weight, x, None, *args, True, True, config=config)
+    dx, sums = gemm.linear_dgrad(dz, weight, x, None, args, True, True, config=config)
     assert (dx.shape, sums.shape) == ((20, 0), (0,))
     dx, sums = gemm.linear_dgrad(
-        dz[:, :0], draw(0, 8, dtype=F16), None, None, *args, True, True, config=config
+        dz[:, :0], draw(0, 8, dtype=F16), None, None, args, True, True, config=config
     )
     assert torch.equal(dx, torch.zeros(20, 8, dtype=F16))
     assert torch.equal(sums, torch.zeros(8))
@@ -334,7 +334,7 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
     spec = shaped("leaky_relu")
     x, weight, bias, _, dz = operands((40, 24, 16), F16)
     x[7, 3], dz[9, 2], x[20, 0] = float("nan"), float("nan"), float("inf")
-    y = gemm.linear_act(x, weight, bias, None, 0.0, *spec.kernel_args, config=SMALL)
+    y = gemm.linear_act(x, weight, bias, None, 0.0, spec.kernel_args, config=SMALL)
     bad = torch.zeros(40, dtype=torch.bool)
     bad[[7]] = True
     assert torch.equal(y.isnan().all(1), bad)
@@ -342,7 +342,7 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
     assert y[20].isinf().all()
     clean = torch.ones_like(x)
     dx, sums = gemm.linear_dgrad(
-        dz, weight, clean, None, *spec.kernel_args, True, True, config=SMALL
+        dz, weight, clean, None, spec.kernel_args, True, True, config=SMALL
     )
     assert torch.equal(dx.isnan().any(1), torch.arange(40) == 9)
     assert sums.isnan().all()
@@ -350,7 +350,7 @@ def test_nan_and_infinity_stay_in_their_rows() -> None:
 
 def test_bits_do_not_depend_on_how_operands_are_read() -> None:
     x, weight, bias, residual, _ = operands((70, 40, 24), F16)
-    args = (x, weight, bias, residual, 0.5, *shaped("tanh").kernel_args)
+    args = (x, weight, bias, residual, 0.5, shaped("tanh").kernel_args)
     first, *rest = (gemm.linear_act(*args, config=config) for config in KINDS.values())
     for y in rest:
         assert torch.equal(y, first)
@@ -397,13 +397,13 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \(4, 16\), must have \(4, 15\)"):
         gemm.linear(x[:, 1:], weight)
     with pytest.raises(ValueError, match=r"bias has shape \(3,\), must have \(4,\)"):
-        gemm.linear_act(x, weight, torch.zeros(3), None, 0.0, *args)
+        gemm.linear_act(x, weight, torch.zeros(3), None, 0.0, args)
     with pytest.raises(ValueError, match=r"residual has shape \(4, 8\), must have \(8, 4\)"):
-        gemm.linear_act(x, weight, None, torch.zeros(4, 8), 0.5, *args)
+        gemm.linear_act(x, weight, None, torch.zeros(4, 8), 0.5, args)
     with pytest.raises(ValueError, match=r"must lie between -1 and 1, got 1\.5"):
-        gemm.linear_act(x, weight, None, torch.zeros(8, 4), 1.5, *args)
+        gemm.linear_act(x, weight, None, torch.zeros(8, 4), 1.5, args)
     with pytest.raises(ValueError, match=r"saved has shape \(8, 4\), must have \(8, 16\)"):
-        gemm.linear_dgrad(torch.zeros(8, 4), weight, torch.zeros(8, 4), None, *args, True, True)
+        gemm.linear_dgrad(torch.zeros(8, 4), weight, torch.zeros(8, 4), None, args, True, True)
     with pytest.raises(ValueError, match=r"share a dtype, got torch\.float32 and torch\.float16"):
         gemm.linear(x, weight.half())
     huge = Config(256, 256, num_stages=4)

@@ -99,12 +99,12 @@ class Compiler:
         bias = torch.empty(layer.out)
         if direction == "forward":
             residual = dz if aux else None
-            args: tuple[Any, ...] = (x, weight, bias, residual, 0.5, *geometry, *spec.kernel_args)
+            args: tuple[Any, ...] = (x, weight, bias, residual, 0.5, *geometry, spec.kernel_args)
             conv.conv_act(*args, config=config)
         elif direction == "dgrad":
             save = spec.saves_output
             before = None if save else torch.empty(layer.channels)
-            args = (dz, weight, x if aux else None, before, x.shape, *geometry, *spec.kernel_args)
+            args = (dz, weight, x if aux else None, before, x.shape, *geometry, spec.kernel_args)
             conv.conv_dgrad(*args, save, True, config=config)
         else:
             conv.conv_wgrad(dz, x, weight.shape, *geometry, config=config)

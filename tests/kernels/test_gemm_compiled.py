@@ -57,10 +57,10 @@ def launch(
     bias = torch.empty(n)
     if problem.direction == "forward":
         x, weight = empty(m, k), empty(n, k)
-        args = (x, weight, bias, aux, 0.5, *spec.kernel_args)
+        args = (x, weight, bias, aux, 0.5, spec.kernel_args)
         gemm.linear_act(*args, tf32=tf32, config=config)
     elif problem.direction == "dgrad":
-        args = (empty(m, k), empty(k, n), aux, bias, *spec.kernel_args, save_output, True)
+        args = (empty(m, k), empty(k, n), aux, bias, spec.kernel_args, save_output, True)
         gemm.linear_dgrad(*args, tf32=tf32, config=config)
     else:
         gemm.linear_wgrad(empty(k, m), empty(k, n), tf32=tf32, config=config)

@@ -18,7 +18,7 @@ from aot import (
     compile_reduce,
 )
 
-from fusedshape import ACTIVATIONS
+from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.activations import Activation
 from fusedshape.kernels import pointwise
 from fusedshape.kernels.pointwise import Plan, make_plan
@@ -159,7 +159,7 @@ def test_full_matrix(row: Activation, arch: int) -> None:
 
 
 def test_cpu_tensors_are_refused() -> None:
-    args = (torch.zeros(3), None, 0, 0, 0.0, 1.0, 0.0, 0.0, 1.0)
+    args = (torch.zeros(3), None, 0, ActSpec("relu").kernel_args)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         pointwise.bias_act(*args)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
