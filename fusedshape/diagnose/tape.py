@@ -44,7 +44,9 @@ _CUTS |= {"roll", "flip", "index", "index_select", "unfold", "im2col", "pixel_sh
 _CUTS |= {"reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "as_strided", "repeat"}
 _CUTS |= {"replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_unshuffle"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min"}
-_POINTWISE = {"hardswish", "_prelu_kernel"}  # without the tag, or it would be enough
+# Some have no tag that says so, or none yet in torch 2.11.
+_POINTWISE = {"hardswish", "mish", "threshold", "_prelu_kernel", "leaky_relu", "elu", "selu"}
+_POINTWISE |= {"celu", "hardtanh", "hardsigmoid"}
 # Modules of which only inputs and outputs are looked at.
 _WHOLE = (PerLocationNorm, nn.RNNBase, nn.RNNCellBase)
 _IDS = {row.id: name for name, row in ACTIVATIONS.items()}

@@ -385,8 +385,9 @@ def _wgrad_kernel(
     from_h = (tap // S) * DILATION_H - PAD_H
     from_w = (tap % S) * DILATION_W - PAD_W
 
-    # The pixel (h, w) of x that the first tap reads for output pixel m, and where it lies. Digits
-    # and place move together, with their carries: cheaper than to divide or multiply again.
+    # The pixel (h, w) of x that the tile's tap reads for output pixel m (of a FLAT tile, whose taps
+    # are many, a tap at 0), and its place in memory. They move together, with their carries, which
+    # is cheaper than to divide and multiply again.
     m = part * steps * BLOCK_K + tl.arange(0, BLOCK_K)
     h = (m // out_w) % out_h * STRIDE_H
     w = m % out_w * STRIDE_W

@@ -171,6 +171,12 @@ def _asinh(u):
 
 
 @triton.jit
+def _sigmoid(u):
+    """1/(1 + exp(-u)), accurate in both tails."""
+    return 1.0 / (1.0 + tl.exp(-u))
+
+
+@triton.jit
 def _logistic(u):
     """1/(1 + exp(-u)) and 1/(1 + exp(u)), each accurate in its tail."""
     e = tl.exp(-tl.abs(u))
@@ -206,8 +212,7 @@ def value(u, slope, ID: tl.constexpr):
     elif ID == TANH:
         return _tanh(u)
     elif ID == SIGMOID:
-        s, _ = _logistic(u)
-        return s
+        return _sigmoid(u)
     elif ID == SOFTPLUS:
         return tl.where(u <= 0, 0.0, u) + _log1p_unit(tl.exp(-tl.abs(u)))
     elif ID == ELU:
@@ -221,11 +226,9 @@ def value(u, slope, ID: tl.constexpr):
     elif ID == ASINH:
         return _asinh(u)
     elif ID == SWISH:
-        s, _ = _logistic(u)
-        return u * s
+        return u * _sigmoid(u)
     elif ID == GELU:
-        s, _ = _logistic(2.0 * SQRT_2_OVER_PI * u * (1.0 + GELU_CUBIC * u * u))
-        return u * s
+        return u * _sigmoid(2.0 * SQRT_2_OVER_PI * u * (1.0 + GELU_CUBIC * u * u))
     elif ID == GELU_EXACT:
         e, ratio = _tail(tl.abs(u))
         return u * tl.where(u < 0, e * ratio, 1.0 - e * ratio)
@@ -255,8 +258,7 @@ def d1(u, slope, ID: tl.constexpr):
     elif ID == SIGMOID:
         return 0.25 * _sech2(0.5 * u)
     elif ID == SOFTPLUS:
-        s, _ = _logistic(u)
-        return s
+        return _sigmoid(u)
     elif ID == ELU:
         return tl.exp(tl.where(u > 0, 0.0, u))
     elif ID == SELU:

@@ -19,6 +19,8 @@ Size = int | Sequence[int]
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+# Asked here, because Dynamo of torch 2.11 cannot trace the question.
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu")))
 _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -69,16 +71,9 @@ def check_bias(op: str, bias: Tensor, x: Tensor, channels: int, why: str) -> Non
         )
 
 
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
-_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 2.11 traces it not
-
-
 def _autocasts(x: Tensor) -> bool:
     device = x.device.type
-    autocast = _knows_autocast(device) and torch.is_autocast_enabled(device)
+    autocast = device in _AUTOCAST and torch.is_autocast_enabled(device)
     return autocast and x.dtype != torch.float64
 
 

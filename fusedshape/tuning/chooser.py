@@ -128,7 +128,9 @@ def _while_compiling(direction: Direction, problem: Problem) -> str | None:
 
     size = size_of(problem)
     sizes = resized(problem, 1).input + problem.weight
-    if torch.compiler.is_exporting():  # what is exported takes no guards
+    # What is exported takes no guards. torch 2.11 says so of all that Dynamo traces, and a symbolic
+    # batch then has the pinned engine.
+    if torch.compiler.is_exporting():
         sizes = (*sizes, size)
     if not _anything() or not all([has_static_value(n) for n in sizes]):  # noqa: C419
         return None
