@@ -19,6 +19,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fusedshape import ACTIVATIONS, ActSpec, conv_act, convert, linear_act, tuning
 from fusedshape.cli import main
@@ -666,7 +667,7 @@ def test_nothing_is_measured_while_compiling(rival: Rival, measured: list[str]) 
 @pytest.mark.skipif(torch.__version__ < (2, 12), reason="see chooser._while_compiling")
 def test_the_batch_may_be_symbolic(rival: Rival, measured: list[str]) -> None:
     weight = torch.randn(8, 6)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     torch._dynamo.reset()
     f = torch.compile(lambda x: linear_act(x, weight, None, LEAKY), backend=counter, fullgraph=True)
     with tuning.mode("full"), warnings.catch_warnings():
