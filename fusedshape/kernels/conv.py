@@ -898,7 +898,7 @@ def _launch(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.bytes_k // p.itemsize,
-            SLICES=config.slices(activation),
+            SLICES=config.slices(activation, mixes=not dgrad and aux is not None),
             GROUP_M=config.group_m,
             WIDE=max(a.numel(), out.numel(), weight.numel()) >= WIDE,
             num_warps=config.num_warps,

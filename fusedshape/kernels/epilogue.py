@@ -43,14 +43,14 @@ class Tiling:
     num_stages: int = 3
     group_m: int = 8
 
-    def slices(self, activation: int) -> int:
+    def slices(self, activation: int, mixes: bool = False) -> int:
         """Parts in which a tile is finished.
 
-        Parts of 32 numbers a thread, of 16 where an activation is curved: beside the rest of the
-        tile there are no registers for more.
+        Parts of 32 numbers a thread, of 16 where an activation is curved or a residual comes in:
+        beside the rest of the tile there are no registers for more.
         """
         parts = max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
-        return parts if parts == 1 or activation in STRAIGHT else 2 * parts
+        return 2 * parts if parts > 1 and (mixes or activation not in STRAIGHT) else parts
 
 
 def constants(kernel_args: KernelArgs, residual_weight: float = 0.0) -> tuple[float, ...]:

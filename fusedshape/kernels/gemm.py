@@ -136,7 +136,8 @@ class Config(epilogue.Tiling):
     def launch_options(self, activation: int) -> dict[str, int]:
         """What a launch with this activation passes to the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        if self.slices(activation) > 1 and activation in _HUNGRY:
+        alone = self.persistent and activation not in epilogue.STRAIGHT
+        if self.slices(activation) > 1 and (alone or activation in _HUNGRY):
             # Left alone, ptxas spills a few for the sake of one more program at a time.
             options["maxnreg"] = 255
         return options
@@ -373,8 +374,11 @@ def _gemm_kernel(
     b_stride = b_vectors.to(INDEX) * (VECTOR_K if B_ALONG_K else VECTOR_N)
     tiles_m = tl.cdiv(m, BLOCK_M).to(tl.int32)
     tiles_n = tl.cdiv(n, BLOCK_N).to(tl.int32)
-    # Where there is nothing to sum, one step of zeros.
-    steps = tl.maximum(tl.cdiv(k, BLOCK_K), 1).to(tl.int32)
+    steps = tl.cdiv(k, BLOCK_K).to(tl.int32)
+    if not TMA:
+        # Where there is nothing to sum, one step of zeros. Were there none, products of tensor
+        # cores might each wait for the one before.
+        steps = tl.maximum(steps, 1)
     tiles = tiles_m * tiles_n * splits
 
     first = tl.program_id(0)
@@ -782,6 +786,8 @@ def _multiply(
         programs = min(programs, gpu.processors)
     reach = [(t.shape[0] - 1) * _stride(t) + t.shape[1] for t in (a, b, out, aux) if t is not None]
     wide = max(*reach, splits * m * n) >= pointwise.WIDE
+    mixes = problem.direction == "forward" and problem.reads
+    slices = config.slices(activation, mixes)
     with pointwise._on_device(out):
         target = out if splits == 1 else out.new_empty(splits * m, n, dtype=torch.float32)
         parts = triton.cdiv(m, config.block_m) if column_sums else 0
@@ -790,9 +796,7 @@ def _multiply(
         _gemm_kernel[(programs,)](
             _describe(a, config.block_m, block_k, a_along_k) if config.tma else a,
             _describe(b, config.block_n, block_k, b_along_k) if config.tma else b,
-            _describe(out, config.block_m, config.block_n // config.slices(activation))
-            if described
-            else target,
+            _describe(out, config.block_m, config.block_n // slices) if described else target,
             None if bias is None else bias.contiguous(),
             aux,
             sums,
@@ -823,7 +827,7 @@ def _multiply(
             BLOCK_K=block_k,
             GROUP_M=config.group_m,
             EVEN_K=k > 0 and k % block_k == 0,
-            SLICES=config.slices(activation),
+            SLICES=slices,
             TMA=config.tma,
             PERSISTENT=config.persistent,
             DEAL=problem.direction == "wgrad"
