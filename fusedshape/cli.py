@@ -26,6 +26,9 @@ from fusedshape.train import demo, run
 from fusedshape.train.config import TARGETS, TrainConfig, load_object, make, strange_targets
 from fusedshape.tuning import command as tuning
 
+#: What `constants --model` takes where nothing is named.
+_OF_A_MODEL = {"method": "TAT", "activation": "leaky_relu"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -97,15 +100,9 @@ def _declare() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     constants = add("constants", _constants, "compute the constants of a shaped activation")
     constants.add_argument("method", nargs="?", help="DKS, TAT or EOC")
     constants.add_argument("activation", nargs="?", help=", ".join(ACTIVATIONS))
-    constants.add_argument(
-        *("--method",), dest="its_method", metavar="METHOD", help="with --model; default TAT"
-    )
-    constants.add_argument(
-        *("--activation",),
-        dest="its_activation",
-        metavar="ACTIVATION",
-        help="with --model; default leaky_relu",
-    )
+    for name, default in _OF_A_MODEL.items():
+        about = f"with --model; default {default}"
+        constants.add_argument(f"--{name}", dest=f"its_{name}", metavar=name.upper(), help=about)
     constants.add_argument("--model", help="pkg.module:factory, whose wiring to solve for")
     constants.add_argument("--strip-batchnorm", action="store_true", help="read past BatchNorm")
     constants.set_defaults(wrong_usage=constants.error)
@@ -173,7 +170,7 @@ def _targets(args: argparse.Namespace) -> dict[str, Any]:
 
 def _constants(args: argparse.Namespace) -> None:
     row: dict[str, Any]
-    for name, default in (("method", "TAT"), ("activation", "leaky_relu")):
+    for name, default in _OF_A_MODEL.items():
         here, there = getattr(args, name), getattr(args, f"its_{name}")
         if here and there:
             args.wrong_usage(f"{name} is given twice, as {here} and as {there}")
