@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from fusedshape.bench import records
+from fusedshape.bench.plot import plot
 from fusedshape.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench/results"
 
 
 def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +29,21 @@ def test_tables_are_those_of_the_results() -> None:
     from bench.tables import written
 
     assert written(README) == README, "run: python -m bench.tables"
+
+
+def _description(path: Path) -> str:
+    with Image.open(path) as picture:
+        return picture.info["Description"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "scaling"])
+def test_pictures_are_those_of_the_results(name: str, tmp_path: Path) -> None:
+    record = RESULTS / f"{name}.json"
+    drawn = plot(records.load(record), tmp_path)
+    for path in drawn:
+        committed = RESULTS / name / path.name
+        assert _description(committed) == _description(path), f"run: fusedshape bench plot {record}"
+    assert len(drawn) == len(list((RESULTS / name).iterdir()))
 
 
 def test_make_commands_exist() -> None:
