@@ -1,9 +1,9 @@
-"""pytest-benchmark over the cases that cost the host: layers on a CPU, call overhead, constants.
+"""pytest-benchmark over what costs the host: layers and networks on a CPU, calls, constants.
 
     pytest bench/ --benchmark-only
 
-Cases and providers are those of `fusedshape bench`, which times them in turns and checks them; here
-each stands by itself, for pytest-benchmark's own statistics and comparisons.
+Cases, providers and checks are those of `fusedshape bench`, which times them in turns; here each
+stands by itself, for pytest-benchmark's own statistics and comparisons.
 """
 
 from __future__ import annotations
@@ -13,18 +13,26 @@ from typing import Any
 import pytest
 import torch
 
+from fusedshape.bench import runner
 from fusedshape.bench.cases import CASES, Case, Setting
 
-GROUPS = ("overhead", "pointwise", "linear_act", "conv_act", "constants")
+GROUPS = ("overhead", "pointwise", "linear_act", "conv_act", "chain", "net", "constants")
 HOST = [case for case in CASES if "smoke" in case.suites and case.group in GROUPS]
+PROVIDERS = ("bare", "fused", "fused chain", "eager", "folded", "inplace")
 
 
-@pytest.mark.parametrize("provider", ["bare", "fused", "eager", "folded", "inplace"])
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", HOST, ids=lambda case: case.name)
 def test_case(benchmark: Any, case: Case, provider: str) -> None:
-    candidate = case.build(Setting(torch.device("cpu"))).candidates.get(provider)
-    if candidate is None:
+    problem = case.build(Setting(torch.device("cpu")))
+    if provider not in problem.candidates:
         pytest.skip(f"{provider} cannot do it")
+    candidate = problem.candidates[provider]
+    # What computes something else has no speed.
+    named = {n: c for n, c in problem.candidates.items() if c.yardstick or n == provider}
+    results: dict[str, Any] = {name: {"status": "ok"} for name in named}
+    runner.check(problem, named, results)
+    assert results[provider]["status"] == "ok", results[provider]["why"]
     benchmark.group = case.name
     benchmark.pedantic(
         candidate.run, setup=lambda: ((candidate.prepare(),), {}), rounds=100, warmup_rounds=5

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -86,8 +87,8 @@ def find_device(name: str | None = None) -> torch.device:
 def provenance() -> dict[str, Any]:
     """Where a result came from: machine, date, command, and the commit of the source tree.
 
-    `commit` and `dirty` are None outside a repository; where the source tree travelled without its
-    repository, ``$FUSEDSHAPE_COMMIT`` tells the commit.
+    `dirty` is whether the library differs from its commit. Both are None outside a repository;
+    where the source tree travelled without it, ``$FUSEDSHAPE_COMMIT`` tells the commit.
 
     Example:
         >>> sorted(provenance())
@@ -101,10 +102,19 @@ def provenance() -> dict[str, Any]:
         # Where the library lies is nobody's business but this machine's.
         "machine": own | {"native": Path(own["native"]).name if native.available() else "no"},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "commit": commit or os.environ.get("FUSEDSHAPE_COMMIT"),
-        "dirty": None if commit is None else bool(_git("status", "--porcelain")),
+        # Of what runs: a record that lies beside it changes nothing.
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", ".", ":/csrc")),
     }
+
+
+def _program() -> list[str]:
+    """What was called, as one would type it."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return ["python", "-m", called.parent.name]
+    return [called.name]
 
 
 def headline(source: Mapping[str, Any]) -> str:

@@ -90,8 +90,12 @@ def _file_name() -> str:
 
 
 def _directories() -> tuple[Path, Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(__file__).resolve().parent / "_native", cache / "fusedshape"
+    package = Path(__file__).resolve().parent / "_native"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return package, package
+    return package, cache / "fusedshape"
 
 
 def library_path() -> Path:

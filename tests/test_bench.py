@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
 import random
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedshape import timing
+from fusedshape import machine, native, timing
 from fusedshape.bench import cases, compare, providers, records, runner, suites
 from fusedshape.bench.cases import CASES, Case, Setting
 from fusedshape.bench.providers import Problem
 from fusedshape.bench.runner import run_suite
 from fusedshape.cli import main
-from fusedshape.ops import conv_act
+from fusedshape.models import vanilla_resnet, vanilla_vgg16
+from fusedshape.ops import ChainLayer, conv_act, conv_chain
 from fusedshape.timing import Candidate
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +106,8 @@ def test_every_smoke_case_is_right(smoke: Path) -> None:
         assert {"fused/bare", "eager/fused", "folded/fused", "inplace/fused"} <= set(row["ratios"])
         assert row["candidates"]["fused"]["error"].keys() == {"y", "dx", "dweight", "dbias"}
         assert row["candidates"]["fused"]["of_copy"] > 0
+        # What the choice of an engine is worth.
+        assert "fused aten/fused" in row["ratios"]
     assert {fit["series"] for fit in record["fits"]} == {"solve TAT leaky_relu", "solve TAT tanh"}
 
 
@@ -333,6 +342,45 @@ def test_an_old_file_is_no_result_of_an_interrupted_run(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("limit", ["nan", "0", "-5"])
+def test_a_limit_is_a_time(capsys: pytest.CaptureFixture[str], tmp_path: Path, limit: str) -> None:
+    out = tmp_path / "record.json"
+    assert main(["bench", "--suite", "smoke", "--limit", limit, "--out", str(out)]) == 1
+    assert f"above 0 seconds, got {limit}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_two_runs_do_not_share_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+    smoke: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    old: bool,
+) -> None:
+    """Whoever finds that the file is another's leaves it alone, and shows nothing of it."""
+    out = tmp_path / "record.json"
+    if old:
+        out.write_text("{}")
+
+    def other() -> Problem:
+        (tmp_path / "other.json").write_bytes(smoke.read_bytes())
+        os.replace(tmp_path / "other.json", out)
+        return problem()
+
+    install(monkeypatch, one=problem, two=other, three=problem)
+    assert main(["bench", "--suite", "smoke", "--out", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"{out} was written by somebody else" in shown.err
+    assert "three" not in shown.err
+    assert out.read_bytes() == smoke.read_bytes()
+    # A file that was taken away is written anew.
+    install(monkeypatch, one=problem, two=lambda: out.unlink() or problem())
+    assert main(["bench", "--suite", "smoke", "--out", str(out)]) == 0
+    assert len(records.load(out)["rows"]) == 2
+
+
 def test_limit_skips_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, one=problem)
     (row,) = run_suite(replace(suites.SUITES["smoke"], limit=-1.0))["rows"]
@@ -402,6 +450,10 @@ def test_an_interrupted_run_goes_on(
     capsys.readouterr()
     assert main([*argv, "--resume"]) == 1
     assert "different: commit" in capsys.readouterr().err
+    machine = {**record["machine"], "threads": 99, "cpu": "abacus"}
+    out.write_text(json.dumps({**record, "machine": machine}))
+    assert main([*argv, "--resume"]) == 1
+    assert "different: machine's cpu and threads)" in capsys.readouterr().err
     assert main(["bench", "--suite", "smoke", "--resume", "--out", str(tmp_path / "new.json")]) == 1
     assert len(records.load(tmp_path / "new.json")["rows"]) == 3
 
@@ -587,6 +639,73 @@ def test_wrong_providers_are_found() -> None:
             assert results["fused"]["why"].startswith(key)
 
 
+def test_networks_are_measured_as_one_node_too() -> None:
+    case = next(case for case in CASES if case.group == "net" and "smoke" in case.suites)
+    made = case.build(Setting(CPU))
+    results: dict[str, Any] = {name: {"status": "ok"} for name in made.candidates}
+    runner.check(made, made.candidates, results)
+    assert {name for name, result in results.items() if result["status"] == "ok"} == {
+        *("fused", "fused chain", "eager", "folded", "inplace")
+    }
+    chained, fused = (made.candidates[name] for name in ("fused chain", "fused"))
+    assert chained.claims
+    nodes = [
+        timing.saved_bytes(c.graph, made.leaves) for c in (chained, fused) if c.graph is not None
+    ]
+    assert nodes[0] == nodes[1] > 0
+
+    def count(candidate: Candidate) -> int:
+        """Nodes of the graph."""
+        assert candidate.graph is not None
+        seen: set[Any] = set()
+        left: list[Any] = [candidate.graph().grad_fn]  # type: ignore[attr-defined]
+        while left:
+            node = left.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                left += [before for before, _ in node.next_functions]
+        return len([node for node in seen if "AccumulateGrad" not in node.name()])
+
+    assert count(chained) < count(fused) / 2
+
+
+def test_a_gradient_that_a_network_lacks_is_found() -> None:
+    """That of one bias, which is little of the whole gradient."""
+    net = partial(vanilla_resnet, 50, num_classes=10, width=8)
+    how = {"seed": 0, "device": CPU, "dtype": torch.float32, "channels_last": True}
+    made = providers.network(net, (2, 3, 32, 32), (), **how)
+    spoiled = made.candidates["fused chain"]
+    model = spoiled.check.__self__.model  # type: ignore[union-attr]
+    name, bias = next((n, p) for n, p in model.named_parameters() if n.endswith("bias"))
+    results: dict[str, Any] = {"fused chain": {"status": "ok"}, "eager": {"status": "ok"}}
+    trial = {"fused chain": spoiled, "eager": made.candidates["eager"]}
+    runner.check(made, trial, results)
+    assert results["fused chain"]["status"] == "ok"
+    bias.register_hook(torch.zeros_like)
+    runner.check(made, trial, results)
+    assert results["fused chain"]["status"] == "wrong"
+    assert results["fused chain"]["why"].startswith(f"d{name} ")
+
+
+def test_the_gpu_suite_has_every_layer() -> None:
+    """Of ResNet-50 and VGG-16, at two batches, in each mode, beside both modes of torch.compile."""
+    found = {
+        (tuple(p["shape"]), p["batch"], p["mode"])
+        for p in (case.parameters for case in suites.SUITES["gpu"].cases("conv_act/leaky_relu/*"))
+        if p["dtype"] == "bfloat16"
+    }
+    modes = ("forward", "backward", "step")
+    wanted = itertools.product((*cases.RESNET50, *cases.VGG16), (32, 256), modes)
+    assert found.issuperset(wanted)
+    convolutions = {
+        (m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0])
+        for m in vanilla_vgg16().modules()
+        if isinstance(m, torch.nn.Conv2d)
+    }
+    assert {shape[:4] for shape in cases.VGG16} == convolutions
+    assert suites.SUITES["gpu"].compiled == tuple(providers.COMPILED)
+
+
 def test_other_tensors_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="wanted"):
         runner.errors({"y": torch.zeros(2)}, {"y": torch.zeros(3)})
@@ -694,6 +813,24 @@ def test_growth_is_judged(k: float, holds: bool) -> None:
     assert fit["exponent"] == pytest.approx(k, abs=0.01)
     assert fit["holds"] is holds
     assert runner.fits(rows[:2]) == []
+
+
+def test_a_cpus_ceiling_is_the_better_of_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch hands a 1×1 convolution to oneDNN from 16 images on, whatever the threads."""
+    shapes = []
+    convolve = torch.conv2d
+
+    def spy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        shapes.append((x.shape, weight.shape))
+        y = convolve(x, weight)
+        assert y.numel() == 64 * 64
+        assert torch.equal(y, torch.full_like(y, 64.0))
+        return y
+
+    monkeypatch.setattr(torch, "conv2d", spy)
+    found = timing.ceilings(CPU, [torch.float32], copied=1 << 10, product=64)
+    assert set(found) == {"copy GB/s", "matmul float32 TFLOP/s"}
+    assert {x[0] for x, _ in shapes} == {16}
 
 
 def test_a_graph_that_cannot_be_captured() -> None:
@@ -824,6 +961,16 @@ def test_the_same_code_is_not_called_another(between: float) -> None:
     assert change.verdict.startswith(("perhaps", "cannot tell"))
 
 
+def test_a_long_table_warns_of_chance() -> None:
+    template = records.new("smoke", CPU, 0)
+    one = synthetic(template, {"fused": [2.0] * 10, "eager": [1.0] * 10})
+    many = copy.deepcopy(one)
+    many["rows"] = [{**one["rows"][0], "case": f"pointwise/{i}"} for i in range(70)]
+    assert "of 70 comparisons, up to 2 would be" in compare.report([many] * 4, [many] * 4)
+    assert "comparisons" not in compare.report([one] * 4, [one] * 4)
+    assert "comparisons" not in compare.report([many] * 3, [many] * 3)
+
+
 def test_a_tenth_slower_is_found() -> None:
     rng = random.Random(1)
     template = records.new("smoke", CPU, 0)
@@ -865,6 +1012,29 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", *name, *arguments], cwd=folder, check=True, capture_output=True)
 
 
+def test_what_cannot_be_compared_is_said() -> None:
+    """Nobody should take what became wrong, or what is gone, for what did not change."""
+    template = records.new("smoke", CPU, 0)
+    good = synthetic(template, {"fused": [2.0] * 10, "eager": [1.0] * 10})
+    more = copy.deepcopy(good)
+    more["rows"].append({**copy.deepcopy(good["rows"][0]), "case": "pointwise/other"})
+    bad = copy.deepcopy(more)
+    bad["rows"][0]["candidates"]["fused"] = {"status": "wrong", "why": "dx is off"}
+    assert list(compare.lost([more], [copy.deepcopy(more)])) == []
+    shown = compare.report([more, more], [more, bad])
+    assert "pointwise/synthetic: fused: wrong in 1 of 4 runs, the first of them after: dx" in shown
+    (line,) = compare.lost([good], [more])
+    assert line == "1 case(s) are not in all records: pointwise/other"
+    bad["rows"].pop()
+    with pytest.raises(ValueError, match=r"fused: wrong in 1 of 2 runs.*: dx is off"):
+        compare.report([good], [bad])
+    gone = copy.deepcopy(good)
+    gone["rows"][0] |= {"status": "out of memory", "why": "full", "candidates": {}}
+    assert list(compare.lost([good], [gone])) == [
+        "pointwise/synthetic: fused: out of memory in 1 of 2 runs, the first of them after: full"
+    ]
+
+
 def test_two_revisions_are_measured_in_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -880,9 +1050,15 @@ def test_two_revisions_are_measured_in_turns(
         made = synthetic(record, {"fused": [ms] * 4, "eager": [1.0] * 4})
         (package / "record.json").write_text(json.dumps(made))
         (package / "__main__.py").write_text(
-            "import pathlib, sys\n"
+            "import os, pathlib, signal, sys, time\n"
             f"open({str(log)!r}, 'a').write(f'{version} {{sys.argv[1]}}\\n')\n"
             "here = pathlib.Path(__file__).parent\n"
+            "if 'nothing' in sys.argv:\n"
+            "    sys.exit('no case matches')\n"
+            "if 'stop' in sys.argv:\n"
+            "    os.kill(os.getppid(), signal.SIGTERM)\n"
+            "    time.sleep(60)\n"
+            "assert os.environ['FUSEDSHAPE_TUNING'] == 'off'\n"
             "if sys.argv[1] == 'bench':\n"
             "    pathlib.Path(sys.argv[-1]).write_bytes((here / 'record.json').read_bytes())\n"
         )
@@ -891,7 +1067,9 @@ def test_two_revisions_are_measured_in_turns(
         git(repository, "tag", version)
     monkeypatch.chdir(repository)
     assert main(["bench", "compare", "one", "two", "--suite", "smoke"]) == 0
-    assert "faster" in capsys.readouterr().out.split("under 1 is faster")[1]
+    shown = capsys.readouterr()
+    assert "faster" in shown.out.split("under 1 is faster")[1]
+    assert [line.split()[0] for line in shown.err.splitlines()] == [f"[{i}/8]" for i in range(1, 9)]
     built = ["one build", "two build"]
     ran = [f"{name} bench" for name in ("one", "two", "two", "one") * 2]
     assert log.read_text().splitlines() == built + ran
@@ -899,6 +1077,14 @@ def test_two_revisions_are_measured_in_turns(
     assert len(done.stdout.splitlines()) == 1
     assert main(["bench", "compare", "one", "three"]) == 1
     assert "three" in capsys.readouterr().err
+    (package / "__init__.py").write_text("x = 1")
+    assert main(["bench", "compare", "one", "two", "--case", "nothing"]) == 1
+    shown = capsys.readouterr().err
+    assert "one: no case matches" in shown
+    assert "changes that are not committed belong to no revision" in shown
+    assert main(["bench", "compare", "one", "two", "--case", "stop"]) == 130
+    done = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1
     git(repository, "rm", "fusedshape/bench/command.py")
     git(repository, "commit", "-m", "old")
     assert main(["bench", "compare", "one", "HEAD"]) == 1
@@ -931,7 +1117,129 @@ def test_files_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert shown.splitlines()[-1].endswith(" faster")
 
 
+# Where a record comes from.
+
+
+def test_what_lies_beside_the_library_does_not_make_it_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an interrupted record, in the repository's root, could not be gone on with."""
+    package = tmp_path / "fusedshape"
+    for folder in (package, tmp_path / "csrc"):
+        folder.mkdir()
+        (folder / "file").touch()
+    (package / "machine.py").touch()
+    git(tmp_path, "init")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-m", "all")
+    monkeypatch.setattr(machine, "__file__", str(package / "machine.py"))
+    assert machine.provenance()["dirty"] is False
+    (tmp_path / "record.json").touch()
+    assert machine.provenance()["dirty"] is False
+    for place in (package / "new.py", tmp_path / "csrc/file"):
+        place.write_text("changed")
+        assert machine.provenance()["dirty"] is True
+        git(tmp_path, "add", "-A")
+        git(tmp_path, "commit", "-m", "more")
+        assert machine.provenance()["dirty"] is False
+
+
+def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for called, typed in (
+        ("/somewhere/bin/fusedshape", "fusedshape"),
+        ("/somewhere/fusedshape/__main__.py", "python -m fusedshape"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called, "bench", "--case", "conv_act/*", "--out", "a b"])
+        command = machine.provenance()["command"]
+        assert command == f"{typed} bench --case 'conv_act/*' --out 'a b'"
+
+
 # The page.
+
+
+class Passes(TorchDispatchMode):
+    """Counts how often tensors of the activations' size are read and written, as on a GPU.
+
+    There a convolution adds its bias in a pass of its own, and makes each of its gradients by
+    itself. Every other operator reads its arguments once, and writes its result once.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            self.count += 2 if args[2] is None else 4
+        elif name == "convolution_backward":
+            dgrad, wgrad, bias = args[-1]
+            self.count += 2 * dgrad + 2 * wgrad + bias
+        elif not func.is_view and name not in ("detach", "empty_like"):
+            written = [
+                given
+                for given, declared in zip(args, func._schema.arguments, strict=False)
+                if declared.alias_info is not None and declared.alias_info.is_write
+            ]
+            results = [out] if isinstance(out, torch.Tensor) else [*(out or ())]
+            fresh = [t for t in results if not any(t is given for given in written)]
+            for t in (*args, *written, *fresh):
+                self.count += isinstance(t, torch.Tensor) and t.numel() == self.size
+        return out
+
+
+#: First words of a line of the page's table, and the provider that it is about.
+FORMS = {
+    "eager:": "eager",
+    "folded:": "inplace",
+    "`conv_act` with torch's": "fused aten",
+    "`conv_act` with convolutions of ours": "fused native",
+    "`conv_chain`": "fused chain native",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_pages_passes_are_those_of_the_operators(form: str) -> None:
+    """Of a layer more, for what the first and the last one cost besides."""
+    if "native" in FORMS[form] and not native.available():
+        pytest.skip("csrc is not built")
+    page = (ROOT / "docs/performance.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {form}"))
+    stated = [int(cell) for cell in line.split("|")[2:6]]
+    spec, shape = replace(cases.spec_of("leaky_relu"), input_scale=1.0), (2, 16, 6)
+    size, found = 2 * 16 * 36, []
+    for depth in (3, 4):
+        x = torch.randn(shape[0], shape[1], 6, 6).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        weights = [torch.randn(16, 16, 3, 3, requires_grad=True) for _ in range(depth)]
+        biases = [torch.randn(16, requires_grad=True) for _ in range(depth)]
+        layers = list(zip(weights, biases, strict=True))
+
+        def run(x: torch.Tensor, layers: Any = layers) -> torch.Tensor:
+            provider = FORMS[form]
+            if "chain" in provider:
+                made = [ChainLayer(w, b, spec, padding=1, engine="native") for w, b in layers]
+                return conv_chain(x, made)
+            for w, b in layers:
+                if provider.startswith("fused"):
+                    x = conv_act(x, w, b, spec, padding=1, engine=provider.split()[1])
+                else:
+                    z = F.conv2d(x, w, b, padding=1)
+                    inplace = provider == "inplace"
+                    x = F.leaky_relu(z, spec.negative_slope, inplace=inplace)
+                    x = x if inplace else spec.output_scale * x
+            return x
+
+        with Passes(size) as forward:
+            y = run(x)
+        with Passes(size) as backward:
+            torch.autograd.grad(y, [x, *weights, *biases], torch.ones_like(y))
+        saved = timing.saved_bytes(lambda: run(x), [x, *weights, *biases])  # noqa: B023
+        found.append((forward.count, backward.count, saved // (4 * size)))
+    ahead, back, kept = (more - few for few, more in zip(*found, strict=True))
+    assert [ahead, back, ahead + back, kept] == stated
 
 
 def test_performance_page_is_that_of_the_records() -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fusedshape import ACTIVATIONS, ActSpec, conv_act, convert, linear_act, tuning
+from fusedshape import ACTIVATIONS, ActSpec, conv_act, convert, linear_act, native, tuning
 from fusedshape.cli import main
 from fusedshape.kernels.roofline import Problem as KernelProblem
 from fusedshape.kernels.tuned import asked, tunable
@@ -212,6 +213,16 @@ def test_damage_is_said_once_and_mended(
     assert own.get(key) == RECORD
 
 
+def test_many_damaged_files_are_one_line(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    own = Cache(tmp_path, {"device": "a"})
+    for n in range(5):
+        own.put({"n": n}, RECORD)
+        own.path({"n": n}).write_text("{")
+    assert [own.get({"n": n}) for n in range(5)] == [None] * 5
+    assert len(log.records) == 1
+    assert str(own.path({"n": 0})) in log.messages[0]
+
+
 def test_other_devices_and_versions(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     here = cache.environment(CPU)
     Cache(tmp_path, here).put({"k": 1}, RECORD)
@@ -252,6 +263,41 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_cach
     assert tuning.cache_directory() == tmp_path / "fusedshape" / "tuning"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuning.cache_directory() == Path.home() / ".cache" / "fusedshape" / "tuning"
+
+
+def test_a_place_where_nobody_may_look(
+    monkeypatch: pytest.MonkeyPatch, own_cache: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """As a home directory of somebody else, which $HOME may still name after su."""
+    chooser.keep("fprop", PROBLEM, CPU, RECORD)
+    chooser.forget()
+
+    def denying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def denied(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if str(path).startswith(str(own_cache)):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **kwargs)
+
+        return denied
+
+    for name in ("stat", "read_text", "is_dir", "glob"):
+        monkeypatch.setattr(Path, name, denying(getattr(Path, name)))
+    monkeypatch.setattr(os, "stat", denying(os.stat))
+    assert tuning.status()["tuning_entries"] == 0
+    assert tuning.choose("fprop", PROBLEM) is None
+    assert not chooser._anything()
+    assert len([m for m in log.messages if "Permission denied" in m]) == 1
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FUSEDSHAPE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert tuning.cache_directory() == Path(tempfile.gettempdir()) / "fusedshape" / "tuning"
+    assert native.library_path().parent.name == "_native"
+    assert tuning.choose("fprop", PROBLEM) is None
 
 
 def test_nowhere_to_write(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
@@ -331,10 +377,15 @@ def test_keys() -> None:
             )
         ),
     ]
-    for name in ("benchmark", "deterministic"):
-        with torch.backends.cudnn.flags(**{name: True}):
-            others.append(problems.key_of("fprop", PROBLEM))
     assert all(other != key for other in others)
+    # cuDNN's switches, and tf32, are a GPU's.
+    gpu = PROBLEM._replace(device="cuda", capability=(9, 0))
+    keys = [problems.key_of("fprop", gpu)]
+    for switched in ({"benchmark": True}, {"deterministic": True}, {"allow_tf32": False}):
+        with torch.backends.cudnn.flags(**switched):
+            keys.append(problems.key_of("fprop", gpu))
+            assert problems.key_of("fprop", PROBLEM) == key
+    assert all(keys.count(one) == 1 for one in keys)
     linear = PROBLEM._replace(weight=(8, 6), stride=(), padding=(), dilation=())
     assert problems.key_of("wgrad", resized(linear, 3, 5, 6)) == problems.key_of(
         "wgrad", resized(linear, 9, 6)
@@ -506,6 +557,13 @@ def test_a_rival_that_computes_wrongly(rival: Rival, log: pytest.LogCaptureFixtu
     assert result.record.engine == "aten"
     assert list(result.wrong) == ["triton"]
     assert len([m for m in log.messages if "is not used" in m]) == 1
+
+
+def test_float32_on_a_cpu_is_held_to_float32(rival: Rival) -> None:
+    """Also where a GPU's convolutions might round to tf32, as torch lets them by default."""
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        rival.factor = 1.0005
+        assert list(tuning.measure("fprop", PROBLEM, CPU, steady(0.1)).wrong) == ["triton"]
 
 
 def test_nobody_but_path_i() -> None:
@@ -887,6 +945,79 @@ def test_tune_measures_and_keeps(
     assert code == 0
     assert out.count("WRONG NUMBERS, not used: triton: result 0: off by ") == 2
     assert "[1 fprop, 2 fprop]" in out
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize("place", ["a file", "no room"])
+def test_what_cannot_be_kept_is_an_error(
+    capsys: pytest.CaptureFixture[str],
+    rival: Rival,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    place: str,
+) -> None:
+    if place == "a file":
+        (tmp_path / "cache").write_text("in the way")
+    else:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(cache.os, "replace", full)
+    monkeypatch.setattr(command, "measure", fresh_clocks(0.5))
+    code, out, err = tune(capsys, "tune_mine:net", "--input", "2,2,6,6", "--device", "cpu")
+    assert code == 1
+    assert "8 of 8 cases have a faster engine" in out
+    assert "kept in" not in out
+    assert f"could be kept in {tmp_path / 'cache'}" in err
+
+
+@pytest.mark.usefixtures("mine")
+def test_an_interrupt_shows_what_was_measured(
+    capsys: pytest.CaptureFixture[str], rival: Rival, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, left = fresh_clocks(0.5), iter(range(3))
+
+    def interrupted(*args: Any) -> measuring.Result:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    code, out, err = tune(capsys, "tune_mine:net", "--input", "2,2,6,6", "--device", "cpu")
+    assert (code, err) == (130, "fusedshape: interrupted\n")
+    assert "3 of 3 cases have a faster engine" in out
+    assert tuning.status()["tuning_entries"] == 3
+
+
+@pytest.mark.skipif(not native.available(), reason="csrc is not built")
+def test_the_table_says_who_computes_a_layer_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing has been measured, and where nobody looks at what has."""
+    asked: list[str] = []
+    choose = engine.choose_engine
+
+    def spy(*args: Any) -> str:
+        asked.append(choose(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(engine, "choose_engine", spy)
+    monkeypatch.setattr(command, "measure", fresh_clocks(0.5))
+    layer = ShapedConv2d(64, 64, 1, spec=LEAKY).to(memory_format=torch.channels_last)
+    for batch, dry, measured in (
+        (8, "native (not measured)", "native"),
+        (2, "aten (not measured)", "native (torch.compile only)"),
+    ):
+        x = torch.randn(batch, 64, 8, 8).to(memory_format=torch.channels_last)
+        found = tuning.fused_layers(nn.Sequential(layer), x)
+        (row, _) = command.tune(found, CPU, dry_run=True, progress=False)
+        assert command._figures(row)[0] == dry
+        asked.clear()
+        engine.forget_choices()
+        layer(x).sum().backward()
+        assert (asked or ["aten"])[0] == dry.split()[0]
+        rows = list(command.tune(found, CPU, progress=False))
+        assert command._figures(rows[0])[0] == measured
+        assert ("so small that" in command.text(rows)) == (batch == 2)
 
 
 def test_who_cannot_run_is_told(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,18 @@ RESNET50 = (
     (2048, 512, 1, 1, 7),
     (512, 512, 3, 1, 7),
 )
+#: The same of VGG-16.
+VGG16 = (
+    (3, 64, 3, 1, 224),
+    (64, 64, 3, 1, 224),
+    (64, 128, 3, 1, 112),
+    (128, 128, 3, 1, 112),
+    (128, 256, 3, 1, 56),
+    (256, 256, 3, 1, 56),
+    (256, 512, 3, 1, 28),
+    (512, 512, 3, 1, 28),
+    (512, 512, 3, 1, 14),
+)
 _KEY = ((64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14), (512, 512, 3, 1, 7))
 _ONE_BY_ONE = ((64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (1024, 256, 1, 1, 14))
 #: Activations for which DKS or TAT has constants.
@@ -115,8 +127,7 @@ def _compiled(setting: Setting, wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in wanted if name in setting.compiled)
 
 
-_DEFAULT = ("compiled",)
-_BOTH = ("compiled", "compiled max-autotune")
+_COMPILED = tuple(providers.COMPILED)
 
 
 def _pointwise(
@@ -159,7 +170,7 @@ def _conv(
     mode: Mode,
     *,
     activation: str = "leaky_relu",
-    compiled: tuple[str, ...] = _DEFAULT,
+    compiled: tuple[str, ...] = _COMPILED,
     name: str = "",
 ) -> Case:
     def build(setting: Setting) -> Problem:
@@ -190,7 +201,7 @@ def _linear(
     mode: Mode,
     *,
     activation: str = "leaky_relu",
-    compiled: tuple[str, ...] = _DEFAULT,
+    compiled: tuple[str, ...] = _COMPILED,
     name: str = "",
 ) -> Case:
     def build(setting: Setting) -> Problem:
@@ -214,7 +225,7 @@ def _chain(
     dtype: str,
     mode: Mode = "step",
     *,
-    compiled: tuple[str, ...] = _DEFAULT,
+    compiled: tuple[str, ...] = _COMPILED,
     series: dict[str, Any] | None = None,
 ) -> Case:
     def build(setting: Setting) -> Problem:
@@ -385,11 +396,12 @@ def _all() -> Iterator[Case]:
     for activation in SHAPED:
         for dtype in ("bfloat16", "float16", "float32"):
             yield _pointwise(gpu, activation, (batch, 128, 28, 28), dtype, "step")
-    for shape in (*_KEY, *_ONE_BY_ONE):
-        for mode in modes:
-            yield _conv(gpu, shape, 128, "bfloat16", mode, compiled=_BOTH)
     for name, make in (("resnet50", vanilla_resnet), ("vgg16", vanilla_vgg16)):
-        yield _net(gpu, name, make, (128, 3, 224, 224), "bfloat16", compiled=_BOTH)
+        yield _net(gpu, name, make, (128, 3, 224, 224), "bfloat16", compiled=_COMPILED)
+    for shape in dict.fromkeys((*_KEY, *_ONE_BY_ONE, *RESNET50, *VGG16)):
+        for n in (32, 256):
+            for mode in modes:
+                yield _conv(gpu, shape, n, "bfloat16", mode)
 
     # Two cores.
     for shape in RESNET50:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusedshape.bench import compare, plot, records, revisions, text
-from fusedshape.bench.runner import NoDeviceError, run_suite
+from fusedshape.bench.runner import NoDeviceError, OccupiedError, run_suite
 from fusedshape.bench.suites import SUITES
 
 #: Files that each action takes.
@@ -75,6 +75,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.resume and args.out is None:
         args.error("--resume needs --out, the record to go on with")
     before = out.stat().st_mtime_ns if out.exists() else None
+    own = True
     try:
         run_suite(
             args.suite,
@@ -87,9 +88,12 @@ def _run(args: argparse.Namespace) -> None:
         )
     except NoDeviceError as error:
         args.error(str(error))
+    except OccupiedError:
+        own = False
+        raise
     finally:
         # Also after Ctrl-C: what is finished is written, and shown.
-        if out.exists() and out.stat().st_mtime_ns != before:
+        if own and out.exists() and out.stat().st_mtime_ns != before:
             record = records.load(out)
             print(text.report(record))
             print(f"written to {out}", file=sys.stderr)
@@ -101,11 +105,16 @@ def _run(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     half = len(args.files) // 2
     if len(args.files) == 2 and not any(file.exists() for file in args.files):
-        before, after = revisions.measure(list(map(str, args.files)), args.suite, args.case)
+        names = list(map(str, args.files))
+        before, after = revisions.measure(names, args.suite, args.case, _say)
     else:
         found = [records.load(file) for file in args.files]
         before, after = found[:half], found[half:]
     print(compare.report(before, after))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _list(args: argparse.Namespace) -> None:

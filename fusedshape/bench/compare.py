@@ -77,11 +77,54 @@ def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
         if len(same) == len(records):
             found += list(_changes(same, len(before), comparable))
     if not found:
-        raise ValueError(
-            "compare: no case was timed in all records; run the same suite for each, for example "
-            "fusedshape bench --suite cpu --out A.json"
-        )
+        why = "; ".join(lost(before, after))
+        way = "run the same suite for each, for example fusedshape bench --suite cpu --out A.json"
+        raise ValueError(f"compare: no case was timed in all records ({why}); {way}")
     return found
+
+
+def lost(before: Sequence[Record], after: Sequence[Record]) -> Iterator[str]:
+    """What was timed in some records only, and why not in all: nobody should take it for unchanged.
+
+    Args:
+        before: runs of one thing.
+        after: runs of another.
+
+    Yields:
+        A line for each candidate of ours, and one for all cases that some records lack.
+    """
+    runs = [
+        (word, {row["case"]: row for row in record["rows"]})
+        for word, records in (("before", before), ("after", after))
+        for record in records
+    ]
+    candidates = dict.fromkeys(
+        (case, name)
+        for _, rows in runs
+        for case, row in rows.items()
+        for name in (row["candidates"] or ["fused"])
+        if is_ours(name)
+    )
+    absent: dict[str, None] = {}
+    for case, name in candidates:
+        missing = []
+        for word, rows in runs:
+            if case not in rows:
+                absent[case] = None
+                continue
+            row = rows[case]
+            absence = {"status": "not there"} if row["candidates"] else row
+            result = row["candidates"].get(name, absence)
+            if "samples_ms" not in result:
+                missing.append((word, result["status"], result.get("why", "")))
+        known = [word for word, rows in runs if case in rows]
+        if 0 < len(missing) < len(known):
+            word, status, why = missing[0]
+            times = f"{len(missing)} of {len(known)} runs, the first of them {word}"
+            yield f"{case}: {name}: {status} in {times}" + (f": {why}" if why else "")
+    if absent:
+        more = ", …" if len(absent) > 3 else ""
+        yield f"{len(absent)} case(s) are not in all records: {', '.join([*absent][:3])}{more}"
 
 
 def _changes(rows: Sequence[Row], first: int, comparable: bool) -> Iterator[Change]:
@@ -174,6 +217,12 @@ def report(before: Sequence[Record], after: Sequence[Record]) -> str:
         lines.append(f"{word:<6}  {len(runs)} run(s), {runs[0]['date']}  {source(runs[0])}")
     if len({_machine(record) for record in (*before, *after)}) > 1:
         lines.append("different machines: no verdicts")
+    chance = 2 / math.comb(len(before) + len(after), len(before))
+    if chance <= RISK and len(changes) * chance >= 1:
+        lines.append(
+            f"of {len(changes)} comparisons, up to {len(changes) * chance:.0f} would be called "
+            "faster or slower if nothing had changed"
+        )
     if any(change.verdict.startswith("perhaps") for change in changes):
         lines.append(
             "perhaps: too few runs to know how far runs of the same code lie apart; four files of "
@@ -187,6 +236,9 @@ def report(before: Sequence[Record], after: Sequence[Record]) -> str:
         ["case", "candidate", "control", "ratio", "range", "verdict"],
         [[c.case, c.candidate, c.control, f"{c.ratio:.3f}", _span(c), c.verdict] for c in changes],
     )
+    left_out = list(lost(before, after))
+    if left_out:
+        lines += ["", "not compared:", *left_out]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ inplace    folded, the activation in place: one saved tensor, as InPlace-ABN has
 compiled   torch.compile of eager
 reference  this library in plain PyTorch: φ′ from the output, op by op
 fused      this library, its own choice of backend and engine; "fused NAME" insists on an engine
-fused chain  the layers of a chain as one node (conv_chain)
+fused chain  the layers of a chain as one node (conv_chain); of a net, convert(model, chain=True)
 """
 
 from __future__ import annotations
@@ -436,12 +436,14 @@ class _Net:
 
     def check(self) -> Leaves:
         y = self.forward()
-        names = [name for name, _ in self.model.named_parameters()]
-        gradients = [
-            gradient.flatten() * self.scale.get(name, 1.0)
-            for name, gradient in zip(names, self.backward(y), strict=True)
-        ]
-        return {"y": y.detach(), "dparameters": torch.cat(gradients)}
+        found = {"y": y.detach()}
+        # One by one: among all weights, a bias whose gradient is missing would not be noticed.
+        for (name, _), gradient in zip(
+            self.model.named_parameters(), self.backward(y), strict=True
+        ):
+            name = name.removeprefix("_orig_mod.")  # torch.compile's
+            found[f"d{name}"] = gradient * self.scale.get(name, 1.0)
+        return found
 
     def candidate(self, mode: Mode, **marks: bool) -> Candidate:
         return _in_mode(mode, self.forward, self.backward, self.check, **marks)
@@ -479,6 +481,8 @@ def network(
     spec = convert(fused, method="TAT", activation="leaky_relu", generator=generator).spec
     assert isinstance(spec, ActSpec)
     plain.load_state_dict(fused.state_dict())
+    chained = copy.deepcopy(plain)
+    convert(chained, spec=spec, init=None, chain=True)
 
     def place(model: nn.Module) -> nn.Module:
         model.to(device=device, dtype=dtype)
@@ -486,12 +490,13 @@ def network(
 
     eager = _with_activations(plain, lambda: _Stock(spec))
     x = randn(*shape, **how)
-    place(fused)
-    place(eager)
+    models = {"fused": fused, "fused chain": chained, "eager": eager}
+    for model in models.values():
+        place(model)
     with torch.no_grad():
         grad = randn_like(eager(x), how["seed"] + 1)
 
-    nets = {"fused": _Net(fused, x, grad), "eager": _Net(eager, x, grad)}
+    nets = {name: _Net(model, x, grad) for name, model in models.items()}
     if spec.foldable:
         for name, inplace in (("folded", False), ("inplace", True)):
             folded, scale = fold(plain, spec, inplace)
@@ -499,9 +504,10 @@ def network(
     for name in compiled:
         # Whole nets are run as their users run them, CUDA graphs included.
         how_compiled = COMPILED[name].removesuffix("-no-cudagraphs")
-        model = cast(nn.Module, torch.compile(eager, mode=how_compiled))
-        nets[name] = _Net(model, x, grad)
-    marks = {"fused": {"claims": True}, "eager": {"yardstick": True}}
+        compiled_model = cast(nn.Module, torch.compile(eager, mode=how_compiled))
+        nets[name] = _Net(compiled_model, x, grad)
+    ours = {"claims": True}
+    marks = {"fused": ours, "fused chain": ours, "eager": {"yardstick": True}}
     found = {
         name: net.candidate(mode, compiled=name in COMPILED, **marks.get(name, {}))
         for name, net in nets.items()

@@ -6,38 +6,57 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fusedshape.bench import records
 from fusedshape.bench.records import Record
+from fusedshape.bench.runner import terminable
 
 #: Runs of each revision, in the order A B B A A B …; as many as a verdict of `compare` takes.
 RUNS = 4
 
 
-def measure(revisions: Sequence[str], suite: str, pattern: str) -> list[list[Record]]:
+def measure(
+    revisions: Sequence[str],
+    suite: str,
+    pattern: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[list[Record]]:
     """The records of a suite run at each revision, in turns.
+
+    What tuning has found, which may be there for one of them only, does not count.
 
     Args:
         revisions: names that git knows, of the repository in the current folder.
         suite: name of a suite that all revisions have.
         pattern: shell pattern of the cases' names.
+        say: told what is being done.
 
     Raises:
         ValueError: git knows no such revision, or it has no `fusedshape bench`.
         RuntimeError: a run failed.
+        KeyboardInterrupt: interrupted or terminated; no worktree is left behind.
     """
+    if _git("status", "--porcelain", "--untracked-files=no"):
+        say("changes that are not committed belong to no revision, and are not measured")
     commits = [_git("rev-parse", "--verify", f"{name}^{{commit}}") for name in revisions]
     runs: list[list[Record]] = [[] for _ in commits]
-    with tempfile.TemporaryDirectory() as folder, _worktrees(commits, Path(folder)) as trees:
+    with (
+        terminable(),
+        tempfile.TemporaryDirectory() as folder,
+        _worktrees(commits, Path(folder)) as trees,
+    ):
         for i in range(RUNS):
             order = range(len(trees)) if i % 2 == 0 else reversed(range(len(trees)))
             for number in order:
+                say(f"[{sum(map(len, runs)) + 1}/{RUNS * len(runs)}] {revisions[number]}")
                 out = Path(folder) / f"{number}-{i}.json"
                 command = ["bench", "--suite", suite, "--case", pattern, "--out", str(out)]
-                _fusedshape(trees[number], *command)
+                said = _fusedshape(trees[number], *command)
+                if not out.exists():
+                    raise RuntimeError(f"{revisions[number]}: {said}")
                 runs[number].append(records.load(out))
     return runs
 
@@ -60,19 +79,29 @@ def _worktrees(commits: Sequence[str], folder: Path) -> Iterator[list[Path]]:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], capture_output=True)
 
 
-def _fusedshape(tree: Path, *arguments: str) -> None:
+def _fusedshape(tree: Path, *arguments: str) -> str:
+    """Run a command of a tree's library; the last line that it said."""
     # The path comes before whatever version is installed.
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    done = subprocess.run(
+    environment = {**os.environ, "PYTHONPATH": str(tree), "FUSEDSHAPE_TUNING": "off"}
+    with subprocess.Popen(
         [sys.executable, "-m", "fusedshape", *arguments],
         cwd=tree,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            said = process.communicate()[1].strip()
+        except BaseException:
+            # It must not outlive its tree.
+            process.kill()
+            process.wait()
+            raise
     # 1: a case was wrong or failed, which its row says.
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"fusedshape {' '.join(arguments)} in {tree}: {done.stderr.strip()}")
+    if process.returncode not in (0, 1):
+        raise RuntimeError(f"fusedshape {' '.join(arguments)} in {tree}: {said}")
+    return (said.splitlines() or [""])[-1]
 
 
 def _git(*arguments: str) -> str:

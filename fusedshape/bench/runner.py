@@ -59,6 +59,10 @@ class DeviceLostError(RuntimeError):
     """The GPU answers nothing any more in this process, as after an illegal access of a kernel."""
 
 
+class OccupiedError(RuntimeError):
+    """Somebody else writes the record's file."""
+
+
 def run_suite(
     suite: str | Suite,
     *,
@@ -89,10 +93,11 @@ def run_suite(
 
     Raises:
         ValueError: an unknown suite, no case matches, a seed out of its range, or a record of
-            something else to go on with.
+            something else to go on with; or no time.
         OSError: `out` cannot be written, which is found out first.
         NoDeviceError: a suite for a GPU, and there is none.
         DeviceLostError: a case broke the GPU's context; `resume` goes on without it.
+        OccupiedError: another run writes to `out`; what it wrote is left alone.
         KeyboardInterrupt: interrupted or terminated; the finished rows are in `out`.
     """
     if isinstance(suite, str):
@@ -107,6 +112,8 @@ def run_suite(
     if not 0 <= seed < SEEDS:
         raise ValueError(f"seed must be in 0 … {SEEDS - 1}, got {seed}")
     if limit is not None:
+        if not limit > 0:
+            raise ValueError(f"limit must be above 0 seconds, got {limit:g}; or leave it out")
         suite = replace(suite, limit=limit)
     cases = suite.cases(pattern)
     record = records.new(suite.name, torch.device(suite.device), seed)
@@ -128,6 +135,7 @@ class _Run:
         self.cases = cases
         self.record = record
         self.out = out
+        self.left = _stamp(out)
         self.progress = progress
         self.device = torch.device(suite.device)
         self.setting = Setting(self.device, record["seed"], suite.compiled)
@@ -195,8 +203,15 @@ class _Run:
             ) from None
 
     def save(self) -> None:
-        if self.out is not None:
-            records.save(self.out, self.record)
+        if self.out is None:
+            return
+        if _stamp(self.out) not in (None, self.left):
+            raise OccupiedError(
+                f"{self.out} was written by somebody else in the meantime, and is left as it is; "
+                "give each run an --out of its own"
+            )
+        records.save(self.out, self.record)
+        self.left = _stamp(self.out)
 
     def visit(self, case: Case, timed: bool) -> Row:
         """The row of one case; whatever goes wrong in it is said there."""
@@ -356,10 +371,15 @@ def timings(row: Row, problem: Problem, clock: Clock, suite: Suite, prefix: str)
 def ratios(
     candidates: Mapping[str, Candidate], times: Mapping[str, Sequence[float]]
 ) -> dict[str, list[float]]:
-    """Percentiles of paired ratios, other/own for every candidate of ours, and own/bare."""
+    """Percentiles of paired ratios: other/own for every candidate of ours, and own/bare.
+
+    For "fused", what is insisted on is another one: fused aten/fused is what the choice is worth.
+    """
     found = {}
     for own in (name for name in times if candidates[name].claims):
-        for other in (name for name in times if not candidates[name].claims):
+        for other in (name for name in times if name != own):
+            if candidates[other].claims and own != "fused":
+                continue
             pair = (own, other) if other == "bare" else (other, own)
             found["/".join(pair)] = percentiles(paired_ratios(*(times[name] for name in pair)))
     return found
@@ -503,13 +523,30 @@ def _resumed(new: Record, out: Path) -> Record:
         return new
     old = records.load(out)
     same = ("suite", "device", "seed", "commit", "dirty", "machine", "accelerator")
-    other = [key for key in same if old[key] != new[key]]
+    other = [_difference(key, old[key], new[key]) for key in same if old[key] != new[key]]
     if other:
         raise ValueError(
             f"{out} was made by another run (different: {', '.join(other)}); choose another --out, "
             "or leave --resume out to write it anew"
         )
     return {**old, "finished": False}
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    """The key, and what differs below it."""
+    if not isinstance(new, dict):
+        return key
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return f"{key}'s {' and '.join(names)}"
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    """What changes whenever a file is written; None where there is none."""
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        return None
+    return found and (found.st_ino, found.st_mtime_ns)
 
 
 def _is_done(case: Case, row: Row | None) -> bool:

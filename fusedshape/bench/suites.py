@@ -72,7 +72,10 @@ SUITES: dict[str, Suite] = {
             compiled=("compiled",),
         ),
         Suite(
-            *("gpu", "an hour or more on a GPU: every case, torch.compile's max-autotune too"),
+            *(
+                "gpu",
+                "hours on a GPU: all layers of ResNet-50 and VGG-16, torch.compile's max-autotune",
+            ),
             device="cuda",
             limit=4 * 3600.0,
             budget=2.0,

@@ -9,7 +9,10 @@ from fusedshape.bench.records import Record, Row
 from fusedshape.machine import headline
 
 #: Order of the columns of ratios.
-OTHERS = ("eager", "folded", "inplace", "compiled", "compiled max-autotune", "reference", "dks")
+OTHERS = (
+    *("eager", "folded", "inplace", "compiled", "compiled max-autotune", "reference", "dks"),
+    *("fused aten", "fused triton", "fused chain"),
+)
 
 
 def source(record: Record) -> str:

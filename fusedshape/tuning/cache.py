@@ -2,7 +2,7 @@
 
 A file is written under another name and then renamed, so that whoever reads sees all of it or none,
 and no process takes another's files away. What cannot be read, or was made for something else, is
-said once and treated as absent.
+treated as absent; the first such file is named in a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fusedshape.ops import dispatch
 logger = logging.getLogger("fusedshape.tuning")
 
 #: Counts up whenever files, keys, or the rules of measuring change their meaning.
-FORMAT = 1
+FORMAT = 2
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -89,8 +89,9 @@ class Cache:
     def __init__(self, root: Path, environment: Mapping[str, Any]) -> None:
         self.environment = dict(environment)
         self.folder = root / _digest(self.environment)
-        self._told: set[Path] = set()
-        self._writable = True
+        #: Whether everything could be written so far.
+        self.writable = True
+        self._told = False
         self._missed = False
 
     def path(self, key: Mapping[str, Any]) -> Path:
@@ -124,7 +125,7 @@ class Cache:
             "record": dataclasses.asdict(record),
         }
         text = json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False)
-        if not self._writable:
+        if not self.writable:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,12 +137,15 @@ class Cache:
             finally:
                 Path(temporary).unlink(missing_ok=True)
         except OSError as error:
-            self._writable = False
+            self.writable = False
             logger.warning("tuning results cannot be kept in %s: %s", self.folder, error.strerror)
 
     def count(self) -> int:
-        """How many records can be used."""
-        return sum(self._is_valid(path) for path in self.folder.glob("*.json"))
+        """How many records can be used; none where nobody may look."""
+        try:
+            return sum(self._is_valid(path) for path in self.folder.glob("*.json"))
+        except OSError:
+            return 0
 
     def _is_valid(self, path: Path) -> bool:
         try:
@@ -162,10 +166,10 @@ class Cache:
         return key, Record.from_json(data.get("record"))
 
     def _tell(self, path: Path, problem: str) -> None:
-        if path not in self._told:
-            self._told.add(path)
-            line = " ".join(problem.split())
-            logger.warning("ignoring %s: %s; `fusedshape tune` measures anew", path, line)
+        level = logging.DEBUG if self._told else logging.WARNING
+        self._told = True
+        line = " ".join(problem.split())
+        logger.log(level, "ignoring %s: %s; `fusedshape tune` measures anew", path, line)
 
 
 def _plain(data: Mapping[str, Any]) -> Any:
@@ -181,6 +185,8 @@ def _digest(data: Mapping[str, Any]) -> str:
 def cache_directory() -> Path:
     """Where measurements lie, for all devices and versions; need not exist.
 
+    Below the directory for temporary files, for a user who has no home.
+
     Example:
         >>> cache_directory().name
         'tuning'
@@ -188,8 +194,10 @@ def cache_directory() -> Path:
     own = os.environ.get("FUSEDSHAPE_CACHE")
     if own:
         return Path(own).expanduser() / "tuning"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fusedshape" / "tuning"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        cache = tempfile.gettempdir()
+    return Path(cache) / "fusedshape" / "tuning"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _traced(direction: Direction, *fields: Any) -> str | None:
 
 def _anything() -> bool:
     """Whether there may be anything to look up, and so a reason for guards."""
-    return cache_directory().is_dir()
+    return os.path.isdir(cache_directory())
 
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.

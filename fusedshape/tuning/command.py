@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fusedshape.ops.engine import Direction, Problem, rivals
+from fusedshape.ops.engine import Direction, Problem, pinned_engine, rivals
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory
 from fusedshape.tuning.layers import Layer, fused_layers
 from fusedshape.tuning.measuring import Result, able, measure
-from fusedshape.tuning.problems import settings
+from fusedshape.tuning.problems import is_passed_over, settings
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -90,7 +90,8 @@ def run(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Non
 
     Raises:
         ValueError: no fused layers, or autocast to a dtype that it does not know.
-        RuntimeError: the model cannot take the input, or "aten" cannot run.
+        RuntimeError: the model cannot take the input, "aten" cannot run, or what was found could
+            not be kept; it is shown all the same.
     """
     dtype = _DTYPES[args.dtype]
     if args.autocast and args.dtype not in ("fp16", "bf16"):
@@ -111,9 +112,15 @@ def run(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Non
         rows.extend(tune(layers, device, force=args.force, dry_run=args.dry_run))
     finally:
         # Also after Ctrl-C: what is measured is kept, and shown.
+        kept = chooser.cache_of(device).writable
         if rows:
-            print(json.dumps(_as_json(rows), indent=1) if args.json else text(rows))
+            print(json.dumps(_as_json(rows), indent=1) if args.json else text(rows, kept))
         torch.backends.cudnn.benchmark = before
+    if not kept:
+        raise RuntimeError(
+            f"not all of it could be kept in {cache_directory()}; make room there, or name another "
+            "place in FUSEDSHAPE_CACHE"
+        )
 
 
 def tune(
@@ -168,8 +175,13 @@ def _bar(cases: list[Any], progress: bool) -> Iterable[Any]:
     return tqdm(cases, desc="measuring", unit="case", leave=False)
 
 
-def text(rows: Sequence[Row]) -> str:
-    """A table of what was chosen, what it won, and what was left out."""
+def text(rows: Sequence[Row], kept: bool = True) -> str:
+    """A table of what was chosen, what it won, and what was left out.
+
+    Args:
+        rows: as `tune` yields them.
+        kept: whether all of it is in the cache.
+    """
     lines = [("layer", "direction", "input", "weight", "chosen", "aten", "chosen", "gain")]
     for row in rows:
         lines.append((row.layer or ".", row.direction, *_shapes(row.problem), *_figures(row)))
@@ -181,7 +193,7 @@ def text(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([*table, "", *_summary(rows)])
+    return "\n".join([*table, "", *_summary(rows, kept)])
 
 
 def _shapes(problem: Problem) -> tuple[str, str]:
@@ -196,18 +208,23 @@ def _shapes(problem: Problem) -> tuple[str, str]:
 def _figures(row: Row) -> tuple[str, str, str, str]:
     record = row.record
     if record is None:
-        able = row.result is None or len(row.result.failed) < len(rivals(row.problem.device))
-        return f"aten ({'not measured' if able else 'only candidate'})", "", "", ""
+        failed = {} if row.result is None else row.result.failed
+        if len(failed) == len(rivals(row.problem.device)):
+            return "aten (only candidate)", "", "", ""
+        pinned = "aten" if is_passed_over(row.problem) else pinned_engine(row.problem)
+        return f"{'aten' if pinned in failed else pinned} (not measured)", "", "", ""
     name = record.engine
     if record.kernel is not None:
         name += " " + ",".join(f"{k}={int(v)}" for k, v in record.kernel["config"].items())
+    if name != "aten" and is_passed_over(row.problem):
+        name += " (torch.compile only)"
     if row.result is None:
         name += " (cached)"
     base, own = (f"{1e6 * s:.1f} µs" for s in (record.base_seconds, record.seconds))
     return name, base, own, f"{record.base_seconds / record.seconds:.2f}×"
 
 
-def _summary(rows: Sequence[Row]) -> list[str]:
+def _summary(rows: Sequence[Row], kept: bool) -> list[str]:
     records = [row.record for row in rows if row.record is not None]
     lines = []
     if records:
@@ -216,8 +233,16 @@ def _summary(rows: Sequence[Row]) -> list[str]:
         lines += [
             f"{won} of {len(rows)} cases have a faster engine than aten. Those measured, of one "
             f"training step: {1e3 * base:.3f} ms → {1e3 * own:.3f} ms ({base / own:.2f}×).",
-            f"kept in {cache_directory()}",
+            *([f"kept in {cache_directory()}"] if kept else []),
         ]
+        small = {row.layer or "." for row in rows if row.record and is_passed_over(row.problem)}
+        if small:
+            lines.append(
+                f"{len(small)} layer(s) get an input so small that nothing is looked up for it but "
+                "under torch.compile: aten computes them"
+            )
+        if chooser.current_mode() == "off":
+            lines.append("tuning is off (FUSEDSHAPE_TUNING): none of it is used")
     elif all(_figures(row)[0] == "aten (only candidate)" for row in rows):
         lines.append("aten is the only candidate, nothing to measure")
     left_out: dict[str, list[str]] = {}

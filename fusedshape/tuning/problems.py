@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fusedshape.activations import ACTIVATIONS
-from fusedshape.ops import dispatch
+from fusedshape.ops import dispatch, engine
 from fusedshape.ops.checks import Geometry
 from fusedshape.ops.engine import Before, Direction, LayerEngine, Problem, channel_dim
 from fusedshape.spec import ActSpec
 
 
 class Settings(NamedTuple):
-    """torch's switches that decide how fast "aten" is."""
+    """torch's switches that decide how fast "aten" is, and how exact, on a GPU; off on a CPU."""
 
     benchmark: bool
     deterministic: bool
@@ -42,6 +42,8 @@ def switches(dtype: torch.dtype, linear: bool) -> tuple[bool, bool, bool]:
 
 def settings(problem: Problem) -> Settings:
     """The switches as they are, for a problem."""
+    if problem.device != "cuda":
+        return Settings(benchmark=False, deterministic=False, tf32=False)
     return Settings(*switches(problem.dtype, len(problem.weight) == 2))
 
 
@@ -68,6 +70,16 @@ def size_of(problem: Problem) -> int:
     for n in problem.input[:-1]:
         rows *= n
     return rows
+
+
+def is_passed_over(problem: Problem) -> bool:
+    """Whether "auto" leaves a layer to "aten" without a look at what has been measured.
+
+    So it does with small inputs on a CPU. Under torch.compile it looks at all.
+    """
+    if problem.device != "cpu":
+        return False
+    return engine.only_aten("auto", empty_input(problem, torch.device("cpu")))
 
 
 def resized(problem: Problem, size: int) -> Problem:
@@ -107,15 +119,15 @@ class Operands(NamedTuple):
     before: Before
     dz: Tensor
 
-    def call(self, engine: LayerEngine, direction: Direction) -> Sequence[Tensor]:
+    def call(self, own: LayerEngine, direction: Direction) -> Sequence[Tensor]:
         """Let an engine compute one direction."""
         x, weight, bias, spec, geometry, before, dz = self
         if direction == "fprop":
-            return [engine.fprop_act(x, weight, bias, spec, geometry, before.kernels)]
+            return [own.fprop_act(x, weight, bias, spec, geometry, before.kernels)]
         if direction == "wgrad":
-            return [engine.wgrad(dz, x, weight, geometry)]
+            return [own.wgrad(dz, x, weight, geometry)]
         chained = before if direction == "dgrad_act" else None
-        found = engine.dgrad(dz, weight, x, geometry, chained)
+        found = own.dgrad(dz, weight, x, geometry, chained)
         return [t for t in found if t is not None]
 
 
