@@ -98,9 +98,12 @@ class _Shaped:
     def reset_parameters(self) -> None:
         """Draw weights as the constants assume them: scaled uniform orthogonal, biases zero.
 
-        Convolutions take the Delta form, but for even kernels, which have no centre.
+        Convolutions take the Delta form, but for even kernels, which have no centre. As in torch,
+        nothing is drawn on the meta device: call it again after ``to_empty``.
         """
-        assert isinstance(self, nn.Module)
+        assert isinstance(self, (nn.Linear, nn.modules.conv._ConvNd))
+        if self.weight.is_meta:
+            return
         even = any(k % 2 == 0 for k in getattr(self, "kernel_size", ()))
         init_module_(self, "suo_full" if even else "suo")
 

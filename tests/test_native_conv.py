@@ -996,6 +996,29 @@ def test_fullgraph_compile(dynamic: bool) -> None:
             torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5 * w.abs().amax().item())
 
 
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_compile_with_every_size_dynamic(kind: str) -> None:
+    """Where Dynamo makes an input of each number that is not written in the code it traces."""
+    torch._dynamo.reset()
+    weights = [(draw(32, 32, seed=i) / 6).requires_grad_() for i in range(3)]
+
+    def stack(x: Tensor) -> Tensor:
+        for w in weights:
+            if kind == "linear":
+                x = linear_act(x, w, None, LEAKY, engine="native")
+            else:
+                x = conv_act(x, w[..., None, None], None, SWISH, engine="native")
+        return x
+
+    compiled = torch.compile(stack, dynamic=True, fullgraph=True, backend="aot_eager")
+    for batch in (4, 6):
+        x = draw(batch, 32) if kind == "linear" else last(draw(batch, 32, 7, 6))
+        for g, w in zip(
+            *(torch.autograd.grad(f(x).sum(), weights) for f in (compiled, stack)), strict=True
+        ):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5 * w.abs().amax().item())
+
+
 @pytest.mark.slow
 def test_inductor_keeps_layouts() -> None:
     """Between operations of its own, which it may lay out as it likes."""

@@ -90,6 +90,17 @@ def test_weights_start_as_the_constants_assume() -> None:
     assert conv.weight.count_nonzero() == centre.count_nonzero()
 
 
+def test_made_on_the_meta_device() -> None:
+    """As what is too large to be made twice; weights are drawn once there is memory."""
+    with torch.device("meta"):
+        conv = ShapedConv2d(16, 32, 3, spec=SPEC)
+    assert conv.weight.is_meta
+    conv.to_empty(device="cpu")
+    conv.reset_parameters()
+    centre = conv.weight.detach()[:, :, 1, 1].double()
+    torch.testing.assert_close(centre.T @ centre, 2 * torch.eye(16).double(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("container", [nn.Sequential, ShapedChain])
 def test_a_net_trains(container: type[nn.Sequential], compiled: bool) -> None:

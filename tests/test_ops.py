@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import BACKENDS, INTERPRET, SPECS, assert_as_good_as, shaped
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fusedshape import ActSpec, native, reference
@@ -455,6 +455,53 @@ def test_func_transforms_within_compile(op: str, spec: ActSpec) -> None:
     torch.testing.assert_close(each.sum(0), want[0])
 
 
+@pytest.mark.parametrize("batched", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
+@pytest.mark.parametrize("op", TRANSFORMED)
+def test_several_gradients_at_once(op: str, spec: ActSpec, batched: str) -> None:
+    """As vectorised Jacobians want them, of a graph that was made before."""
+    leaves = [leaf(2, 4, 3, 4), leaf(4, 4, 3, 3, seed=1), leaf(4, seed=2)]
+    y = TRANSFORMED[op](*leaves, spec)
+    grads = draw(3, *y.shape, seed=3)
+
+    def back(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+    if batched == "vmap":
+        got = torch.func.vmap(back)(grads)
+    else:
+        got = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for g, *each in zip(got, *map(back, grads), strict=True):
+        torch.testing.assert_close(g, torch.stack(each))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("op", TRANSFORMED)
+def test_exports_keep_gradients(op: str, strict: bool) -> None:
+    """Those made with gradients on are plain PyTorch; the others take the kernels."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(draw(4, 4, 3, 3, seed=1) / 6)
+            self.b = nn.Parameter(draw(4, seed=2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return TRANSFORMED[op](x, self.w, self.b, LEAKY)
+
+    net, x = Net(), draw(2, 4, 3, 4)
+    want = torch.autograd.grad(net(x).square().sum(), net.parameters(), allow_unused=True)
+    module = torch.export.export(net, (x,), strict=strict).module()
+    torch.testing.assert_close(module(x), net(x))
+    got = torch.autograd.grad(module(x).square().sum(), module.parameters(), allow_unused=True)
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        module = torch.export.export(net, (x,), strict=strict).module()
+        torch.testing.assert_close(module(x), net(x))
+    ours = [str(node.target) for node in module.graph.nodes if "fusedshape" in str(node.target)]
+    assert bool(ours) == native.available()
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_func_transforms_refuse_kernels_that_were_named(backend: str) -> None:
     x, b = draw(2, 3), draw(3)
@@ -501,8 +548,18 @@ def test_hooks_checkpoint_and_copies() -> None:
     assert copy.deepcopy(LEAKY) == LEAKY
 
 
-def test_writing_on_the_output_is_noticed() -> None:
-    y = shaped_act(leaf(3), LEAKY)
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: shaped_act(x, LEAKY),
+        lambda x: linear_act(x, torch.ones(16, 16), None, LEAKY),
+        lambda x: linear_act(x.unsqueeze(1), torch.ones(16, 16), None, LEAKY),
+    ],
+    ids=["activation", "matrix", "three dimensions"],
+)
+def test_writing_on_the_output_is_noticed(op: Callable[[Tensor], Tensor]) -> None:
+    """In backward, and with torch's message, whatever engine made the output."""
+    y = op(torch.ones(2048, 16, requires_grad=True))
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -636,6 +693,23 @@ BAD: list[tuple[type[Exception], str, Callable[[], object]]] = [
         TypeError,
         "weight has dtype torch.float64",
         lambda: conv_act(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 1, 1).double(), None, LEAKY),
+    ),
+    (
+        TypeError,
+        "x has layout torch._mkldnn; supported are dense",
+        lambda: linear_act(torch.eye(4).to_mkldnn(), torch.ones(3, 4), None, LEAKY),
+    ),
+    (
+        TypeError,
+        "weight has layout torch.sparse_coo; supported are dense",
+        lambda: linear_act(torch.eye(4), torch.eye(4).to_sparse(), None, LEAKY),
+    ),
+    (
+        TypeError,
+        "x is nested; supported are dense",
+        lambda: shaped_act(
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), LEAKY
+        ),
     ),
     (ValueError, "must be 5", lambda: linear_act(torch.ones(2, 4), torch.ones(3, 5), None, LEAKY)),
     (ValueError, "2 dimensions", lambda: linear_act(torch.ones(4), torch.ones(4), None, LEAKY)),

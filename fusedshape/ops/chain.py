@@ -20,6 +20,7 @@ from fusedshape.ops.checks import (
     conv_shape,
     match,
     node,
+    plain_backward,
     transformed,
 )
 from fusedshape.ops.dispatch import Backend, choose
@@ -234,7 +235,7 @@ class Chain(torch.autograd.Function):
         count = 2 * len(steps)
         params, saved = tensors[:count], list(tensors[count:])
         _, need_x, *need = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if plain_backward(grads[0]):
             return None, *_composed_grads(grads[0], steps, x, params, [need_x, *need])
         if not torch.compiler.is_compiling():
             ctx.maybe_clear_saved_tensors()
@@ -292,12 +293,14 @@ def _composed_grads(
     params: Sequence[Tensor | None],
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and params that can be differentiated again."""
-    # Under other names, so that a tensor that stands for several arguments counts for each once.
-    names = [None if t is None else t.view_as(t) for t in (x, *params)]
-    first, *rest = names
-    assert first is not None
-    y = _composed(first, steps, rest)
+    """Gradients of x and params that can be differentiated again, by plain PyTorch."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Under other names, so that a tensor that stands for several counts for each once.
+        names = [None if t is None else t.view_as(t) for t in (x, *params)]
+        first, *rest = names
+        assert first is not None
+        y = _composed(first, steps, rest)
     wanted = [t for t, wants in zip(names, need, strict=True) if wants and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
     return tuple(next(found) if wants else None for wants in need)

@@ -25,24 +25,50 @@ _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is active, which Functions do not serve."""
+    """Whether plain PyTorch must serve: torch.func transforms, forward-mode AD, torch.export.
+
+    They look inside Functions, and an export keeps no backward of them: what it made would leave
+    out their gradients without a word. Without gradients it takes the kernels.
+    """
     # Dynamo guards the level because it is read here.
-    return _functorch() or forward_ad._current_level >= 0
+    return (
+        _functorch() or forward_ad._current_level >= 0 or (_exporting() and torch.is_grad_enabled())
+    )
 
 
 def _functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 # What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it. It
-# enters transforms while it traces, and compiles anew under others.
+# enters transforms while it traces, and compiles anew under others; torch 2.11 takes all that it
+# traces for an export.
 _functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def plain_backward(grad: Tensor) -> bool:
+    """Whether plain PyTorch must go back: to be differentiated again, or under vmap.
+
+    The vmap of ``torch.autograd.grad(..., is_grads_batched=True)`` is an older one, which has to be
+    asked for by itself.
+    """
+    if torch.is_grad_enabled() or transformed():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def check_tensor(op: str, name: str, x: Tensor) -> None:
-    """Raise TypeError unless x is a tensor of a supported dtype."""
+    """Raise TypeError unless x is a dense tensor of a supported dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "is nested" if x.is_nested else f"has layout {x.layout}"
+        raise TypeError(f"{op}: {name} {kind}; supported are dense tensors: convert it first")
     if x.dtype not in DTYPES:
         raise TypeError(
             f"{op}: {name} has dtype {x.dtype}; supported are float32, float64, bfloat16 and "

@@ -70,8 +70,9 @@ def conv_act(
         engine: who convolves. "aten" is torch, with a pass of the activation after it; "triton" on
             CUDA, and "native" on the CPU, are one kernel for both, for x in channels_last layout;
             "auto" is the fastest where that has been measured, else `pinned_engine`'s choice, and
-            "aten" where a backend is named. Under torch.func transforms "auto" and "aten" are plain
-            PyTorch, and the two others raise; second derivatives are torch's with every engine.
+            "aten" where a backend is named. Under torch.func transforms, and in torch.export unless
+            under torch.no_grad, "auto" and "aten" are plain PyTorch, and the two others raise;
+            second derivatives are torch's with every engine.
         residual: r, of the result's shape and dtype, in any layout; None for the plain layer.
         residual_weight: w, from 0 up to but not 1, needed with residual and refused without. At 0
             the residual takes no part: it gets no gradient, and its inf and nan do not count.

@@ -145,7 +145,7 @@ def choose(backend: str, x: Tensor) -> Kernels:
 
     Raises:
         ValueError: unknown backend, or one that does not serve x's device, or kernels named under
-            a torch.func transform.
+            a torch.func transform or an export.
         RuntimeError: the backend is not built or not installed.
     """
     if backend == "auto":
@@ -162,11 +162,11 @@ def choose(backend: str, x: Tensor) -> Kernels:
 
 
 def refuse_transforms(what: str, name: str) -> None:
-    """Raise where a torch.func transform or forward-mode AD is active and `name` means kernels."""
+    """Raise where `transformed` and `name` means kernels."""
     if name in schema.KERNEL_BACKENDS and transformed():
         raise ValueError(
-            f"{what} {name!r} cannot run under torch.func transforms or forward-mode AD; with "
-            f"{what}='auto' plain PyTorch serves them"
+            f"{what} {name!r} cannot run under torch.func transforms, forward-mode AD or, unless "
+            f"under torch.no_grad, torch.export; with {what}='auto' plain PyTorch serves them"
         )
 
 

@@ -309,7 +309,7 @@ class _Kernels:
         else:
             identity = _LEAKY, 1.0, 1 / own_weight(shortcut.weight), 0.0, 0.0, 1.0
             z = self._join(x, weight, None, geometry, shortcut, identity)
-        return _like_input(z, x, geometry)
+        return _like_input(z, x)
 
     def fprop_act(
         self,
@@ -326,7 +326,7 @@ class _Kernels:
             kernels.bias_act_(y, bias, spec, channel_dim(y, geometry))
             return y
         y = self._join(x, weight, bias, geometry, shortcut, spec.kernel_args)
-        return _like_input(y, x, geometry)
+        return _like_input(y, x)
 
     def _join(
         self,
@@ -354,7 +354,9 @@ class _Kernels:
         dz = _dense(dz, geometry)
         size = x.shape if geometry is not None else (dz.shape[0], weight.shape[1])
         if before is None:
-            epilogue = (*_IDENTITY, True, False)
+            # The op takes constants that it does not use. Were they kept in the module,
+            # torch.compile(dynamic=True) would make inputs of them, which no backward can have.
+            epilogue = (0, 0.0, 1.0, 0.0, 0.0, 1.0, True, False)
             operands: tuple[Tensor | None, Tensor | None] = None, None
         else:
             spec = before.spec
@@ -380,8 +382,6 @@ class _Kernels:
         return dx, sums, self.wgrad(dz, x, weight, geometry)
 
 
-# Constants for a dgrad without activation before it; the op takes them and does not use them.
-_IDENTITY = (0, 0.0, 1.0, 0.0, 0.0, 1.0)
 # With slope 1 the identity, for the kernels too.
 _LEAKY = get_activation("leaky_relu").id
 
@@ -397,8 +397,12 @@ def _dense(x: Tensor, geometry: Geometry | None) -> Tensor:
     return channels_last(x)
 
 
-def _like_input(y: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
-    return y if geometry is not None else y.view(*x.shape[:-1], y.shape[-1])
+def _like_input(y: Tensor, x: Tensor) -> Tensor:
+    # As torch's own product: a node that returns a view forbids to write on it, whoever needs it.
+    return y if y.ndim == x.ndim else _unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def channel_dim(x: Tensor, geometry: Geometry | None) -> int:
@@ -675,7 +679,7 @@ def asked_engine(engine: Engine, backend: str) -> str:
     Who names a backend wants its pass, and so, unless told otherwise, the engine that has one.
 
     Raises:
-        ValueError: kernels named under a torch.func transform.
+        ValueError: kernels named under a torch.func transform or an export.
     """
     dispatch.refuse_transforms("engine", engine)
     return "aten" if engine == "auto" and backend != "auto" else engine

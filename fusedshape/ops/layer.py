@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import reference
-from fusedshape.ops.checks import Geometry, node, transformed
+from fusedshape.ops.checks import Geometry, node, plain_backward, transformed
 from fusedshape.ops.dispatch import Kernels
 from fusedshape.ops.engine import (
     ATEN,
@@ -103,10 +103,10 @@ def product_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x ⋆ W, for a Function that keeps `engines` and `geometry` on `ctx`.
 
-    Under create_graph torch makes them, which can differentiate its own again.
+    Under create_graph and vmap torch makes them, which serves both.
     """
     need_x, need_weight = ctx.needs_input_grad[:2]
-    _, dgrad, wgrad = (ATEN, ATEN, ATEN) if torch.is_grad_enabled() else ctx.engines
+    _, dgrad, wgrad = (ATEN, ATEN, ATEN) if plain_backward(dz) else ctx.engines
     if need_x and need_weight and dgrad is wgrad:
         dx, _, dweight = dgrad.both(dz, weight, x, ctx.geometry, None)
         return dx, dweight

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fusedshape import reference
-from fusedshape.ops.checks import check_bias, check_spec, check_tensor, node, transformed
+from fusedshape.ops.checks import (
+    check_bias,
+    check_spec,
+    check_tensor,
+    node,
+    plain_backward,
+    transformed,
+)
 from fusedshape.ops.dispatch import Backend, Kernels, choose
 from fusedshape.spec import ActSpec
 
@@ -23,7 +30,8 @@ def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor
         x: floating tensor of any shape; its strides are kept where it is dense.
         spec: the constants.
         backend: "auto", or one of "reference", "native", "triton" to insist on it. Under torch.func
-            transforms "auto" is the reference, and the kernels raise.
+            transforms, and in torch.export unless under torch.no_grad, "auto" is the reference, and
+            the kernels raise.
 
     Returns:
         Tensor of x's shape and dtype.
@@ -120,10 +128,10 @@ def act_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x + b and of the bias, for a Function that called `remember`.
 
-    Under create_graph they are plain differentiable torch operations; otherwise one fused pass.
+    Under create_graph and vmap they are plain torch operations; otherwise one fused pass.
     """
     need_bias = ctx.needs_input_grad[bias_index]
-    if torch.is_grad_enabled():
+    if plain_backward(grad):
         dx = reference.act_grad(grad, saved, bias, ctx.spec, ctx.dim)
         dbias = reference.channel_sum(dx, ctx.dim) if need_bias else None
     else:
