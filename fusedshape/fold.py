@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import (
+    Slot,
     UntraceableError,
     is_number,
     is_plain,
     is_query,
     memory_roots,
+    required,
     take_over,
     tensor_args,
     trace,
+    write_out_of_place,
 )
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,7 +97,8 @@ def fold(model: nn.Module, *, keep_delta: bool = False) -> fx.GraphModule:
     both are off by 0.01.
 
     Args:
-        model: as `fusedshape.convert` leaves it, or built of `fusedshape.nn`.
+        model: as `fusedshape.convert` leaves it, or built of `fusedshape.nn`. Optional arguments of
+            its forward keep their defaults.
         keep_delta: add δ explicitly before zero-padded convolutions, which then keep their padding.
 
     Returns:
@@ -123,8 +125,7 @@ def fold(model: nn.Module, *, keep_delta: bool = False) -> fx.GraphModule:
     if is_plain(model) and not isinstance(model, ShapedChain):
         model = nn.Sequential(model).train(model.training)
     flat = fx.Graph()
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    flat.output(_inline(flat, model, "", [flat.placeholder(name) for name in names], {}))
+    flat.output(_inline(flat, model, "", list(map(flat.placeholder, required(model))), {}))
     _out_of_place(flat, model)
     return _Folding(model, flat, keep_delta).result()
 
@@ -142,8 +143,14 @@ def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any
         return value
     if is_plain(module) and not isinstance(module, PerLocationNorm):
         return _leaf(flat, module, path, args, kwargs)
+    nodes: list[fx.Node] = []
+    fx.map_arg((args, kwargs), nodes.append)
+    # A number that is not known yet is no tensor, so that then any call must do.
+    known = not any(map(is_number, nodes))
+    given = nodes if known else list(args)
+    call = (_slots(tuple(args)), _slots(kwargs)) if known else None
     try:
-        graph = trace(module)[-1]
+        graph = trace(module, call)[-1]
     except UntraceableError as error:
         raise ValueError(
             f"fold: {_name(path, module)} cannot be traced: {error}. Write that forward without, "
@@ -151,7 +158,6 @@ def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any
         ) from None
     prefix = f"{path}." if path else ""
     values: dict[fx.Node, Any] = {}
-    given = list(args)
 
     def of(argument: Any) -> Any:
         return fx.map_arg(argument, lambda node: values[node])
@@ -171,6 +177,15 @@ def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any
         else:
             values[node] = flat.create_node(node.op, node.target, of(node.args), of(node.kwargs))
     raise AssertionError("a graph ends with its output")
+
+
+def _slots(tree: Any) -> Any:
+    """Arguments with a Slot for every node, in containers of the plain kinds."""
+    if isinstance(tree, (tuple, list)):
+        return (tuple if isinstance(tree, tuple) else list)(map(_slots, tree))
+    if isinstance(tree, dict):
+        return {key: _slots(value) for key, value in tree.items()}
+    return Slot() if isinstance(tree, fx.Node) else tree
 
 
 def _leaf(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any) -> fx.Node:
@@ -218,13 +233,7 @@ def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
                     "through a view of it; write it out of place"
                 )
         take_over(changed, node, order)
-        if flagged and called:
-            node.kwargs = {**node.kwargs, "inplace": False}
-        elif in_place and node.op == "call_method":
-            node.target = name.removesuffix("_")
-        elif in_place:
-            home = F if hasattr(F, name.removesuffix("_")) else torch
-            node.target = operator.add if name == "iadd" else getattr(home, name.removesuffix("_"))
+        write_out_of_place(node)
 
 
 @dataclass(frozen=True)

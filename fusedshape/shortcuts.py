@@ -285,7 +285,8 @@ class _Plan:
         self, module: nn.Module, path: str, found: _Sum, w: float, names: Iterator[str]
     ) -> None:
         children = self.children.setdefault(module, {})
-        fork = found.fork if found.in_order[0] is found.fork else None
+        shortcut = self._past_identities(module, found.in_order[0])
+        fork = found.fork if shortcut is found.fork else None
         active = fork is not None and (
             fork.op == "placeholder" or self._is_activation(module, fork)
         )
@@ -319,7 +320,7 @@ class _Plan:
         """Tell the shortcut from the branch."""
         depths = [self._depth(owner, found.fork, operand) for operand in found.operands]
         keys = [
-            (depth, operand is not found.fork)
+            (depth, self._past_identities(owner, operand) is not found.fork)
             for depth, operand in zip(depths, found.operands, strict=True)
         ]
         if keys[0] == keys[1]:
@@ -330,6 +331,12 @@ class _Plan:
                 "out by filter_fn"
             )
         found.shortcut = keys.index(min(keys))
+
+    def _past_identities(self, owner: nn.Module, node: fx.Node) -> fx.Node:
+        """What a value is called before nn.Identity passes it on."""
+        while type(self.calls.called(owner, node)) is nn.Identity:
+            (node,) = node.all_input_nodes
+        return node
 
     def _depth(self, owner: nn.Module, fork: fx.Node | None, end: fx.Node) -> int:
         """Nonlinear layers on the longest path from a fork (None: any input) to a node."""

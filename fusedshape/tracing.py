@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 import linecache
+import operator
 import random
 import textwrap
 import types
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -79,7 +81,7 @@ class _Value(fx.Proxy):
         assert asker is not None
         module = str(asker.f_globals.get("__name__")).partition(".")[0]
         if module not in ("torch", "abc") and _asks_for_types(asker.f_code):
-            if isinstance(self.tracer, _Reader) and self.tracer.is_tensor(self.node):
+            if isinstance(self.tracer, _OneCall) and self.tracer.is_tensor(self.node):
                 return torch.Tensor
             raise UntraceableError("it asks for the type of a value (isinstance)")
         return _Value
@@ -192,11 +194,13 @@ def _untraceable() -> Iterator[None]:
         raise UntraceableError(f"{type(error).__name__}: {line}") from error
 
 
-def trace(module: nn.Module) -> tuple[fx.Graph, ...]:
+def trace(module: nn.Module, call: tuple[Any, Any] | None = None) -> tuple[fx.Graph, ...]:
     """Graphs of a module's forward: training's and evaluation's, or one where they agree.
 
     Args:
         module: the module; its children are leaves (`call_module` nodes).
+        call: the arguments and keyword arguments of the one call that matters, with a `Slot` for
+            every tensor, for which the graphs have a placeholder each; by default any call will.
 
     Returns:
         One graph, or training's and evaluation's.
@@ -215,6 +219,8 @@ def trace(module: nn.Module) -> tuple[fx.Graph, ...]:
     if "forward" in vars(module):
         raise UntraceableError("its forward is set on the instance")
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if call is not None:
+            break
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise UntraceableError(f"its forward takes *{parameter.name}")
         if parameter.default is not parameter.empty:
@@ -227,7 +233,8 @@ def trace(module: nn.Module) -> tuple[fx.Graph, ...]:
         module.training = training
         try:
             with _untraceable(), _undisturbed(module):
-                graphs.append(_Tracer(module).trace(module))
+                tracer = _Tracer(module) if call is None else _OneCall(module, *call)
+                graphs.append(tracer.trace(module))
         finally:
             module.training = mode
     for graph in graphs:
@@ -256,17 +263,12 @@ class Reading:
     constants: dict[str, torch.Tensor]
 
 
-class _Reader(_Tracer):
-    """Follows one call: only the slots are symbols, and all else is what it is."""
+class _OneCall(_Tracer):
+    """Traces one call: of its arguments only the slots are symbols, and all else is what it is."""
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         super().__init__(module)
         self.call = args, kwargs
-        self.names = {m: name for name, m in module.named_modules()}
-        self.modules: dict[fx.Node, nn.Module] = {}
-        self.constants: dict[str, torch.Tensor] = {}
-        self.copies: dict[torch.Tensor, torch.Tensor] = {}
-        self.originals: dict[torch.Tensor, torch.Tensor] = {}
 
     def create_args_for_root(self, root_fn: Any, *rest: Any) -> tuple[Any, list[Any]]:
         def given(leaf: Any) -> Any:
@@ -278,6 +280,28 @@ class _Reader(_Tracer):
         names: list[str] = []
         args, kwargs = pytree.tree_map(given, self.call)
         return lambda: root_fn(self.root, *args, **kwargs), []
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        node = obj.node
+        parts = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+        if str(getattr(node.target, "__name__", node.target)) == "chunk" and isinstance(parts, int):
+            return (obj[i] for i in range(parts))
+        return super().iter(obj)
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        return not is_number(node)
+
+
+class _Reader(_OneCall):
+    """Follows one call; what does not come from a slot is computed."""
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        super().__init__(module, args, kwargs)
+        self.names = {m: name for name, m in module.named_modules()}
+        self.modules: dict[fx.Node, nn.Module] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.copies: dict[torch.Tensor, torch.Tensor] = {}
+        self.originals: dict[torch.Tensor, torch.Tensor] = {}
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
         if not isinstance(attr_val, torch.Tensor):
@@ -305,16 +329,6 @@ class _Reader(_Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         return fx.Tracer.create_node(self, *args, **kwargs)
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        node = obj.node
-        parts = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
-        if str(getattr(node.target, "__name__", node.target)) == "chunk" and isinstance(parts, int):
-            return (obj[i] for i in range(parts))
-        return super().iter(obj)
-
-    def is_tensor(self, node: fx.Node) -> bool:
-        return not is_number(node)
 
 
 def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
@@ -349,12 +363,58 @@ def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
         module.training = mode
 
 
+def required(model: nn.Module) -> list[str]:
+    """Names of the tensors that a forward cannot do without."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in fixed and p.default is p.empty]
+    return names or [p.name for p in parameters[:1]] or ["input"]
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether torch or this library wrote the module's forward, and its children are no matter."""
     forward = inspect.unwrap(type(module).forward)
     if forward is nn.Sequential.forward:
         return False
     return str(getattr(forward, "__module__", "")).startswith(("torch.nn.", "fusedshape.nn"))
+
+
+def behind_norm(norm: nn.Module) -> tuple[str, ...] | None:
+    """Names of the children that a BatchNorm calls in a row on what it has normalised.
+
+    None if its forward does more than that, or cannot be traced.
+    """
+    if is_plain(norm):
+        return ()
+    try:
+        found = {_row_behind_norm(graph) for graph in trace(norm)}
+    except UntraceableError:
+        return None
+    row = found.pop()
+    whole = not found and row is not None and sorted(row) == sorted(norm._modules)
+    return row if whole else None
+
+
+def _row_behind_norm(graph: fx.Graph) -> tuple[str, ...] | None:
+    norms = graph.find_nodes(op="call_function", target=F.batch_norm)
+    inputs = graph.find_nodes(op="placeholder")
+    if len(norms) != 1 or len(inputs) != 1:
+        return None
+    before, node = inputs[0], norms[0]
+    if any(user is not node and not is_query(user) for user in before.users):
+        return None
+    if node.args[:1] != (before,) or tensor_args(node).count(before) != 1:
+        return None
+    names: list[str] = []
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "output" and user.args == (node,):
+            return tuple(names)
+        if user.op != "call_module" or user.args != (node,) or user.kwargs:
+            return None
+        names.append(str(user.target))
+        node = user
+    return None
 
 
 def tensor_args(node: fx.Node) -> list[fx.Node]:
@@ -372,8 +432,17 @@ def is_query(node: fx.Node) -> bool:
 
 def is_number(node: fx.Node) -> bool:
     """Whether a node's value comes from such questions alone."""
-    inputs = node.all_input_nodes
-    return is_query(node) or (bool(inputs) and all(map(is_number, inputs)))
+    stack = [node]
+    seen = {node}
+    while stack:
+        node = stack.pop()
+        inputs = [] if node.op == "call_module" else node.all_input_nodes
+        if not is_query(node):
+            if not inputs:
+                return False
+            stack += [i for i in inputs if i not in seen]
+            seen.update(inputs)
+    return True
 
 
 def memory_roots(
@@ -385,6 +454,10 @@ def memory_roots(
         name = getattr(node.target, "__name__", node.target)
         function = node.op in ("call_method", "call_function")
         alias = function and (name in _ALIASES or str(name).endswith("_")) and not is_query(node)
+        if inspect.isfunction(node.target):
+            home = str(node.target.__module__).partition(".")[0]
+            # Those of torch.fx.wrap may return what they are given.
+            alias = alias or home not in ("torch", "fusedshape")
         if node.op == "call_module":
             alias = isinstance(_child(owner, str(node.target)), _ALIAS_MODULES)
         args = node.all_input_nodes
@@ -396,6 +469,19 @@ def memory_roots(
 def take_over(changed: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> None:
     """Let what uses `changed` after `node`, which changes it in place, use that node's result."""
     changed.replace_all_uses_with(node, lambda user: order[user] > order[node])
+
+
+def write_out_of_place(node: fx.Node) -> None:
+    """Let a function or method that changes its input in place make a new tensor."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif node.op == "call_method":
+        node.target = name.removesuffix("_")
+    elif node.op == "call_function":
+        home = F if hasattr(F, name.removesuffix("_")) else torch
+        plain = operator.add if name == "iadd" else getattr(home, name.removesuffix("_"))
+        node.target = plain
 
 
 def _child(owner: nn.Module, name: str) -> nn.Module | None:

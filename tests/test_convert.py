@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
-from zoo import AssertsShapes
+from zoo import AssertsShapes, NormAct, NormActBlock
 
 from fusedshape import ActSpec, reference, theory
 from fusedshape.convert import Report, convert
@@ -32,6 +32,7 @@ from fusedshape.nn import (
     ShapedConv2d,
     ShapedLinear,
 )
+from fusedshape.shortcuts import reweight_shortcuts
 
 SPEC = shaped("softplus")
 
@@ -46,7 +47,7 @@ class Truth(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            return args[0]
+            return args[0].clone()  # what may be changed in place
         name = getattr(func, "__name__", "")
         if name not in ("relu", "relu_"):
             return func(*args, **kwargs)
@@ -1028,6 +1029,47 @@ def test_notes_activations_of_activations() -> None:
     assert not any("drifts" in note for note in convert(mixed, clamp=True, dry_run=True).notes)
 
 
+def test_layer_scales_are_named_where_sums_are_off() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(6, 6), nn.Parameter(1e-3 * torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale * F.relu(self.layer(x))
+
+    net = nn.Sequential(nn.Linear(6, 6), Scaled())
+    reweight_shortcuts(net, 0.8)
+    with pytest.raises(ValueError, match=r"its present value, 0.001, was read: .* set it to 1"):
+        convert(net, clamp=True)
+    nn.init.ones_(net[1].scale)
+    assert convert(net, clamp=True).depth == 1
+
+
+class AddsActivations(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(512, 512), nn.Linear(512, 512)
+        self.add = NormalizedSum.shortcut(0.6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.add(x, F.relu(self.second(x)))
+
+
+def test_notes_sums_of_activations() -> None:
+    net = nn.Sequential(AddsActivations(), nn.Linear(512, 512))
+    (note,) = convert(net, clamp=True, generator=torch.Generator().manual_seed(0)).notes
+    assert note.startswith("the sum '0.add' adds activations' outputs, whose means (0.318 of")
+    growth = float(note.partition("grows there, ")[2].partition(" times")[0])
+    with torch.no_grad():
+        measured = net[0](torch.randn(256, 512)).square().mean().item()
+    assert growth == pytest.approx(1 + 2 * 0.48 / torch.pi, rel=1e-2)
+    assert measured == pytest.approx(growth, rel=0.1)
+    net = nn.Sequential(AddsActivations(), nn.Linear(512, 512))
+    assert not convert(net, method="DKS", activation="tanh").notes
+
+
 def test_untraceable_without_functional_calls_is_fine() -> None:
     report = convert(Opaque(), spec=SPEC)
     assert "not traced" in report.skipped[0].note
@@ -1094,11 +1136,118 @@ class NormAndAct(nn.BatchNorm1d):
 
 def test_refuses_to_strip_what_does_more_than_normalise() -> None:
     net = nn.Sequential(nn.Linear(6, 6), NormAndAct(6), nn.ReLU())
-    with pytest.raises(ValueError, match="'1' is a NormAndAct, a BatchNorm with a forward of its"):
+    with pytest.raises(ValueError, match="'1' is a NormAndAct, a BatchNorm whose own forward"):
         convert(net, spec=SPEC, strip_batchnorm=True)
     wiring = theory.trace_wiring(net, strip_batchnorm=True)
     assert wiring.depth == 2
     assert "'1:batch_norm' cannot be read" in wiring.problems[0]
+
+
+def test_strips_batchnorm_that_activates() -> None:
+    net = nn.Sequential(conv(3, 6), NormAct(6), NormActBlock(6), nn.Conv2d(6, 6, 1), NormAct(6))
+    report = check(net, IMAGE)
+    assert (report.counts["stripped"], report.counts["fused"], report.counts["shaped"]) == (5, 3, 1)
+    wiring = theory.trace_wiring(net, strip_batchnorm=True)
+    assert wiring.depth == 4
+    assert next(node.path for node in wiring.nodes if node.op == "nonlinear") == "1.act"
+
+
+@torch.fx.wrap
+def sometimes(x: Tensor, training: bool) -> Tensor:
+    """What a trace does not look into."""
+    return 2 * x if training else x
+
+
+class AddsToItsActivation(nn.Module):
+    """A residual block that ends with its activation, to which the shortcut is added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Sequential(conv(6, 6), nn.ReLU(inplace=True)))
+        self.drop = nn.Dropout(0.5, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = sometimes(self.drop(self.block(x)), self.training)
+        y += x
+        return y.mul_(0.5)
+
+
+class ScaledAct(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(F.relu(x), 0.5, self.training, inplace=True).mul_(1.5)
+
+
+def test_what_changes_an_activation_in_place_works_out_of_place() -> None:
+    blocks = nn.Sequential(AddsToItsActivation(), conv(6, 6), ScaledAct(), AddsToItsActivation())
+    head = nn.Sequential(conv(6, 6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5, inplace=True))
+    drop = nn.Dropout2d(0.5, inplace=True)  # what it changes, backward does not need
+    net = nn.Sequential(conv(3, 6), drop, *blocks, *head, nn.Linear(384, 3))
+    report = check(net, IMAGE)
+    assert "add_ out of place, as what it changed is needed" in str(report)
+    out_of_place = [c.path for c in report.changes if c.now.endswith("out of place")]
+    assert out_of_place == ["2.drop", "5.drop", "9"]
+    convert(net, spec=ActSpec("swish"))
+    assert net[2].drop.inplace  # whose φ′ comes from its input
+    assert type(net[2]) is AddsToItsActivation
+
+
+class SeesTheChange(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        y.view(-1).mul_(2)
+        return y
+
+
+def test_refuses_changes_in_place_of_activations_that_are_seen() -> None:
+    with pytest.raises(ValueError, match=r"changes in place \(mul_\) a tensor that is used again"):
+        convert(nn.Sequential(nn.Linear(6, 6), SeesTheChange()), spec=SPEC)
+
+
+def test_strips_batchnorm_that_activates_with_what_others_use() -> None:
+    act, other = nn.ReLU(inplace=True), nn.SiLU(inplace=True)
+    net = nn.Sequential(conv(3, 6), NormAct(6, act), nn.AvgPool2d(2), act)
+    net += nn.Sequential(conv(6, 6), NormAct(6, other))
+    report = check(net, IMAGE)
+    assert (report.counts["fused"], report.counts["shaped"]) == (0, 1)
+    # What the norm's copy would have kept apart.
+    net = nn.Sequential(conv(3, 6), nn.ReLU(), NormAct(6, other), NormAct(6, nn.Identity()))
+    report = check(nn.Sequential(net, nn.Hardtanh(inplace=True)), IMAGE)
+    assert [c.path for c in report.changes if c.now.endswith("out of place")] == ["0.2.act", "1"]
+    first = nn.Sequential(conv(3, 6), nn.ReLU())
+    check(nn.Sequential(first, NormAct(6, nn.SiLU(inplace=True))), IMAGE)
+
+
+def test_normalisations_that_do_more_are_not_said_to_be_nothing() -> None:
+    norm = nn.GroupNorm(2, 6)
+    norm.act = nn.ReLU()
+    with pytest.raises(ValueError, match="Replace it by its act"):
+        convert(nn.Sequential(conv(3, 6), norm), spec=SPEC)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, 6, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_standardised_weights_are_refused_for_what_they_are() -> None:
+    with pytest.raises(ValueError, match=r"'0' \(Standardised\) standardises its weights"):
+        convert(nn.Sequential(Standardised(3, 6, 3), nn.ReLU()), spec=SPEC)
+
+
+def test_gates_are_not_proposed_as_activations() -> None:
+    with pytest.raises(ValueError, match=r"nn.Sigmoid: pass replace=\[nn.SiLU\]"):
+        convert(nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Sigmoid()), spec=SPEC)
+
+
+class OwnGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+def test_functions_are_proposed_as_activations() -> None:
+    with pytest.raises(ValueError, match=r"there are nn.GELU: pass replace=\[nn.GELU\]"):
+        convert(nn.Sequential(nn.Linear(6, 6), OwnGelu()), spec=SPEC)
 
 
 class InPlaceAfterNorm(nn.Module):
@@ -1112,9 +1261,9 @@ class InPlaceAfterNorm(nn.Module):
         return F.relu(self.fc(y)) + x
 
 
-def test_refuses_to_strip_where_the_norm_made_the_copy() -> None:
-    with pytest.raises(ValueError, match="out of place"):
-        convert(InPlaceAfterNorm(), spec=SPEC, strip_batchnorm=True)
+def test_strips_where_the_norm_made_the_copy() -> None:
+    report = check(InPlaceAfterNorm(), ROW)
+    assert "add_ out of place" in str(report)
 
 
 class Held(nn.Module):

@@ -371,6 +371,40 @@ def test_finds_a_sum_that_is_not_normalised() -> None:
     assert found.agrees, found.verdict
 
 
+class Blur(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("filter", (taps[:, None] * taps).expand(1, 1, 3, 3).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.filter.expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(x, weight, padding=1, stride=2, groups=x.shape[1])
+
+
+def test_fixed_averages_are_pools_and_no_weights() -> None:
+    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), Blur(), nn.Conv2d(64, 64, 1), nn.ReLU()]
+    found = diagnose(converted(nn.Sequential(*layers), depth=20), torch.randn(16, 64, 8, 8))
+    assert found.agrees, found.verdict
+    assert [row.op for row in found.layers if row.path == "2"] == ["pool"]
+
+
+class ActivatesTheSum(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("weight", [0.6, 0.9])
+def test_finds_activated_sums_by_what_they_do_together(weight: float) -> None:
+    # No single step is further off than its width explains.
+    net = nn.Sequential(nn.Linear(128, 128), *(ActivatesTheSum(128) for _ in range(6)))
+    reweight_shortcuts(net, weight)
+    found = diagnose(converted(net, depth=20), torch.randn(64, 128))
+    assert_finds(found, "activated sum", "2.shaped_0")
+    assert "5 such step(s) changed q by a factor of" in found.findings[0].text
+    assert len(found.findings) == 1
+
+
 class Joined(nn.Module):
     """Two layers, and a shortcut that joins before the second activation."""
 

@@ -313,6 +313,55 @@ def test_branches(spec: ActSpec, other: ActSpec) -> None:
     assert_stock(folded)
 
 
+class Head(nn.Module):
+    """Has optional arguments, and takes one tensor or several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.last = ShapedLinear(8, 4, spec=SPEC), nn.Linear(4, 3)
+
+    def forward(self, features: list[Tensor] | Tensor, plain: bool = False) -> Tensor:
+        features = [features] if isinstance(features, Tensor) else features
+        x = self.mix(torch.cat([*features], 1))
+        return x if plain else self.last(x)
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = ShapedLinear(4, 4, spec=SPEC), Head()
+
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        a = self.first(x)
+        features = [a]
+        features.append(self.first(a))
+        plain = self.head(torch.cat(features, 1), plain=True)
+        return plain if twice else plain[:, :3] + self.head(features)
+
+
+def test_every_call_is_folded_as_it_is_made() -> None:
+    net = randomised(Headed())
+    folded = fold(net)
+    x = rand(5, 4)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-12, atol=1e-12)
+    assert_stock(folded)
+
+
+class Adds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = ShapedLinear(2, 2, spec=TRELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * self.layer(x)
+
+
+def test_long_residual_networks() -> None:
+    net = randomised(nn.Sequential(*(Adds() for _ in range(600))))
+    x = rand(3, 2)
+    torch.testing.assert_close(fold(net)(x), net(x), rtol=1e-9, atol=1e-9)
+
+
 class Wild(nn.Module):
     """A random network: every step applies something to values made before."""
 

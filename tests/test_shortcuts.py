@@ -183,6 +183,24 @@ def test_no_skips_at_all(kind: type[nn.Module], drop: bool) -> None:
     assert all((p.grad is None) == n.startswith(projection) for n, p in net.named_parameters())
 
 
+class PassedOn(nn.Module):
+    """A branch without activation, and a shortcut that an identity passes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(x) + self.layer(x)
+
+
+def test_a_shortcut_may_pass_an_identity() -> None:
+    net, x = PassedOn().double(), rand(3, 4)
+    want = 0.8 * x + 0.6 * net.layer(x)
+    assert reweight_shortcuts(net, 0.8).changes[0].now == "0.8·scale + 0.6·layer"
+    torch.testing.assert_close(net(x), want)
+
+
 class Odd(nn.Module):
     """Holds a forward given from outside, and layers for it."""
 

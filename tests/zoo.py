@@ -214,6 +214,35 @@ class Mixer(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm that activates, too, as image models have it."""
+
+    def __init__(self, width: int, act: nn.Module | None = None) -> None:
+        super().__init__(width)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True) if act is None else act
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "needs images")
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean, self.running_var
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum)
+        return self.act(self.drop(x))
+
+
+class NormActBlock(nn.Module):
+    """A residual block that normalises and activates first, in place, and uses its input again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = NormAct(width), conv(width, width)
+        self.norm2, self.conv2 = NormAct(width), conv(width, width)
+        self.norm3 = NormAct(width, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm3(self.conv2(self.norm2(self.conv1(self.norm1(x))))) + x
+
+
 class AssertsShapes(nn.Module):
     """Demands a shape. Here, because pytest writes the assertions of its test files anew."""
 

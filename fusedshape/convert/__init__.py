@@ -8,6 +8,7 @@ its `apply` is the only place that touches the model.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -27,11 +28,12 @@ from fusedshape.nn import ShapedActivation, ShapedChain
 from fusedshape.ops.dispatch import Backend, why_not
 from fusedshape.rewriting import Rewritten
 from fusedshape.spec import ActSpec
-from fusedshape.tracing import is_plain
+from fusedshape.tracing import behind_norm
 
 __all__ = ["Change", "Report", "convert"]
 
 _SHAPED = (ShapedActivation, ShapedChain, *TWINS.values())
+_GROWTH = 1.05  # of q in one sum, from which on it is worth a word
 _METHODS = ("TAT", "DKS", "EOC")
 # By name, because importing torch._dynamo takes seconds.
 _WRAPPERS = {
@@ -79,6 +81,9 @@ def convert(
     * Every linear and convolution layer is initialised as the constants assume, trained ones and
       frozen ones too: load weights afterwards, or pass ``init=None``.
 
+    * What changes an activation's output in place (``y += x``, ``nn.Dropout(inplace=True)``), which
+      backward may need, works out of place afterwards, and is refused where that would be seen.
+
     Parameters stay the same objects under the same state_dict keys, and devices, dtypes, modes and
     requires_grad what they were. Convert before wrapping or compiling the model. If anything
     raises, the model is as it was. A model is converted once; parts of one can be converted one
@@ -104,8 +109,9 @@ def convert(
         replace: the classes to replace, with their functional forms; none that has parameters.
         filter_fn: called with each activation module and its qualified name, and for functional
             calls with the module that makes them; False leaves it alone.
-        strip_batchnorm: replace BatchNorm by nn.Identity. Its state_dict keys vanish, and layers
-            made without a bias stay without.
+        strip_batchnorm: replace BatchNorm by nn.Identity, or by what its own forward calls on what
+            it has normalised. Its state_dict keys vanish, and layers made without a bias stay
+            without.
         on_untraceable: what to do about a module whose forward may call such an activation but
             cannot be traced faithfully (it branches on values or shapes, takes optional arguments,
             draws random numbers, keeps state, switches gradients or autocast): "error", or
@@ -145,16 +151,15 @@ def convert(
         reason = None if backend == "auto" else why_not(backend, device)
         if reason is not None:
             raise reason
-    calls = Calls(model, tuple(replace), filter_fn)
+    calls = Calls(model, tuple(replace), filter_fn, _stripped(model))
     calls.check(strict=on_untraceable == "error")
-    stripped = frozenset(m for m in model.modules() if isinstance(m, _BatchNorm))
-    calls.check_stripped(stripped)
-    fusion = Fusion(calls, fuse, stripped)
+    fusion = Fusion(calls, fuse)
     wired = theory.trace_wiring(model, strip_batchnorm=strip_batchnorm)
     constants = _constants(
         method, activation, depth, subnet_max, zeta, eta, tau, clamp, sigma_b, spec, wired
     )
-    constants = dataclasses.replace(constants, notes=constants.notes + _drifts(wired))
+    more = _drifts(wired) + _grows(wired, constants.spec)
+    constants = dataclasses.replace(constants, notes=constants.notes + more)
     plan = Plan(calls, fusion, constants, init, backend, chain)
     if not dry_run:
         plan.apply(generator)
@@ -213,20 +218,32 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
     if isinstance(module, _BatchNorm) and not strip:
         raise ValueError(
             f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
-            "Pass strip_batchnorm=True to replace BatchNorm by nn.Identity, or build the model "
-            "without"
-        )
-    if isinstance(module, _BatchNorm) and not is_plain(module):
-        raise ValueError(
-            f"convert: {path!r} is a {kind}, a BatchNorm with a forward of its own, which may hold "
-            "an activation too; replace it by what it does besides normalising"
+            "Pass strip_batchnorm=True to take BatchNorm out, or build the model without"
         )
     look_alike = "batchnorm" in kind.lower() and not isinstance(module, _BatchNorm)
     if isinstance(module, (_InstanceNorm, nn.GroupNorm)) or look_alike:
+        inside = module._modules.keys()
+        rest = f"its {', '.join(inside)}" if inside else "nn.Identity()"
         raise ValueError(
             f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
-            "Replace it by nn.Identity() and convert again"
+            f"Replace it by {rest} and convert again"
         )
+
+
+def _stripped(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The normalisations to take out, and which of its children each calls in a row afterwards."""
+    found: dict[nn.Module, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            row = behind_norm(module)
+            if row is None:
+                raise ValueError(
+                    f"convert: {path!r} is a {type(module).__name__}, a BatchNorm whose own "
+                    "forward does more than call children on what it has normalised; replace it "
+                    "by what it does besides normalising"
+                )
+            found[module] = row
+    return found
 
 
 def _constants(
@@ -270,7 +287,10 @@ def _constants(
     notes: tuple[str, ...] = ()
     if not has_wiring:
         if wired.problems:
-            raise ValueError(f"convert: cannot read the model's wiring: {wired.problems[0]}")
+            problem = wired.problems[0]
+            learnt = [n for n in wired.notes if " learnt weight" in n and " is a sum " in problem]
+            hint = f". {learnt[0]}: it counts as a weight, so set it to 1 first" if learnt else ""
+            raise ValueError(f"convert: cannot read the model's wiring: {problem}{hint}")
         subnet_max, notes = wired, wired.notes
     elif counted is not None and depth not in (None, counted):
         notes = (f"depth={depth} was given; the model's longest path has {counted}",)
@@ -285,6 +305,31 @@ def _constants(
         clamp=clamp,
     )
     return Constants(name, solved, depth=counted if depth is None else depth, notes=notes)
+
+
+def _grows(wired: theory.Wiring, spec: ActSpec) -> tuple[str, ...]:
+    """A note on sums whose terms have means, which add up."""
+    carries: dict[int, bool] = {}
+    grown: list[tuple[str, float]] = []
+    mean = theory.c_map(spec, 0.0)
+    for i in wired.live:
+        node = wired.nodes[i]
+        carries[i] = node.op == "nonlinear" or (
+            node.op not in ("affine", "norm") and any(carries.get(j, False) for j in node.inputs)
+        )
+        if node.op == "sum":
+            w = [w for j, w in zip(node.inputs, node.weights, strict=True) if carries.get(j, False)]
+            growth = 1 + mean * (sum(w) ** 2 - math.fsum(v * v for v in w))
+            grown += [(node.path, growth)] * (growth > _GROWTH)
+    if not grown:
+        return ()
+    (path, factor), *rest = grown
+    more = f" and {len(rest)} more" if rest else ""
+    return (
+        f"the sum {path!r}{more} adds activations' outputs, whose means ({mean:.3g} of their q) do "
+        f"not average out, so that q grows there, {factor:.3g} times or more; end every branch in "
+        "a linear or convolution layer, or take DKS, whose means are 0",
+    )
 
 
 def _drifts(wired: theory.Wiring) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ FUNCTIONAL = {
     nn.Hardswish: "hardswish",
     nn.Hardsigmoid: "hardsigmoid",
 }
+_GATES = (nn.Sigmoid, nn.Hardsigmoid)
 _NORM_FUNCTIONS = (F.batch_norm, F.instance_norm, F.group_norm)
 
 
@@ -82,6 +83,7 @@ class Calls:
         opaque: the others, with the reason.
         unknown: modules that an opaque one may call in ways not known.
         calls: all known calls of each module, (owner, node).
+        stripped: the normalisations to take out, and what is called in a row in each one's place.
         sites: all known calls of activations to be replaced.
     """
 
@@ -90,8 +92,10 @@ class Calls:
         model: nn.Module,
         replace: tuple[type[nn.Module], ...],
         filter_fn: Callable[[str, nn.Module], bool] | None,
+        stripped: Mapping[nn.Module, tuple[str, ...]] | None = None,
     ) -> None:
         self.model = model
+        self.stripped = stripped or {}
         self.names: dict[nn.Module, str] = {m: n for n, m in model.named_modules()}
         self.filter_fn = filter_fn or (lambda name, module: True)
         self.kept: dict[nn.Module, bool] = {}
@@ -110,6 +114,9 @@ class Calls:
             has_forward = type(module).forward is not nn.Module.forward
             if not has_forward or is_plain(module) or module in self.acts:
                 continue
+            if module in self.stripped:
+                self.graphs[module] = (_row(self.stripped[module]),)
+                continue
             reason = rewriting.why_not(module)
             try:
                 self.graphs[module] = trace(module)
@@ -126,6 +133,9 @@ class Calls:
                     self.calls.setdefault(called, []).append((owner, node))
                 if called in self.acts or self._calls_function(owner, node):
                     self.sites.append(Site(owner, node, called))
+        self.by_graph: dict[fx.Graph, list[Site]] = {}
+        for site in self.sites:
+            self.by_graph.setdefault(site.node.graph, []).append(site)
 
     def called(self, owner: nn.Module, node: fx.Node) -> nn.Module | None:
         """The module that a node calls."""
@@ -190,39 +200,99 @@ class Calls:
         for owner, graphs in self.graphs.items():
             for node in (node for graph in graphs for node in graph.nodes):
                 if node.target in _NORM_FUNCTIONS:
+                    data = any(arg.op == "placeholder" for arg in _ancestors(node))
                     raise ValueError(
-                        f"convert: {self.describe(owner)} calls F.{node.name}; normalisation "
-                        "undoes what shaped activations set up, build the model without"
+                        f"convert: {self.describe(owner)} calls F.{node.target.__name__}; "
+                        "normalisation undoes what shaped activations set up, build the model "
+                        "without"
+                        if data
+                        else f"convert: {self.describe(owner)} standardises its weights "
+                        f"(F.{node.target.__name__}), so that it loses its inputs' mean, which "
+                        "shaped activations keep; make it a plain layer"
                     )
-        self._check_in_place()
+        self._check_in_place(
+            {
+                site.node: f"{self.describe(site.owner)} activates in place ({site.node.name})"
+                for site in self.sites
+                if site.in_place and site.owner not in self.stripped  # there, the norm's output
+            }
+        )
         if not self.sites and not self.acts:
-            kinds = dict.fromkeys(map(type, self.names))
-            known = (k for k in kinds if FUNCTIONAL.get(k, "") not in ("", *self.words))
-            others = ", ".join(f"nn.{kind.__name__}" for kind in known)
+            nodes = [n for graphs in self.graphs.values() for g in graphs for n in g.nodes]
+            calls = [n.target for n in nodes if n.op in ("call_function", "call_method")]
+            names = {str(getattr(target, "__name__", target)).rstrip("_") for target in calls}
+            present = {type(module) for module in self.names}
+            known = [k for k, word in FUNCTIONAL.items() if k in present or word in names]
+            others = {k: f"nn.{k.__name__}" for k in known if FUNCTIONAL[k] not in self.words}
+            # What is between 0 and 1 is a gate where there are other activations.
+            hidden = [name for kind, name in others.items() if kind not in _GATES]
+            wanted = ", ".join(hidden or others.values())
             raise ValueError(
                 "convert: found no activation to replace; looked for "
                 f"{self._forms()} (see the arguments replace and filter_fn)"
-                + (f"; there are {others}: pass replace=[{others}]" if others else "")
+                + (f"; there are {', '.join(others.values())}" if others else "")
+                + (f": pass replace=[{wanted}]" if others else "")
             )
 
-    def check_stripped(self, stripped: frozenset[nn.Module]) -> None:
-        """Raise where a normalisation's output is changed in place, and would be its input then."""
-        for norm in stripped:
-            for owner, node in self.calls.get(norm, []):
-                source = node.all_input_nodes[0]
-                fresh = isinstance(self.called(owner, source), (nn.Linear, _ConvNd))
+    def _writes(self, owner: nn.Module, node: fx.Node) -> bool:
+        """Whether a node changes its input in place."""
+        name = str(getattr(node.target, "__name__", node.target))
+        flagged = node.kwargs.get("inplace") or getattr(self.called(owner, node), "inplace", False)
+        return (name.endswith("_") and not name.endswith("__")) or bool(flagged)
+
+    def writers(self, saved: bool) -> dict[fx.Node, nn.Module]:
+        """What must no longer change its input in place, and in whose forward it stands.
+
+        What took a normalisation's output would change the input of that. Raises where the
+        difference would be seen.
+
+        Args:
+            saved: whether activations need their outputs for backward.
+        """
+        own = {site.node for site in self.sites}
+        stack = [(site.owner, site.node) for site in self.sites if saved]
+        for norm in self.stripped:
+            calls = self.calls.get(norm, [])
+            if not all(self._is_of_a_layer(*call) for call in calls):
+                rows = self.graphs.get(norm, ())
+                stack += [(norm, i) for row in rows for i in row.find_nodes(op="placeholder")]
+                stack += () if rows else calls
+        seen = {node for _, node in stack}
+        groups: dict[fx.Graph, dict[fx.Node, list[fx.Node]]] = {}
+        found: dict[fx.Node, nn.Module] = {}
+        while stack:
+            owner, start = stack.pop()
+            if start.graph not in groups:
+                groups[start.graph] = _groups(memory_roots(start.graph, owner, fresh=own))
+            more: list[tuple[nn.Module, fx.Node]] = []
+            for node in groups[start.graph].get(start, []):
                 for user in node.users:
-                    name = str(getattr(user.target, "__name__", user.target))
                     called = self.called(owner, user)
-                    changes = name.endswith("_") or bool(getattr(called, "inplace", False))
-                    if called in self.acts or self.is_functional(user) or not changes:
-                        continue
-                    if not fresh or len(source.users) > 1:
-                        raise ValueError(
-                            f"convert: {self.describe(owner)} changes the output of "
-                            f"{self.describe(norm)} in place ({user.name}), which without the "
-                            "BatchNorm is its input; write it out of place"
-                        )
+                    if user.op == "output":
+                        more += self.calls.get(owner, [])
+                    elif called is not None and called in self.graphs:
+                        for graph in self.graphs[called]:
+                            more += [(called, i) for i in graph.find_nodes(op="placeholder")]
+                    elif user not in own and tensor_args(user)[0] is node:
+                        found |= {user: owner} if self._writes(owner, user) else {}
+            stack += [(o, n) for o, n in more if n not in seen]
+            seen.update(n for _, n in more)
+        modules = {self.called(owner, node) for node, owner in found.items()} - {None}
+        found |= {n: o for module in modules if module is not None for o, n in self.calls[module]}
+        self._check_in_place(
+            {
+                node: f"{self.describe(owner)} changes in place ({node.name})"
+                for node, owner in found.items()
+                if owner not in self.stripped  # there, the norm's output
+            }
+        )
+        return found
+
+    def _is_of_a_layer(self, owner: nn.Module, node: fx.Node) -> bool:
+        """Whether a call takes a layer's output that nobody else takes."""
+        source = node.all_input_nodes[0]
+        is_layer = isinstance(self.called(owner, source), (nn.Linear, _ConvNd))
+        return is_layer and len(source.users) == 1
 
     def describe(self, module: nn.Module) -> str:
         """A module's name and class, for messages."""
@@ -232,32 +302,28 @@ class Calls:
     def _forms(self) -> str:
         return ", ".join(sorted(w for w in self.words if not w.endswith("_"))) or "modules only"
 
-    def _check_in_place(self) -> None:
-        """Raise if an in-place activation changes a tensor that is used again afterwards.
+    def _check_in_place(self, overwrites: dict[fx.Node, str]) -> None:
+        """Raise if what worked in place changes a tensor that is used again afterwards.
 
-        A shaped activation makes a new tensor, so the later use would see the old values.
+        It will make a new tensor, so the later use would see the old values.
         """
-        overwrites: dict[fx.Node, str] = {
-            site.node: f"{self.describe(site.owner)} activates in place ({site.node.name})"
-            for site in self.sites
-            if site.in_place
-        }
         # Parents after their children: a child that overwrites its input makes its call in place.
         for owner in sorted(self.graphs, key=lambda m: -self._height(m)):
             for graph in self.graphs[owner]:
                 roots = memory_roots(graph, owner, fresh=overwrites)
+                groups = _groups(roots)
                 order = {node: i for i, node in enumerate(graph.nodes)}
                 for node in graph.nodes:
                     if node not in overwrites:
                         continue
                     hit = {roots[a] for a in tensor_args(node)}
-                    for other, root in roots.items():
+                    for other in (other for root in hit for other in groups[root]):
                         later = [
                             u
                             for u in other.users
                             if order[u] > order[node] and not is_query(u) and other is not node
                         ]
-                        if root in hit and later:
+                        if later:
                             raise ValueError(
                                 f"convert: {overwrites[node]} a tensor that is used again "
                                 f"afterwards (by {later[0].name}), which would now see other "
@@ -269,6 +335,35 @@ class Calls:
 
     def _height(self, module: nn.Module) -> int:
         return self.names[module].count(".") + bool(self.names[module])
+
+
+def _groups(roots: dict[fx.Node, fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes that may share memory, by their root."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node, root in roots.items():
+        groups.setdefault(root, []).append(node)
+    return groups
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that a node is computed from."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        new = [arg for arg in stack.pop().all_input_nodes if arg not in found]
+        found.update(new)
+        stack += new
+    return found
+
+
+def _row(names: tuple[str, ...]) -> fx.Graph:
+    """A forward that calls children one after the other."""
+    graph = fx.Graph()
+    value = graph.placeholder("x")
+    for name in names:
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    return graph
 
 
 def _is_one_of(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:

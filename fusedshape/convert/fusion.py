@@ -28,9 +28,8 @@ class Fusion:
         rewritten: modules whose forward must be written anew.
     """
 
-    def __init__(self, calls: Calls, fuse: bool, stripped: frozenset[nn.Module]) -> None:
+    def __init__(self, calls: Calls, fuse: bool) -> None:
         self.calls = calls
-        self.stripped = stripped
         self.merged: set[nn.Module] = set()
         self.of_module: dict[nn.Module | None, list[Site]] = {}
         by_node = {site.node: site for site in calls.sites}
@@ -80,7 +79,7 @@ class Fusion:
         called = self.calls.called(owner, node)
         if called is None or hooked(called):
             return False
-        return type(called) is nn.Identity or called in self.stripped
+        return type(called) is nn.Identity or self.calls.stripped.get(called) == ()
 
     def _open(self, module: nn.Module | None) -> fx.Graph | None:
         """The graph of a module into which a tensor can be followed, as nobody watches."""
@@ -161,7 +160,7 @@ class Fusion:
             return ""
         if hooked(site.module):
             return "the activation has hooks"
-        if _is_sequential(site.owner):
+        if _is_sequential(site.owner) or site.owner in self.calls.stripped:
             return "the activation is shared with other places"
         return ""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
@@ -19,6 +19,7 @@ from fusedshape.nn import ShapedActivation, ShapedChain, chain_rows, why_not_cha
 from fusedshape.ops.dispatch import Backend
 from fusedshape.rewriting import source, subclass
 from fusedshape.spec import ActSpec
+from fusedshape.tracing import write_out_of_place
 
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
@@ -68,6 +69,12 @@ class Plan:
         self.rows: list[Change] = []
         self.notes = list(constants.notes)
         self.layers: list[tuple[nn.Module, Method]] = []
+        self.writers = calls.writers(saved=constants.spec.saves_output)
+        self.freed = {m for n, o in self.writers.items() if (m := calls.called(o, n)) is not None}
+        self.freeing: dict[nn.Module, list[fx.Node]] = {}
+        for node, owner in self.writers.items():
+            if node.op != "call_module":
+                self.freeing.setdefault(owner, []).append(node)
         names = "fused", "shaped", "rewritten", "stripped", "chained"
         self.counts = Counter(dict.fromkeys(names, 0))
         for module in calls.names:
@@ -93,11 +100,17 @@ class Plan:
             why = "; ".join(whys) or "no call of it was traced"
             self._swap(module, _like(module, self._activation()), f"not fused: {why}")
             self.counts["shaped"] += 1
-        elif module in fusion.stripped:
-            self._swap(module, _like(module, nn.Identity()), "BatchNorm stripped")
+        elif module in calls.stripped:
+            row = {name: module.get_submodule(name) for name in calls.stripped[module]}
+            rest = nn.Sequential(OrderedDict(row)) if row else nn.Identity()
+            self._swap(module, _like(module, rest), "BatchNorm stripped")
             self.counts["stripped"] += 1
-        elif module in fusion.rewritten:
+        elif module in fusion.rewritten or module in self.freeing:
             self._rewrite(module)
+        elif module in self.freed:
+            kind = type(module).__name__
+            note = "inplace=False, as what it changed is needed"
+            self.rows.append(Change(calls.names[module], kind, f"{kind} out of place", note))
         elif module in calls.opaque:
             left = " and may call activations that stay as they are"
             note = f"not traced: {calls.opaque[module]}"
@@ -128,7 +141,10 @@ class Plan:
         for graph in self.calls.graphs[owner]:
             names = (f"shaped_{i}" for i in range(10**6))
             free = (name for name in names if not hasattr(owner, name))
-            for site in [s for s in self.calls.sites if s.node.graph is graph]:
+            for node in [n for n in self.freeing.get(owner, ()) if n.graph is graph]:
+                whys.append(f"{node.name} out of place, as what it changed is needed")
+                write_out_of_place(node)
+            for site in self.calls.by_graph.get(graph, ()):
                 node = site.node
                 if not site.why:
                     new = site.input
@@ -150,7 +166,7 @@ class Plan:
         self.counts["rewritten"] += 1
         self.counts["shaped"] += len(children)
         kinds = type(owner).__name__, cls.__name__
-        note = "; ".join(["forward rewritten", *whys])
+        note = "; ".join(["forward rewritten", *dict.fromkeys(whys)])
         self.rows.append(Change(self.calls.names[owner], *kinds, note))
 
     def _plan_chains(self) -> None:
@@ -214,7 +230,7 @@ class Plan:
             )
         if self.counts["stripped"]:
             self.notes.append(
-                f"{self.counts['stripped']} BatchNorm layer(s) are nn.Identity now: their keys are "
+                f"{self.counts['stripped']} BatchNorm layer(s) were stripped: their keys are "
                 f"gone from the state_dict, and {no_bias} layer(s) have no bias (make them with "
                 "bias=True to have one)"
             )
@@ -246,7 +262,7 @@ class Plan:
                 for parameter, value in reversed(saved):
                     parameter.copy_(value)
             raise
-        for parent in self.calls.names:
+        for parent in (*self.calls.names, *self.swaps.values()):
             for name, child in parent._modules.items():
                 if child in self.swaps:
                     parent._modules[name] = self.swaps[child]
@@ -254,6 +270,8 @@ class Plan:
             for name, child in rewrite.children.items():
                 owner.add_module(name, child)
             owner.__class__ = rewrite.cls
+        for module in self.freed:
+            module.inplace = False  # type: ignore[assignment]
         for container in self.chains:
             container.__class__ = ShapedChain
             container.max_length = None if self.chain is True else self.chain  # type: ignore[assignment]

@@ -138,6 +138,7 @@ class Tape(TorchDispatchMode):
         self._pieces: set[int] = set()
         own = [*self.model.parameters(), *self.model.buffers()]
         self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._fixed = {t.untyped_storage().data_ptr() for t in self.model.buffers()}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -262,6 +263,8 @@ class Tape(TorchDispatchMode):
         if name == "copy":
             source = self._get(args[1])
             return lambda out: self._set(out, source)
+        if name == "convolution" and self._is_fixed_average(args[1]):
+            return self._restart("pool", "filter", tracked, "")
         if name == "convolution" and x is args[0] and len(tracked) == 1:
             affine = self._affine(convolution, args[1], args[2], *args[3:9])
             return self._layer("conv", affine, x, 1, 1)
@@ -307,6 +310,11 @@ class Tape(TorchDispatchMode):
         step = Step("affine", inputs, self._here(name), name, affine=affine)
         step.move = affine.over(x.shape[2:])
         return lambda out: self._emit(out, step, dim_out)
+
+    def _is_fixed_average(self, weight: Tensor) -> bool:
+        """Whether a convolution only averages neighbours, by numbers that are no parameters."""
+        fixed = weight.untyped_storage().data_ptr() in self._fixed
+        return fixed and weight.shape[1] == 1 and bool((weight >= 0).all())
 
     def _affine(self, look: Callable[..., Affine], weight: Tensor, *rest: Any) -> Affine:
         at = weight.untyped_storage().data_ptr()

@@ -23,6 +23,7 @@ CAUSES = {
     "BatchNorm": "a normalisation over inputs or locations",
     "un-normalised sum": "x + f(x) whose squared weights do not add up to 1",
     "correlated branches": "a sum of branches that are not independent",
+    "activated sum": "activations that take others' outputs with no layer in between",
     "plain activation": "an activation that was not transformed",
     "wrong depth": "constants that were solved for another depth",
     "saturated": "an activation that is flat where its inputs are",
@@ -70,6 +71,19 @@ class Case:
                     yield self.steps[j]
 
     @property
+    def unmixed(self) -> list[int]:
+        """The nonlinear steps that take another one's value with no layer in between."""
+        carries: list[bool] = []
+        found = []
+        for i, step in enumerate(self.steps):
+            takes = any(carries[j] for j in step.inputs)
+            nonlinear = step.phi is not None and not step.phi.is_linear
+            found += [i] * (takes and nonlinear)
+            mixes = step.op in ("norm", "unknown") or bool(step.affine and step.affine.has_weights)
+            carries.append(nonlinear or (takes and not mixes))
+        return found
+
+    @property
     def homogeneous(self) -> bool:
         """Whether all nonlinear layers are, so that the scale of q does not matter to them."""
         return all(s.phi.slopes is not None for s in self.steps if s.phi is not None)
@@ -78,7 +92,8 @@ class Case:
 def findings(case: Case) -> tuple[Finding, ...]:
     """What is wrong, the earliest first; one finding for each cause."""
     found: dict[str, list[tuple[int, str]]] = {}
-    for i, cause, text in [*_local(case), *_global(case)]:
+    unmixed = case.unmixed
+    for i, cause, text in [*_local(case, unmixed), *_activated_sums(case, unmixed), *_global(case)]:
         found.setdefault(cause, []).append((i, text))
     if not found:
         for i, cause, text in _drift(case):
@@ -97,7 +112,7 @@ def findings(case: Case) -> tuple[Finding, ...]:
 _Found = Iterator[tuple[int, str, str]]
 
 
-def _local(case: Case) -> _Found:
+def _local(case: Case, unmixed: Sequence[int]) -> _Found:
     for i, (step, row) in enumerate(zip(case.steps, case.rows, strict=True)):
         if math.isinf(row.q_measured) or (case.stats[i].q_means and math.isnan(row.q_measured)):
             yield i, "non-finite", "it holds inf or nan; look at the step before"
@@ -116,7 +131,23 @@ def _local(case: Case) -> _Found:
         if step.op == "sum":
             yield from _sum(case, i)
         if step.phi is not None and not step.phi.is_linear:
-            yield from _activation(case, i)
+            yield from _activation(case, i, i in unmixed)
+
+
+def _activated_sums(case: Case, unmixed: Sequence[int]) -> _Found:
+    """What activations of activations did to q, each a little, but all in one direction."""
+    rows = [case.rows[i] for i in unmixed if math.isfinite(case.rows[i].q_off)]
+    off = sum(row.q_off for row in rows) / math.sqrt(max(1, len(rows)))
+    if abs(off) > SIGMAS or any(map(_is_off, rows)):
+        change = math.exp(math.fsum(math.log(row.q_measured / row.q_near) for row in rows))
+        yield (
+            unmixed[0],
+            "activated sum",
+            "it takes the output of an activation with no linear or convolution layer in between, "
+            "as residual blocks do that activate the sum (v1), so that its inputs are no Gaussians "
+            f"of mean 0 as theory assumes; {len(rows)} such step(s) changed q by a factor of "
+            f"{change:.3g}; activate before the branch instead (v2)",
+        )
 
 
 def _start(case: Case, i: int) -> _Found:
@@ -234,7 +265,7 @@ def _sum(case: Case, i: int) -> _Found:
         )
 
 
-def _activation(case: Case, i: int) -> _Found:
+def _activation(case: Case, i: int, is_unmixed: bool) -> _Found:
     step, row, stats = case.steps[i], case.rows[i], case.stats[i]
     phi = step.phi
     assert phi is not None
@@ -261,7 +292,7 @@ def _activation(case: Case, i: int) -> _Found:
             f"{100 * phi.idle(q):.0f} % of its inputs (q = {q:.3g}) lie where {step.name} is flat, "
             f"{100 * phi.idle(1.0):.0f} % at q = 1; bring q back to 1 before it",
         )
-    elif _is_off(row):
+    elif _is_off(row) and not is_unmixed:
         yield (
             i,
             "weights not random",

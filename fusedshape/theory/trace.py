@@ -24,7 +24,15 @@ from torch.utils import _pytree as pytree
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.spec import ActSpec
 from fusedshape.theory.network import Node, Op, Wiring
-from fusedshape.tracing import Slot, UntraceableError, is_plain, is_query, read
+from fusedshape.tracing import (
+    Slot,
+    UntraceableError,
+    behind_norm,
+    is_plain,
+    is_query,
+    read,
+    required,
+)
 
 # A factor before these is a factor after them, or, for norm, none at all.
 _LINEAR = ("affine", "pool", "reshape", "dropout", "norm")
@@ -189,7 +197,7 @@ class _Trace:
 
     def wiring(self) -> Wiring:
         """Read the whole model."""
-        arguments = _required(self.model)
+        arguments = required(self.model)
         inputs = [self.emit("input", [], "" if len(arguments) == 1 else name) for name in arguments]
         found = _signals(self.call(self.model, "", tuple(inputs), {}))
         if not found:
@@ -312,12 +320,16 @@ class _Trace:
         taken = _signals((args, kwargs))
         if not taken:
             return _UNSIZED
+        row = behind_norm(module) if self.strip and isinstance(module, _BatchNorm) else None
         if _is_sequential(module):
+            row = tuple(name for name, child in module._modules.items() if child is not None)
+        if row is not None:
             (value,) = args
-            for name, child in module._modules.items():
-                if child is None:
-                    continue
-                value = self.call(child, _join(path, name), (value,), {})
+            if isinstance(module, _BatchNorm):
+                # A new tensor, so that what works on it in place leaves the norm's input alone.
+                value = replace(value, cell=_Cell(dict(value.cell.terms), value.cell.path))
+            for name in row:
+                value = self.call(module.get_submodule(name), _join(path, name), (value,), {})
             return value
         known = self._layer(module, path, taken)
         if known is not None:
@@ -369,7 +381,7 @@ class _Trace:
             more = int(getattr(module, "homog_mode", "off") != "off")
             channels = None if x.channels is None else x.channels + more
             return self.emit("norm", [x], path, channels=channels, axes=x.axes)
-        if isinstance(module, nn.Identity) or (self.strip and isinstance(module, _BatchNorm)):
+        if isinstance(module, nn.Identity):
             return x
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return self.like("norm", x, path)
@@ -491,6 +503,10 @@ class _Trace:
             return x
         if name == "chunk":
             return self._chunks(x, *args[1:], **kwargs)
+        if name in ("split", "split_with_sizes"):
+            parts = self._split(x, *args[1:], **kwargs)
+            if parts:
+                return parts
         if name in _VIEWS:
             cuts = args[1] if name == "getitem" else ()
             return x if _cuts_locations(cuts, x) else replace(x, channels=None, axes=frozenset())
@@ -516,6 +532,19 @@ class _Trace:
         if dim not in x.axes and x.axes:
             channels = x.channels
         return [replace(x, channels=channels) for _ in range(chunks)]
+
+    def _split(
+        self, x: _Signal, size: Any = None, dim: Any = 0, **kwargs: Any
+    ) -> list[_Signal] | None:
+        """The parts of a tensor that is cut along its channels, if their number is known."""
+        size = kwargs.get("split_size_or_sections", kwargs.get("split_size", size))
+        if x.channels is None or dim not in x.axes:
+            return None
+        if isinstance(size, int):
+            size = [min(size, x.channels - at) for at in range(0, x.channels, size)]
+        if not isinstance(size, (list, tuple)) or not all(isinstance(n, int) for n in size):
+            return None
+        return [replace(x, channels=n) for n in size]
 
     def _affine_function(
         self, name: str, args: list[Any], kwargs: dict[str, Any], x: Any, at: str
@@ -777,14 +806,6 @@ def _why_not_function(name: str) -> str:
             f"locations in a way that depends on the data; {_BY_HAND}"
         )
     return f"{name} is not understood here; {_BY_HAND}"
-
-
-def _required(model: nn.Module) -> list[str]:
-    """The tensors that a forward cannot do without."""
-    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in fixed and p.default is p.empty]
-    return names or [p.name for p in parameters[:1]] or ["input"]
 
 
 def _joined(model: nn.Module, example: Any) -> dict[nn.Module, list[list[int]]]:

@@ -445,6 +445,12 @@ def halves(m: Any, x: Tensor) -> Tensor:
     return torch.cat([left, m.b(F.relu(right))], -1)
 
 
+def thirds(m: Any, x: Tensor) -> Tensor:
+    left, right = m.a(x).split([1, 3], -1)
+    first, second = m.a(x).split(2, dim=-1)
+    return torch.cat([left, m.b(F.relu(right)), first, F.relu(second)], -1)
+
+
 def test_joining_needs_to_know_the_channels() -> None:
     def way(m: Any, x: Tensor) -> Tensor:
         wide = F.relu(m.a(x.flatten(1))).repeat(1, 3).flatten(1)
@@ -461,6 +467,8 @@ def test_joining_needs_to_know_the_channels() -> None:
     same(seen, lambda x, r: max(r(x), 0.25 * x + 0.75 * r(x)))
     parts = trace_wiring(Follow(halves))
     assert [n.weights for n in parts.nodes if n.op == "concat"] == [(2.0, 4.0)]
+    parts = trace_wiring(Follow(thirds))
+    assert [n.weights for n in parts.nodes if n.op == "concat"] == [(1.0, 4.0, 2.0, 2.0)]
     tokens = trace_wiring(Follow(lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1))))
     assert tokens.notes == ("':cat' joins along dimension 1, taken for that of channels",)
 
@@ -540,6 +548,25 @@ def test_values_that_are_not_there_yet() -> None:
 def test_strips_batchnorm() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
     same(trace_wiring(net, strip_batchnorm=True), one)
+
+
+class PreActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.conv, self.add = zoo.conv(4, 4), NormalizedSum.shortcut(0.6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.conv(self.act(self.norm(x))))
+
+
+@pytest.mark.parametrize("block", [PreActivation, lambda: zoo.NormActBlock(4)])
+def test_what_norms_give_is_no_longer_their_input(block: Callable[[], nn.Module]) -> None:
+    net = nn.Sequential(zoo.conv(3, 4), block(), block())
+    wiring = trace_wiring(net, strip_batchnorm=True)
+    assert not wiring.unmixed
+    first = next(i for i, node in enumerate(wiring.nodes) if node.op == "sum")
+    assert {wiring.nodes[i].op for i in wiring.nodes[first].inputs} == {"affine"}
 
 
 def test_weights_computed_from_others_are_independent() -> None:
