@@ -263,9 +263,9 @@ def _conv_kernel(
     if SUBS > 1:
         # Remainders have tiles for as many pixels as the first of them.
         steps = tl.where(tile_m * BLOCK_M < rows, steps, 0)
-    t = tl.zeros((), tl.int32)
-    u = tl.zeros((), tl.int32)
-    block = tl.zeros((), tl.int64 if WIDE else tl.int32)
+    t = tl.zeros((), tl.int64 if WIDE else tl.int32)
+    u = tl.zeros((), t.dtype)
+    block = tl.zeros((), t.dtype)
     for step in range(steps):
         if FLAT:
             along = step * BLOCK_K + k
@@ -302,10 +302,10 @@ def _conv_kernel(
             block += 1
             turn = block == BLOCKS
             block = tl.where(turn, 0, block)
-            u += turn.to(tl.int32)
+            u += turn.to(u.dtype)
             turn = u == taps_w
             u = tl.where(turn, 0, u)
-            t += turn.to(tl.int32)
+            t += turn.to(t.dtype)
 
     pixel = m
     if SUBS > 1:
@@ -465,7 +465,7 @@ class Config(epilogue.Tiling):
     grouped, `block_m` output channels by `block_n` input channels of one tap.
 
     Attributes:
-        splits: parts of the sum over pixels in wgrad; 0 takes as many as fill the GPU.
+        splits: parts of the sum over pixels in wgrad; 0 takes those of `gemm.parts_of`.
     """
 
     splits: int = 0
@@ -478,14 +478,14 @@ class Config(epilogue.Tiling):
 
 _TILES = (
     Config(128, 256, 128, 8, 3),
-    Config(128, 128, 128, 8, 4),
-    Config(128, 128, 128, 8, 3),
+    Config(256, 128, 128, 8, 4),
     Config(128, 128, 64, 8, 4),
+    Config(128, 128, 128, 8, 3),
+    Config(256, 64, 64, 8, 4),
     Config(128, 64, 128, 4, 4),
     Config(128, 64, 64, 4, 4),
     Config(64, 128, 128, 4, 3),
     Config(64, 64, 128, 4, 4),
-    Config(64, 64, 64, 4, 4),
     Config(64, 32, 64, 4, 4),
 )
 #: What is shipped and compiled ahead of time by the tests, for each direction.
@@ -498,31 +498,26 @@ CONFIGS: dict[Direction, tuple[Config, ...]] = {
         Config(128, 64, 128, 4, 3),
         Config(64, 128, 128, 4, 3),
         Config(64, 64, 128, 4, 3),
-        Config(64, 64, 64, 4, 4),
         Config(64, 32, 64, 4, 4),
     ),
 }
 #: For products of float32 without tensor cores, in every direction.
 FMA_CONFIGS = (Config(64, 64, 64, 8, 2), Config(32, 32, 64, 4, 2))
-#: Multiplications for each element loaded at which a tile reaches half of the GPU's rate: a guess.
-HALF_RATE = 24
 
 
 def candidates(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> tuple[Config, ...]:
     """The shipped configurations that fit into the shared memory and registers of a GPU."""
-    shipped = FMA_CONFIGS if problem.arithmetic == "float32" else CONFIGS[direction]
-    if direction == "wgrad" and _flat(problem.channels, problem.taps):
-        # Each number of a tile has a place and a mask of its own.
-        shipped = tuple(c for c in shipped if c.block_m * c.block_n <= 64 * 64)
+    shipped = CONFIGS[direction] if _tensor_cores(problem) else FMA_CONFIGS
+    read = problem.out_channels if direction == "dgrad" else problem.channels
+    if _flat(read, problem.taps):
+        # Each number that is read has a place and a mask of its own, in registers.
+        shipped = tuple(c for c in shipped if c.bytes_k == 64 and c.block_m <= 128)
     return tuple(c for c in shipped if c.shared(problem.itemsize) <= gpu.shared)
 
 
 @tunable(candidates)
 def config_for(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> Config:
-    """The shipped configuration that a simple model finds fastest; nothing is measured.
-
-    Programs run in waves of as many as are resident; one costs its padded multiplications over the
-    rate of its tile, which grows with the tile as multiplications per element loaded do.
+    """The first of the shipped configurations that `gemm.cost` finds cheapest.
 
     Args:
         direction: of the kernel.
@@ -538,32 +533,20 @@ def config_for(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> Config:
 def _cost(config: Config, direction: Direction, problem: Problem, gpu: gemm.Gpu) -> float:
     p = problem
     block_k = config.bytes_k // p.itemsize
-    read, written = p.channels, p.out_channels
-    tiles_m = triton.cdiv(p.pixels, config.block_m)
-    if direction == "dgrad":
-        read, written = written, read
-        tiles_m = triton.cdiv(_dgrad_rows(p), config.block_m) * p.stride[0] * p.stride[1]
     if direction == "wgrad":
-        reduction = _splits(config, p, gpu)[1] * block_k
-        blocks = _wgrad_tiles(config, p) * _splits(config, p, gpu)[0]
+        splits, steps = _splits(config, p, gpu)
+        programs = _wgrad_tiles(config, p) * splits
+        return gemm.cost(config, programs, steps * block_k, splits > 1, _tensor_cores(p), gpu)
+    read, written, rows, subs = p.channels, p.out_channels, p.pixels, 1
+    if direction == "dgrad":
+        read, written, rows, subs = written, read, _dgrad_rows(p), p.stride[0] * p.stride[1]
+    if _flat(read, p.taps):
+        steps = triton.cdiv(p.taps * read, block_k)
     else:
-        blocks = tiles_m * triton.cdiv(written, config.block_n)
-        flat = _flat(read, p.taps)
-        reduction = triton.cdiv(p.taps * read if flat else read, block_k) * block_k
-        reduction *= 1 if flat else p.taps
-        if direction == "dgrad":
-            reduction = triton.cdiv(reduction, p.stride[0] * p.stride[1])
-    tile = config.block_m * config.block_n
-    intensity = tile / (config.block_m + config.block_n)
-    resident = _resident(config, p, gpu)
-    waves = triton.cdiv(blocks, gpu.processors * resident) * resident
-    return waves * tile * (reduction + 2 * block_k) * (1 + HALF_RATE / intensity)
-
-
-def _resident(config: Config, problem: Problem, gpu: gemm.Gpu) -> int:
-    """Programs that run on one multiprocessor at a time: its registers do for 2 · 128² sums."""
-    tiles = 2 * 128**2 // (config.block_m * config.block_n)
-    return max(1, min(gpu.shared // config.shared(problem.itemsize), tiles, 8))
+        steps = p.taps * triton.cdiv(read, block_k)
+    programs = subs * triton.cdiv(rows, config.block_m) * triton.cdiv(written, config.block_n)
+    # Each tap meets at one remainder of the stride.
+    return gemm.cost(config, programs, steps * block_k / subs, False, _tensor_cores(p), gpu)
 
 
 def _flat(channels: int, taps: int) -> bool:
@@ -587,14 +570,11 @@ def _wgrad_tiles(config: Config, problem: Problem) -> int:
 
 def _splits(config: Config, problem: Problem, gpu: gemm.Gpu) -> tuple[int, int]:
     """Parts of wgrad's sum over pixels, and the steps of each; no part is empty."""
-    steps = triton.cdiv(problem.pixels, config.bytes_k // problem.itemsize)
-    splits = config.splits
-    if not splits:
-        slots = gpu.processors * _resident(config, problem, gpu)
-        # Below eight steps a part costs more to write and add than it saves.
-        splits = min(slots // _wgrad_tiles(config, problem), steps // 8)
-    each = triton.cdiv(steps, max(1, min(splits, steps)))
-    return triton.cdiv(steps, each), each
+    block_k = config.bytes_k // problem.itemsize
+    steps = triton.cdiv(problem.pixels, block_k)
+    tiles = _wgrad_tiles(config, problem)
+    cores = _tensor_cores(problem)
+    return gemm.parts_of(config, config.splits, tiles, steps, block_k, cores, gpu)
 
 
 def conv_act(
@@ -834,18 +814,12 @@ def conv_wgrad(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=block_k,
-            WIDE=max(x.numel(), dz.numel(), out.numel()) >= WIDE,
+            WIDE=max(_reach(p, x), dz.numel(), out.numel()) >= WIDE,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
         if splits > 1:
-            vector = math.gcd(4, p.weights)
-            gemm._sum_kernel[(triton.cdiv(p.weights, gemm.SUM_TILE),)](
-                *(out, dw, p.weights // vector, splits),
-                VECTOR=vector,
-                TILE=gemm.SUM_TILE,
-                WIDE=out.numel() >= WIDE,
-            )
+            gemm.add_parts(out, dw)
     return dw
 
 
@@ -900,9 +874,8 @@ def _launch(
             BLOCK_K=config.bytes_k // p.itemsize,
             SLICES=config.slices(activation, mixes=not dgrad and aux is not None),
             GROUP_M=config.group_m,
-            WIDE=max(a.numel(), out.numel(), weight.numel()) >= WIDE,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            WIDE=max(_reach(p, a), out.numel(), weight.numel()) >= WIDE,
+            **gemm.launch_options(config, activation),
         )
 
 
@@ -918,6 +891,21 @@ def _geometry_constants(problem: Problem) -> dict[str, int]:
         "DILATION_H": p.dilation[0],
         "DILATION_W": p.dilation[1],
     }
+
+
+def _reach(problem: Problem, t: Tensor) -> int:
+    """How far apart the places are that taps have in t, those beyond its borders too."""
+    rows, cols = (
+        pad + dilation * taps
+        for pad, dilation, taps in zip(
+            problem.padding, problem.dilation, problem.kernel, strict=True
+        )
+    )
+    return t.numel() + (rows * t.shape[3] + cols) * t.shape[1]
+
+
+def _tensor_cores(problem: Problem) -> bool:
+    return problem.arithmetic != "float32"
 
 
 def _precision(problem: Problem) -> str:

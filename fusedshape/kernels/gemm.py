@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
-from fusedshape.kernels.tuned import tunable
+from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
 
 Direction = Literal["forward", "dgrad", "wgrad"]
@@ -44,12 +44,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: Bytes of shared memory that one block may have, where it is not the least, 99 KiB.
 SHARED = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 LEAST_SHARED = 101_376
-#: Elements that one program of the second stage of wgrad adds up.
-SUM_TILE = 1024
+#: Numbers that one program of wgrad's second stage reads at a time, and of how many parts at most.
+SUM_TILE, SUM_PARTS = 2048, 32
 #: Activations that take most registers.
 _HUNGRY = tuple(ACTIVATIONS[name].id for name in ("sin", "cos"))
-#: Steps below which a part of wgrad's reduction is not worth its partial sums.
-MIN_STEPS = 4
+#: For `cost`, in multiplications: how long an element of an operand takes from L2, without and with
+#: tensor cores, and what each number of a tile costs at the beginning and the end of its program.
+#: Estimates: in the time of 16 elements an H200 multiplies 2048 pairs, an A100 in that of 12 1024,
+#: without tensor cores in that of 8 128; and instructions counted.
+READ, ENDS = (16, 96), 256
 
 
 _SIZES = ["m_vectors", "n_vectors", "k_vectors", "a_vectors", "b_vectors", "aux_vectors"]
@@ -117,7 +120,7 @@ class Config(epilogue.Tiling):
     Attributes:
         tma: read and write through tensor descriptors.
         persistent: as many programs as multiprocessors, each walking over tiles.
-        splits: parts of the reduction in wgrad; 0 takes as many as fill the GPU.
+        splits: parts of the reduction in wgrad; 0 takes those of `parts_of`.
     """
 
     tma: bool = False
@@ -132,15 +135,6 @@ class Config(epilogue.Tiling):
         operands = (self.num_stages + turned) * (self.block_m + self.block_n) * self.bytes_k
         staged = (self.tma + self.persistent) * part * problem.dtype.itemsize
         return max(operands, 4 * part) + staged + 9_216
-
-    def launch_options(self, activation: int) -> dict[str, int]:
-        """What a launch with this activation passes to the compiler."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        alone = self.persistent and activation not in epilogue.STRAIGHT
-        if self.slices(activation) > 1 and (alone or activation in _HUNGRY):
-            # Left alone, ptxas spills a few for the sake of one more program at a time.
-            options["maxnreg"] = 255
-        return options
 
     def tiles(self, problem: Problem) -> int:
         """Tiles of the output."""
@@ -440,16 +434,35 @@ def _sum_kernel(
     vectors,
     parts,
     VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     size = vectors.to(INDEX) * VECTOR
-    i = tl.program_id(0).to(INDEX) * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE,), tl.float32)
-    for part in range(parts):
-        total += tl.load(parts_ptr + part * size + i, i < size, 0.0)
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), i < size)
+    i = tl.program_id(0).to(INDEX) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    # One part at a time, each would wait for memory.
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)
+        inside = (part < parts)[:, None] & (i < size)[None, :]
+        total += tl.load(parts_ptr + (part * size)[:, None] + i[None, :], inside, 0.0)
+    tl.store(out_ptr + i, tl.sum(total, 0).to(out_ptr.dtype.element_ty), i < size)
+
+
+def add_parts(parts: Tensor, out: Tensor) -> None:
+    """Add up `parts`, float32 (number, *out.shape), into `out`, in the same order in every run."""
+    number, size = parts.shape[0], out.numel()
+    vector = math.gcd(4, size)
+    rows = min(SUM_PARTS, triton.next_power_of_2(number))
+    cols = SUM_TILE // rows
+    _sum_kernel[(triton.cdiv(size, cols),)](
+        *(parts, out, size // vector, number),
+        VECTOR=vector,
+        ROWS=rows,
+        COLS=cols,
+        WIDE=parts.numel() >= pointwise.WIDE,
+    )
 
 
 def linear_act(
@@ -635,7 +648,7 @@ def _gpu_of(device: torch.device) -> Gpu:
     return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-#: Everything that `config_for` chooses from: what it likes better stands first.
+#: Everything that `config_for` chooses from; of what costs the same, it takes the first.
 CONFIGS: tuple[Config, ...] = (
     Config(128, 256, tma=True, persistent=True),
     Config(128, 128, num_stages=4, tma=True, persistent=True),
@@ -678,26 +691,98 @@ def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
     return tuple(c for c in CONFIGS if suits(c) and runs(c, problem, gpu))
 
 
+def launch_options(
+    tiling: epilogue.Tiling, activation: int, persistent: bool = False
+) -> dict[str, int]:
+    """What a launch with this activation passes to the compiler."""
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    alone = persistent and activation not in epilogue.STRAIGHT
+    if tiling.slices(activation) > 1 and (alone or activation in _HUNGRY):
+        # Left alone, ptxas spills a few for the sake of one more program at a time.
+        options["maxnreg"] = 255
+    return options
+
+
 @tunable(configs_for)
 def config_for(problem: Problem, gpu: Gpu) -> Config:
-    """The configuration taken without a search.
+    """The configuration taken without a search: the first of those that `cost` finds cheapest."""
 
-    Of those that pad the output least (an eighth is allowed for a larger tile) the first that has
-    work for every multiprocessor, or else the one with most programs.
+    def cost_of(config: Config) -> float:
+        splits, chunk = _splits(problem, config, gpu)
+        reduction = chunk * config.bytes_k // problem.dtype.itemsize
+        programs = config.tiles(problem) * splits
+        return cost(config, programs, reduction, splits > 1, problem.tensor_cores, gpu)
+
+    return min(configs_for(problem, gpu), key=cost_of)
+
+
+def cost(
+    tiling: epilogue.Tiling,
+    programs: int,
+    reduction: float,
+    partial: bool,
+    tensor_cores: bool,
+    gpu: Gpu,
+) -> float:
+    """How long a launch takes, as multiplications of one multiprocessor: a model, not measured.
+
+    It ends with the multiprocessor that has most programs: that one multiplies all of their tiles,
+    padding included, and begins and ends each. L2 serves all multiprocessors at once, with the rows
+    and the columns of each tile.
+
+    Args:
+        tiling: of the kernel.
+        programs: tiles, times the parts of the reduction.
+        reduction: of one program, padding included.
+        partial: whether programs leave partial sums, to be read again and added.
+        tensor_cores: whether they multiply.
+        gpu: where it runs.
+    """
+    rounds = triton.cdiv(programs, gpu.processors)
+    ends = 2 * ENDS if partial else ENDS
+    elements = (tiling.block_m + tiling.block_n) * reduction * programs
+    products = rounds * tiling.block_m * tiling.block_n * (reduction + ends)
+    return products + READ[tensor_cores] * elements / gpu.processors
+
+
+@lru_cache(REMEMBERED)
+def parts_of(
+    tiling: epilogue.Tiling,
+    wanted: int,
+    tiles: int,
+    steps: int,
+    block_k: int,
+    tensor_cores: bool,
+    gpu: Gpu,
+) -> tuple[int, int]:
+    """Parts of a reduction in wgrad, none of them empty, and the steps of each.
+
+    Args:
+        tiling: of the kernel.
+        wanted: parts; 0 takes what is cheapest of 1 and of as many as keep all multiprocessors
+            busy once, twice, three or four times.
+        tiles: of the output.
+        steps: of the whole reduction, 1 or more.
+        block_k: length of a step.
+        tensor_cores: as in `cost`.
+        gpu: where it runs.
     """
 
-    def padded(config: Config) -> int:
-        return config.tiles(problem) * config.block_m * config.block_n
+    def cut(parts: int) -> tuple[int, int]:
+        each = triton.cdiv(steps, max(1, min(parts, steps)))
+        return triton.cdiv(steps, each), each
 
-    def programs(config: Config) -> int:
-        splits = 1 + config.steps(problem) // MIN_STEPS if problem.direction == "wgrad" else 1
-        return config.tiles(problem) * splits
+    if wanted:
+        return cut(wanted)
+    # A multiprocessor with fewer than eight warps is not busy.
+    busy = gpu.processors * max(1, 8 // tiling.num_warps)
+    tries = [cut(1), *(cut(times * busy // tiles) for times in range(1, 5))]
 
-    configs = configs_for(problem, gpu)
-    limit = max(problem.m * problem.n * 9 // 8, min(map(padded, configs)))
-    configs = tuple(config for config in configs if padded(config) <= limit)
-    filling = (config for config in configs if programs(config) >= gpu.processors)
-    return next(filling, None) or max(configs, key=programs)
+    def cost_of(way: tuple[int, int]) -> float:
+        parts, each = way
+        return cost(tiling, tiles * parts, each * block_k, parts > 1, tensor_cores, gpu)
+
+    return min(tries, key=cost_of)
 
 
 def _require(op: str, *matrices: Tensor | None) -> None:
@@ -834,13 +919,10 @@ def _multiply(
             and problem.precision == "tf32"
             and deals(gpu, config.block_m, config.block_n),
             WIDE=wide,
-            **config.launch_options(activation),
+            **launch_options(config, activation, config.persistent),
         )
         if splits > 1:
-            vector = math.gcd(4, m * n)
-            _sum_kernel[(triton.cdiv(m * n, SUM_TILE),)](
-                target, out, m * n // vector, splits, VECTOR=vector, TILE=SUM_TILE, WIDE=wide
-            )
+            add_parts(target.view(splits, m, n), out)
         return pointwise._reduce(sums) if column_sums else sums.view(-1)
 
 
@@ -849,10 +931,9 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
     steps = config.steps(problem)
     if problem.direction != "wgrad" or steps < 2:
         return 1, steps
-    filling = 2 * gpu.processors // config.tiles(problem)
-    splits = config.splits or min(filling, steps // MIN_STEPS)
-    chunk = triton.cdiv(steps, max(1, min(splits, steps)))
-    return triton.cdiv(steps, chunk), chunk
+    block_k = config.bytes_k // problem.dtype.itemsize
+    tiles = config.tiles(problem)
+    return parts_of(config, config.splits, tiles, steps, block_k, problem.tensor_cores, gpu)
 
 
 def _describe(matrix: Tensor, block_j: int, block_i: int, rows: bool = True) -> TensorDescriptor:

@@ -70,15 +70,29 @@ class Compiled:
 
     def loop(self) -> list[str]:
         """The instructions of the shortest loop in which tensor cores multiply."""
+        bodies = [self._instructions[0][loop.start : loop.stop] for loop in self._loops()]
+        return min((body for body in bodies if any("MMA" in i for i in body)), key=len)
+
+    def issued(self, turns: int, *names: str) -> int:
+        """Instructions of such names (all if none) that a thread issues when its loop turns so."""
+        instructions = self._instructions[0]
+        last = max(i for i, instruction in enumerate(instructions) if "EXIT" in instruction)
+        repeated = {i for loop in self._loops() for i in loop}
+        return sum(
+            turns if i in repeated else 1
+            for i, instruction in enumerate(instructions[: last + 1])
+            if not names or any(name in instruction for name in names)
+        )
+
+    def _loops(self) -> list[range]:
+        """Where among the instructions the loops are."""
         instructions, labels = self._instructions
         loops = []
         for end, instruction in enumerate(instructions):
             target = re.search(r"\bBRA\b.*?(\.L_\w+)", instruction)
-            begin = labels[target[1]] if target else end
-            body = instructions[begin : end + 1]
-            if begin < end and any("MMA" in i for i in body):
-                loops.append(body)
-        return min(loops, key=len)
+            if target and labels[target[1]] < end:
+                loops.append(range(labels[target[1]], end + 1))
+        return loops
 
     @cached_property
     def _instructions(self) -> tuple[list[str], dict[str, int]]:
@@ -187,7 +201,12 @@ def compile_bias_act(
     return compile_kernel(
         pointwise._bias_act_kernel,
         {"x_ptr": dtype, "bias_ptr": bias, "y_ptr": dtype},
-        {"ACTIVATION": activation, "HAS_BIAS": bias is not None, **plan_constexprs(plan)},
+        {
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "WHOLE_ROWS": plan.whole_rows,
+            **plan_constexprs(plan),
+        },
         arch,
         pointwise.launch_options(activation, dtype),
         aligned,

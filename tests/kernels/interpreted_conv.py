@@ -250,6 +250,23 @@ def test_every_shipped_tile(direction: conv.Direction) -> None:
         assert_as_good_as(got, plain[i].half(), truth[i])
 
 
+def test_taps_far_beyond_the_image() -> None:
+    """Their places in memory, which nobody reads, are 2³¹ and more elements away."""
+    far, channels, width = 2**19 - 1, 64, 64
+    case = Case((1, channels, 1, width), 4, (3, 3), (1, 1), (far, width), (far, width))
+    middle = Case((1, channels, 1, width), 4, (1, 3), (1, 1), (0, width), (1, width))
+    x, weight, dz = operands(middle, F16)
+    z, dx, dw = truth_of(middle, x.double(), weight.double(), dz.double())
+    plain = truth_of(middle, x.float(), weight.float(), dz.float())
+    whole = torch.zeros(case.weight, dtype=F16)
+    whole[:, :, 1:2] = weight
+    assert_as_good_as(conv.conv(x, whole, *case.geometry), plain[0].half(), z)
+    args = (dz, whole, None, None, case.x, *case.geometry, IDENTITY.kernel_args, True, False)
+    assert_as_good_as(conv.conv_dgrad(*args)[0], plain[1].half(), dx)
+    got = conv.conv_wgrad(dz, x, case.weight, *case.geometry)
+    assert_as_good_as(got[:, :, 1:2], plain[2].half(), dw)
+
+
 @pytest.mark.parametrize("name", ["3x3", "whole steps"])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 100])
 def test_splits(splits: int, name: str) -> None:

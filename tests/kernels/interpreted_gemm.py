@@ -287,6 +287,17 @@ def test_splits(splits: int) -> None:
         check_wgrad(dz, x, replace(SMALL, splits=splits))
 
 
+@pytest.mark.parametrize("number", [2, 3, 32, 33, 70])
+@pytest.mark.parametrize("size", [(3, 5), (20, 36)])
+def test_any_number_of_parts_is_added(number: int, size: tuple[int, int]) -> None:
+    parts = draw(number, *size, dtype=F32)
+    total, out = parts.double().sum(0), parts.new_empty(size)
+    gemm.add_parts(parts, out)
+    # Each sum of up to `number` terms is rounded as often, by half an ulp of what is summed.
+    bound = number * 2.0**-24 * parts.double().abs().sum(0)
+    assert ((out.double() - total).abs() <= bound).all()
+
+
 def test_wgrad_is_summed_before_it_is_rounded() -> None:
     dz, x = torch.ones(500, 1, dtype=F16), torch.ones(500, 1, dtype=F16)
     x[0] = 2048  # from where on half precision has no odd numbers

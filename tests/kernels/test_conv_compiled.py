@@ -5,6 +5,8 @@ Each test calls a launcher and compiles what it would have launched.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor
 from fusedshape import ACTIVATIONS
 from fusedshape.kernels import conv, gemm, pointwise
 from fusedshape.kernels.conv import Config, Direction
-from fusedshape.kernels.roofline import Problem, resnet50
+from fusedshape.kernels.roofline import Arithmetic, Problem, resnet50
 
 pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
 
@@ -157,7 +159,9 @@ def test_strided_dgrad(compiled: Compiler) -> None:
     ("direction", "config"),
     [
         *[("forward", c) for c in (Config(128, 256), Config(128, 128), MIDDLE)],
+        *[("forward", c) for c in (Config(256, 128, num_stages=4), Config(256, 64, 64, 8, 4))],
         *[("dgrad", c) for c in (Config(128, 128, 64, 8, 4), MIDDLE, Config(64, 128, 128, 4))],
+        *[("dgrad", c) for c in (Config(256, 128, num_stages=4), Config(256, 64, 64, 8, 4))],
         *[("wgrad", c) for c in conv.CONFIGS["wgrad"][:3]],
     ],
     ids=str,
@@ -208,12 +212,28 @@ def test_channels_that_are_no_multiple_of_a_vector(compiled: Compiler) -> None:
     assert_no_spills(kernel)
 
 
-@pytest.mark.parametrize("direction", ["forward", "wgrad"])
-def test_image_of_three_channels(direction: Direction, compiled: Compiler) -> None:
-    stem = Layer(3, 64, 7, 2, size=28)
-    kernel = compiled(direction, 90, Config(64, 64, 64, 4, 4), layer=stem)
-    assert multiplies(kernel) == TENSOR_CORES[90]
+STEM = Layer(3, 64, 7, 2, size=28)
+
+
+def check_stem(direction: Direction, arch: int, config: Config, compiled: Compiler) -> None:
+    kernel = compiled(direction, arch, config, layer=STEM, aux=False)
+    assert multiplies(kernel) == TENSOR_CORES[arch]
     assert_no_spills(kernel)
+
+
+@pytest.mark.parametrize(("direction", "arch"), [("forward", 80), ("wgrad", 90)])
+def test_image_of_three_channels(direction: Direction, arch: int, compiled: Compiler) -> None:
+    problem = Problem(2, 3, 28, 28, 64, (7, 7), (2, 2), (3, 3))
+    check_stem(direction, arch, conv.config_for(direction, problem, GPUS[arch]), compiled)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", ["forward", "wgrad"])
+def test_every_tile_of_an_image(direction: Direction, arch: int, compiled: Compiler) -> None:
+    problem = Problem(2, 3, 28, 28, 64, (7, 7), (2, 2), (3, 3))
+    for config in conv.candidates(direction, problem, GPUS[arch]):
+        check_stem(direction, arch, config, compiled)
 
 
 def test_pointers_that_are_not_aligned(compiled: Compiler) -> None:
@@ -243,6 +263,8 @@ def test_index_width(compiled: Compiler, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_configuration(
     direction: Direction, config: Config, arch: int, compiled: Compiler
 ) -> None:
+    if config not in conv.candidates(direction, Problem(2, 256, 14, 14, 256), GPUS[arch]):
+        pytest.skip("beyond this GPU's shared memory")
     check(compiled(direction, arch, config), arch, config, BF16)
     tf32 = Problem(2, 256, 14, 14, 256, arithmetic="tf32")
     if config in conv.candidates(direction, tf32, GPUS[arch]):
@@ -255,11 +277,13 @@ def test_every_configuration(
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation(name: str, arch: int, compiled: Compiler) -> None:
-    config = Config(128, 128, 128, 8, 3)
-    for direction in ("forward", "dgrad"):
-        kernel = compiled(direction, arch, config, activation=name)
-        assert_no_spills(kernel, activation=name)
-        assert multiplies(kernel) == TENSOR_CORES[arch]
+    plain = Problem(2, 256, 14, 14, 256)
+    for direction, aux in (("forward", False), ("forward", True), ("dgrad", True)):
+        for config in conv.candidates(direction, plain, GPUS[arch]):
+            if config.block_m * config.block_n >= 128**2:  # where registers are tightest
+                kernel = compiled(direction, arch, config, activation=name, aux=aux)
+                assert_no_spills(kernel, activation=name)
+                assert multiplies(kernel) == TENSOR_CORES[arch]
 
 
 def test_heuristic_takes_what_fits() -> None:
@@ -293,8 +317,73 @@ def test_splits_cover_all_pixels(channels: int, pixels: tuple[int, int]) -> None
         splits, steps = conv._splits(config, problem, GPUS[90])
         block = config.bytes_k // problem.itemsize
         assert (splits - 1) * steps * block < problem.pixels <= splits * steps * block
-        # The partial sums are small beside the tensors, or the tiles alone fill the GPU.
-        assert splits * conv._wgrad_tiles(config, problem) <= 132 * 16
+        assert splits == 1 or splits * conv._wgrad_tiles(config, problem) <= 132 * 8
+
+
+def vgg16(batch: int, arithmetic: Arithmetic) -> list[Problem]:
+    channels = (3, 64, 64, 128, 128, 256, 256, 512, 512, 512)
+    sizes = (224, 224, 112, 112, 56, 56, 28, 28, 14)
+    return [
+        Problem(batch, c, size, size, out, arithmetic=arithmetic)
+        for c, out, size in zip(channels, channels[1:], sizes, strict=False)
+    ]
+
+
+def launched(
+    direction: Direction, p: Problem, gpu: gemm.Gpu
+) -> tuple[gemm.Config | Config, int, float]:
+    """The pinned tiling, how many programs it has, and how many products each number takes."""
+    if p.is_gemm:
+        sizes = {
+            "forward": (p.pixels, p.out_channels, p.channels),
+            "dgrad": (p.pixels, p.channels, p.out_channels),
+            "wgrad": (p.out_channels, p.channels, p.pixels),
+        }
+        half = p.itemsize == 2
+        how = (BF16 if half else F32), ("ieee" if half else "tf32")
+        product = gemm.Problem(direction, *sizes[direction], *how, reads=direction == "dgrad")
+        tiling = gemm.config_for(product, gpu)
+        splits, steps = gemm._splits(product, tiling, gpu)
+        return tiling, tiling.tiles(product) * splits, steps * tiling.bytes_k / p.itemsize
+    tiling = conv.config_for(direction, p, gpu)
+    block_k = tiling.bytes_k // p.itemsize
+    if direction == "wgrad":
+        splits, steps = conv._splits(tiling, p, gpu)
+        return tiling, conv._wgrad_tiles(tiling, p) * splits, steps * block_k
+    read, written, rows, subs = p.channels, p.out_channels, p.pixels, 1
+    if direction == "dgrad":
+        read, written, subs = written, read, p.stride[0] * p.stride[1]
+        rows = p.batch * math.ceil(p.height / p.stride[0]) * math.ceil(p.width / p.stride[1])
+    programs = subs * math.ceil(rows / tiling.block_m) * math.ceil(written / tiling.block_n)
+    if read <= conv.FLAT_CHANNELS:
+        return tiling, programs, math.ceil(p.taps * read / block_k) * block_k
+    return tiling, programs, p.taps * math.ceil(read / block_k) * block_k / subs
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("batch", [32, 256])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_pinned_launches_keep_the_gpu_busy(arch: int, batch: int, arithmetic: Arithmetic) -> None:
+    gpu = GPUS[arch]
+    layers = [layer.problem for layer in resnet50(batch, arithmetic)] + vgg16(batch, arithmetic)
+    for p, direction in itertools.product(layers, DIRECTIONS):
+        if direction == "dgrad" and p.channels == 3:
+            continue  # nobody asks for the image's gradient
+        tiling, programs, reduction = launched(direction, p, gpu)
+        tile, products = tiling.block_m * tiling.block_n, p.pixels * p.weights
+        # Padding is a fifth at most: 27 numbers of 3×3 pixels of an image are summed as 32.
+        assert programs * tile * reduction < 1.2 * products
+        # The busiest multiprocessor has less than twice its share of the work.
+        rounds = math.ceil(programs / gpu.processors)
+        assert rounds * tile * reduction < 2 * products / gpu.processors
+        # Where large tiles do that too, what is read is multiplied as often as in such of 128×128.
+        written = p.channels if direction == "dgrad" else p.out_channels
+        if batch == 256 and direction != "wgrad":
+            side = min(written, 128)
+            rows = p.height * p.width if direction == "dgrad" else p.out_height * p.out_width
+            if batch * rows * written >= 2 * gpu.processors * 128**2:
+                edges = tiling.block_m + tiling.block_n
+                assert tile / edges >= 128 * side / (128 + side)
 
 
 def test_cpu_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ def test_second_stage_of_wgrad(
     launch(problem("wgrad"), Config(128, 128, splits=2), shaped("tanh"), True)
     kernel = launches["_sum_kernel"].compile(arch)
     assert_no_spills(kernel)
-    assert kernel.vectors("ld") > 0
+    assert kernel.vectors("ld") >= 4  # in flight at a time
 
 
 @pytest.mark.exhaustive
