@@ -6,6 +6,10 @@ compilers do not share (tanh, expm1, log1p, atan, …) is built here from what t
 accuracy is kept near zeros and in tails, NaN propagates, and nothing finite overflows on the way to
 a finite result.
 
+Pointwise passes and the ends of other kernels are only as fast as φ takes few instructions. In
+float32 it is made of what is a single one, exp2, rsqrt and sqrt, and of polynomials: Triton's exp
+takes 5 instructions, a division 8, a logarithm 25.
+
 In a jitted function a Python float keeps its 53 bits only as a direct operand beside a float64
 tensor: assigned to a name, or given to `tl.where`, it becomes float32. Hence the literals in place,
 and only short binary fractions inside `where` and comparisons.
@@ -46,27 +50,73 @@ SELU_ALPHA = tl.constexpr(activations.SELU_ALPHA)
 GELU_CUBIC = tl.constexpr(activations.GELU_CUBIC)
 
 LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(math.log2(math.e))
 SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 TWO_OVER_SQRT_PI = tl.constexpr(2 / math.sqrt(math.pi))
 
-# Taylor: (exp(x) - 1)/x for |x| < 0.35; in t², atanh(t)/t for |t| ≤ 1/3, atan(t)/t for
-# |t| ≤ tan(π/8), and sin(t)/t for |t| ≤ π/2.
-EXPM1_32 = tl.constexpr(tuple(1 / math.factorial(k + 1) for k in range(7)))
+# Polynomials, constant first. Those for float32 are minimax, each coefficient rounded before the
+# next ones were fitted; errors are relative.
+# (exp(x) - 1)/x for -7/16 ≤ x ≤ 0: 4.6e-8; Taylor for float64.
+EXPM1_32 = tl.constexpr((1.0, 0.499996811, 0.166596547, 0.0411812775, 0.00698150229))
 EXPM1_64 = tl.constexpr(tuple(1 / math.factorial(k + 1) for k in range(13)))
-ATANH_32 = tl.constexpr(tuple(1 / (2 * k + 1) for k in range(7)))
-ATANH_64 = tl.constexpr(tuple(1 / (2 * k + 1) for k in range(16)))
-ATAN_32 = tl.constexpr(tuple((-1) ** k / (2 * k + 1) for k in range(9)))
-ATAN_64 = tl.constexpr(tuple((-1) ** k / (2 * k + 1) for k in range(21)))
-SIN_32 = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(7)))
+# log(1 + t)/t for 0 ≤ t ≤ 1: 3.3e-8 and 4e-17.
+LOG1P_32 = tl.constexpr(
+    (
+        *(1.0, -0.499996483, 0.3332133, -0.248572171, 0.191538483),
+        *(-0.13754189, 0.0792088881, -0.030068377, 0.00536545413),
+    )
+)
+LOG1P_64 = tl.constexpr(
+    (
+        *(1.0, -0.4999999999999908, 0.33333333333197523, -0.24999999992009522),
+        *(0.19999999749856523, -0.16666661848248537, 0.14285651975275926, -0.12499427063514382),
+        *(0.11107211585299538, -0.09979768096586568, 0.09009095815198633, -0.08070954578430206),
+        *(0.07015296236526472, -0.05718978534193906, 0.041925709853904154, -0.026398779480743217),
+        *(0.013598778090617254, -0.0054217339910016095, 0.0015535244034334333),
+        *(-0.0002827421139374107, 2.4437973948580947e-05),
+    )
+)
+# log(1 + m)/m for -1/4 ≤ m ≤ 1/2: 2.8e-8.
+LOG_32 = tl.constexpr(
+    (
+        *(1.0, -0.500000596, 0.333335459, -0.249934912, 0.199772075),
+        *(-0.168223098, 0.149822742, -0.120672189, 0.0541502424),
+    )
+)
+# In t², atan(t)/t for |t| ≤ 1: 1.7e-8 and 4e-17.
+ATAN_32 = tl.constexpr(
+    (
+        *(1.0, -0.333331525, 0.199937671, -0.14211002, 0.106657684),
+        *(-0.0755165592, 0.0432046354, -0.0163631029, 0.00291939313),
+    )
+)
+ATAN_64 = tl.constexpr(
+    (
+        *(1.0, -0.3333333333333286, 0.19999999999929946, -0.14285714281592693),
+        *(0.11111110982087126, -0.09090906605656898, 0.0769227555520563, -0.06666371187721098),
+        *(0.05880342002401543, -0.052527255573225747, 0.04719723992321112, -0.042125723963855326),
+        *(0.03651081352721035, -0.02970071773623423, 0.021740213830758134, -0.013674139288399478),
+        *(0.007038646202989813, -0.0028047655531701315, 0.0008033604181626027),
+        *(-0.00014617088163625013, 1.2631178430477426e-05),
+    )
+)
+# In t², sin(t)/t for |t| ≤ π/2: 6.2e-9; Taylor for float64.
+SIN_32 = tl.constexpr((1.0, -0.166666597, 0.00833306927, -0.000198097769, 2.60609568e-06))
 SIN_64 = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(12)))
-
-# Chebyshev, as powers of s = (a - 4)/(a + 4): (a + 4) exp(a²/2) Φ(-a) for a ≥ 0, Φ the normal
-# distribution function; relative errors 6e-8 and 1.2e-16.
+# In t², tanh(t)/t for |t| ≤ 9/16: 4.6e-8.
+TANH_32 = tl.constexpr((1.0, -0.333328754, 0.133190557, -0.0525636114, 0.0162300691))
+# In t², erf(t)/t for |t| ≤ 3/4: 7.4e-8; log2(1 - erf(t)) for t ≥ 3/4: 5.9e-8 of erf(t).
+ERF_32 = tl.constexpr((1.12837911, -0.376119792, 0.112740532, -0.0263677556, 0.00416473532))
+ERFC_32 = tl.constexpr(
+    (-0.00139739818, -1.62107909, -0.931457698, -0.136760592, 0.0243357979, -0.00205811369)
+)
+# exp(a²/2) Φ(-a) for 0 ≤ a ≤ 14, Φ the normal distribution's function: in 1/(a + 3), 9e-8 (and
+# a²/4 times that); as powers of s = (a - 4)/(a + 4), a + 4 times it for all a ≥ 0, 1.2e-16.
 TAIL_32 = tl.constexpr(
     (
-        *(0.7552851271, -0.6078964038, 0.3871375629, -0.1865267109, 0.06039529587),
-        *(-0.007512231382, -0.003476167895, 0.001563786899, 0.0001293256813, -0.0001573205696),
+        *(-9.7322998e-05, 0.404618561, 1.05857706, 5.02592039),
+        *(-7.233078, 79.2219391, -161.984543, 102.661324),
     )
 )
 TAIL_64 = tl.constexpr(
@@ -93,27 +143,59 @@ def _horner(z, COEFFICIENTS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x ≤ 0."""
-    r = _horner(x, EXPM1_64, 13) if x.dtype == tl.float64 else _horner(x, EXPM1_32, 7)
-    return tl.where(x > -0.34375, x * r, tl.exp(x) - 1.0)
+def _exp(u, SCALE: tl.constexpr):
+    """exp(SCALE · u)."""
+    return tl.exp(u * SCALE) if u.dtype == tl.float64 else tl.exp2(u * (SCALE * LOG2E))
 
 
 @triton.jit
-def _log1p_unit(t):
-    """log(1 + t) for 0 ≤ t ≤ 1, as 2 atanh(t/(2 + t))."""
-    s = t / (2.0 + t)
-    z = s * s
-    r = _horner(z, ATANH_64, 16) if t.dtype == tl.float64 else _horner(z, ATANH_32, 7)
-    return 2.0 * s * r
+def _over(x, w):
+    """x/w for w ≥ 1."""
+    if w.dtype == tl.float64:
+        return x / w
+    else:
+        r = tl.rsqrt(w)
+        return x * r * r
+
+
+@triton.jit
+def _inverse(w):
+    """1/w, or 0 where w ≥ 1 is beyond what can be squared; more exact than `_over`."""
+    return 1.0 / w if w.dtype == tl.float64 else tl.rsqrt(w * w)
+
+
+@triton.jit
+def _with_sign(r, u):
+    """|r| with the sign of u."""
+    if u.dtype == tl.float64:
+        sign = u.to(tl.int64, bitcast=True) & -0x8000000000000000
+        return (tl.abs(r).to(tl.int64, bitcast=True) | sign).to(tl.float64, bitcast=True)
+    else:
+        sign = u.to(tl.int32, bitcast=True) & -0x80000000
+        return (tl.abs(r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x ≤ 0."""
+    r = _horner(x, EXPM1_64, 13) if x.dtype == tl.float64 else _horner(x, EXPM1_32, 5)
+    return tl.where(x > -0.4375, x * r, _exp(x, 1.0) - 1.0)
 
 
 @triton.jit
 def _log1p(t):
     """log(1 + t) for t ≥ 0."""
     w = 1.0 + t
-    lost = tl.where(t < 2.0, (t - (w - 1.0)) / w, 0.0)
-    return tl.log(w) + lost
+    if t.dtype == tl.float64:
+        lost = tl.where(t < 2.0, (t - (w - 1.0)) / w, 0.0)
+        return tl.log(w) + lost
+    else:
+        # 1 + t = 2ᵏ (1 + m), -1/4 ≤ m < 1/2, k where floats have it; for k = 0 t loses nothing.
+        k = (w.to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000
+        k = tl.minimum(k, 126 << 23)  # else infinity would turn negative
+        shrink = (0x3F800000 - k).to(tl.float32, bitcast=True)
+        m = t * shrink + (shrink - 1.0)
+        return m * _horner(m, LOG_32, 9) + k.to(tl.float32) * (LN2 / (1 << 23))
 
 
 @triton.jit
@@ -126,27 +208,28 @@ def _hypot1(u):
 @triton.jit
 def _hypot1_minus_1(u):
     h = _hypot1(u)
-    return tl.where(tl.abs(u) > 1.0, h - 1.0, u * u / (1.0 + h))
+    return tl.where(tl.abs(u) > 1.0, h - 1.0, _over(u * u, 1.0 + h))
 
 
 @triton.jit
 def _tanh(u):
-    e = _expm1(-2.0 * tl.abs(u))
-    t = -e / (2.0 + e)
-    return tl.where(u < 0, -t, t)
+    if u.dtype == tl.float64:
+        e = _expm1(-2.0 * tl.abs(u))
+        r = e / (2.0 + e)
+    else:
+        r = 1.0 - 2.0 * _inverse(1.0 + _exp(tl.abs(u), 2.0))
+        r = tl.where(tl.abs(u) < 0.5625, u * _horner(u * u, TANH_32, 5), r)
+    return _with_sign(r, u)
 
 
 @triton.jit
 def _atan(u):
     a = tl.abs(u)
-    steep = a > 2.4140625
-    middle = a > 0.4140625
-    t = tl.where(steep, -1.0, tl.where(middle, a - 1.0, a))
-    t = t / tl.where(steep, a, tl.where(middle, a + 1.0, 1.0))
-    quarters = steep.to(u.dtype) + middle.to(u.dtype)
+    steep = a > 1.0
+    t = tl.where(steep, -tl.rsqrt(u * u), a)
     p = _horner(t * t, ATAN_64, 21) if u.dtype == tl.float64 else _horner(t * t, ATAN_32, 9)
-    r = quarters * 0.7853981633974483 + t * p
-    return tl.where(u < 0, -r, r)
+    quarter = tl.full((), 1.5707963267948966, u.dtype)
+    return _with_sign(t * p + tl.where(steep, quarter, 0.0), u)
 
 
 @triton.jit
@@ -157,49 +240,67 @@ def _cos2(v):
         c = t * _horner(t * t, SIN_64, 12)
     else:
         t = (1.57079637050628662 - tl.abs(v)) - 4.37113900018624283e-8
-        c = t * _horner(t * t, SIN_32, 7)
+        c = t * _horner(t * t, SIN_32, 5)
     return c * c
 
 
 @triton.jit
 def _asinh(u):
     a = tl.abs(u)
-    huge = a > 1e9
-    t = a + a * a / (1.0 + tl.sqrt(1.0 + a * a))
-    r = _log1p(tl.where(huge, a, t)) + huge.to(u.dtype) * LN2
-    return tl.where(u < 0, -r, r)
+    huge = a > 1e9  # where asinh(a) = log(2 a) = 11 log(2) + log(a/1024)
+    t = a + _over(a * a, 1.0 + tl.sqrt(1.0 + a * a))
+    t = tl.where(huge, a * 0.0009765625, t)
+    r = _log1p(t) + huge.to(u.dtype) * (11.0 * LN2)
+    return _with_sign(r, u)
+
+
+@triton.jit
+def _erf(u):
+    if u.dtype == tl.float64:
+        return tl.erf(u)
+    else:
+        a = tl.abs(u)
+        r = 1.0 - tl.exp2(_horner(a, ERFC_32, 6))
+        r = tl.where(a < 0.75, u * _horner(u * u, ERF_32, 5), r)
+        return _with_sign(r, u)
 
 
 @triton.jit
 def _sigmoid(u):
     """1/(1 + exp(-u)), accurate in both tails."""
-    return 1.0 / (1.0 + tl.exp(-u))
+    return _over(1.0, 1.0 + _exp(u, -1.0))
 
 
 @triton.jit
 def _logistic(u):
     """1/(1 + exp(-u)) and 1/(1 + exp(u)), each accurate in its tail."""
-    e = tl.exp(-tl.abs(u))
-    large = 1.0 / (1.0 + e)
+    e = _exp(tl.abs(u), -1.0)
+    large = _inverse(1.0 + e)
     small = e * large
     return tl.where(u < 0, small, large), tl.where(u < 0, large, small)
 
 
 @triton.jit
 def _sech2(u):
-    e = tl.exp(-2.0 * tl.abs(u))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e = _exp(tl.abs(u), -2.0)
+    r = _inverse(1.0 + e)
+    return 4.0 * e * r * r
 
 
 @triton.jit
-def _tail(a):
-    """exp(-a²/2) and Φ(-a) over it for a ≥ 0, Φ the normal distribution's function."""
-    d = 1.0 / (a + 4.0)
-    if a.dtype == tl.float64:
-        p = _horner(1.0 - 8.0 * d, TAIL_64, 24)
+def _tail(u):
+    """|u|, exp(-u²/2) and Φ(-|u|) over it, Φ the normal distribution's function.
+
+    |u| is cut off where Φ(-|u|) is 0, so that infinities make no NaN.
+    """
+    if u.dtype == tl.float64:
+        a = tl.where(tl.abs(u) > 40.0, 40.0, tl.abs(u))
+        d = 1.0 / (a + 4.0)
+        ratio = d * _horner(1.0 - 8.0 * d, TAIL_64, 24)
     else:
-        p = _horner(1.0 - 8.0 * d, TAIL_32, 10)
-    return tl.exp(-0.5 * a * a), d * p
+        a = tl.where(tl.abs(u) > 14.0, 14.0, tl.abs(u))
+        ratio = _horner(_inverse(a + 3.0), TAIL_32, 8)
+    return a, _exp(a * a, -0.5), ratio
 
 
 @triton.jit
@@ -214,26 +315,29 @@ def value(u, slope, ID: tl.constexpr):
     elif ID == SIGMOID:
         return _sigmoid(u)
     elif ID == SOFTPLUS:
-        return tl.where(u <= 0, 0.0, u) + _log1p_unit(tl.exp(-tl.abs(u)))
+        e = _exp(tl.abs(u), -1.0)
+        r = _horner(e, LOG1P_64, 21) if u.dtype == tl.float64 else _horner(e, LOG1P_32, 9)
+        return e * r + tl.where(u <= 0, 0.0, u)
     elif ID == ELU:
-        return tl.where(u > 0, u, _expm1(tl.where(u > 0, 0.0, u)))
+        return tl.where(u > 0, u, _expm1(u))
     elif ID == SELU:
-        return SELU_SCALE * tl.where(u > 0, u, SELU_ALPHA * _expm1(tl.where(u > 0, 0.0, u)))
+        return SELU_SCALE * tl.where(u > 0, u, SELU_ALPHA * _expm1(u))
     elif ID == SOFTSIGN:
-        return u / (1.0 + tl.abs(u))
+        return _over(u, 1.0 + tl.abs(u))
     elif ID == ATAN:
         return _atan(u)
     elif ID == ASINH:
         return _asinh(u)
     elif ID == SWISH:
-        return u * _sigmoid(u)
+        return _over(u, 1.0 + _exp(u, -1.0))
     elif ID == GELU:
-        return u * _sigmoid(2.0 * SQRT_2_OVER_PI * u * (1.0 + GELU_CUBIC * u * u))
+        e = _exp(u * (1.0 + GELU_CUBIC * (u * u)), -2.0 * SQRT_2_OVER_PI)
+        return _over(u, 1.0 + e)
     elif ID == GELU_EXACT:
-        e, ratio = _tail(tl.abs(u))
-        return u * tl.where(u < 0, e * ratio, 1.0 - e * ratio)
+        a, e, ratio = _tail(u)
+        return tl.where(u <= 0, 0.0, u) - e * (a * ratio)
     elif ID == ERF:
-        return tl.erf(u)
+        return _erf(u)
     elif ID == BENTID:
         return 0.5 * _hypot1_minus_1(u) + u
     elif ID == SQUARE:
@@ -260,16 +364,16 @@ def d1(u, slope, ID: tl.constexpr):
     elif ID == SOFTPLUS:
         return _sigmoid(u)
     elif ID == ELU:
-        return tl.exp(tl.where(u > 0, 0.0, u))
+        return _exp(tl.where(u > 0, 0.0, u), 1.0)
     elif ID == SELU:
-        return SELU_SCALE * tl.where(u > 0, 1.0, SELU_ALPHA * tl.exp(tl.where(u > 0, 0.0, u)))
+        return SELU_SCALE * tl.where(u > 0, 1.0, SELU_ALPHA * _exp(u, 1.0))
     elif ID == SOFTSIGN:
-        r = 1.0 / (1.0 + tl.abs(u))
+        r = _over(1.0, 1.0 + tl.abs(u))
         return r * r
     elif ID == ATAN:
-        return 1.0 / (1.0 + u * u)
+        return _over(1.0, 1.0 + u * u)
     elif ID == ASINH:
-        return 1.0 / _hypot1(u)
+        return _over(1.0, _hypot1(u))
     elif ID == SWISH:
         s, c = _logistic(u)
         return s * (1.0 + u * c)
@@ -279,14 +383,13 @@ def d1(u, slope, ID: tl.constexpr):
         inner = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * u2)
         return s + tl.where(tl.abs(u) > 40.0, 0.0, u * s * c * inner)
     elif ID == GELU_EXACT:
-        a = tl.abs(u)
-        e, ratio = _tail(a)
+        a, e, ratio = _tail(u)
         t = e * (ratio - a * INV_SQRT_2PI)
         return tl.where(u < 0, t, 1.0 - t)
     elif ID == ERF:
-        return TWO_OVER_SQRT_PI * tl.exp(-u * u)
+        return TWO_OVER_SQRT_PI * _exp(u * u, -1.0)
     elif ID == BENTID:
-        return 0.5 * (u / _hypot1(u)) + 1.0
+        return 0.5 * _over(u, _hypot1(u)) + 1.0
     elif ID == SQUARE:
         return 2.0 * u
     elif ID == SIN:
@@ -328,7 +431,7 @@ def d1_from_output(v, right, slope, ID: tl.constexpr):
     elif ID == ATAN:
         return _cos2(v)
     elif ID == ASINH:
-        e = tl.exp(-tl.abs(v))
-        return 2.0 * e / (1.0 + e * e)
+        e = _exp(tl.abs(v), -1.0)
+        return 2.0 * e * _inverse(1.0 + e * e)
     else:
         tl.static_assert(False, "phi.d1_from_output lacks this activation")

@@ -44,7 +44,7 @@ WIDE = 2**31 - 2**22
 NUM_WARPS = 4
 #: Where ptxas, left alone, spills a few registers for the sake of more warps.
 _MAX_REGISTERS = 128
-_HUNGRY = tuple(ACTIVATIONS[name].id for name in ("atan", "sin", "cos"))
+_HUNGRY = tuple(ACTIVATIONS[name].id for name in ("atan", "swish", "bentid", "sin", "cos"))
 
 _BIG_ARGS = ["rows", "vectors", "channels", "steps"]
 
@@ -52,7 +52,9 @@ _BIG_ARGS = ["rows", "vectors", "channels", "steps"]
 @triton.jit
 def _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN: tl.constexpr, T: tl.constexpr):
     if BY_COLUMN:
-        bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0)[None, :]
+        # Once a row, so that each thread has its columns' bias without an exchange.
+        column = col[None, :] + tl.zeros_like(row)[:, None]
+        bias = tl.load(bias_ptr + column, mask=column < cols, other=0.0)
     else:
         bias = tl.load(bias_ptr + row % channels, mask=row < rows, other=0.0)[:, None]
     return bias.to(T)
@@ -77,6 +79,7 @@ def _bias_act_kernel(
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     T: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -85,7 +88,8 @@ def _bias_act_kernel(
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
-    tiles = tl.cdiv(cols, COLS)
+    # A division takes more instructions than all other index arithmetic.
+    tiles = 1 if WHOLE_ROWS else tl.cdiv(cols, COLS)
     row = (pid // tiles) * ROWS + tl.arange(0, ROWS)
     col = (pid % tiles) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
@@ -236,6 +240,11 @@ class Plan:
     parts: int
     programs: int
     wide: bool
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a tile is as wide as the matrix."""
+        return self.tile_cols >= self.cols
 
 
 @lru_cache(maxsize=4096)
@@ -480,6 +489,7 @@ def _bias_act(
             VECTOR=plan.vector,
             ROWS=plan.tile_rows,
             COLS=plan.tile_cols,
+            WHOLE_ROWS=plan.whole_rows,
             WIDE=plan.wide,
             **launch_options(kernel_args[0], x.dtype),
         )

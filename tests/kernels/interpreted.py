@@ -82,7 +82,7 @@ def run_phi(u: Tensor, what: str, identity: int) -> Tensor:
 def grid(row: Activation) -> Tensor:
     """Both signs, thirty orders of magnitude, and dense where the functions bend."""
     positive = torch.cat(
-        [torch.logspace(-30, 4, 171, dtype=F64), torch.linspace(0.01, 12, 300, dtype=F64)]
+        [torch.logspace(-30, 4, 171, dtype=F64), torch.linspace(0.01, 12, 3000, dtype=F64)]
     )
     return torch.cat([positive, -positive, torch.zeros(1, dtype=F64)])
 

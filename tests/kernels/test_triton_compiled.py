@@ -36,6 +36,15 @@ SHAPES = {  # numel, channels, stride of a channel
 }
 ODD = {"channels_last, 3": (PIXELS * 3, 3, 1), "nchw, 7 x 7": (64 * 512 * 49, 512, 49)}
 
+#: Of an H200: bytes a second to and from memory, nine tenths of what it is sold with,
+#: multiprocessors, their clock, and for how many lanes one issues instructions a cycle, and
+#: instructions of special functions.
+BANDWIDTH, PROCESSORS, CLOCK, LANES, SPECIAL_LANES = 4.3e12, 132, 1.75e9, 128, 16
+#: Runs on the unit of special functions, or as slowly.
+SPECIAL = ("MUFU", "F2F.", "F2I.", "I2F.")
+#: A logarithm is a long polynomial; sines reduce huge arguments in a branch that hides the count.
+LONG_FORWARD, UNCOUNTED = ("asinh",), ("sin", "cos")
+
 
 def plan(shape: tuple[int, int, int], dtype: torch.dtype, sums: bool) -> Plan:
     return make_plan(*shape, dtype.itemsize, sums)
@@ -74,6 +83,24 @@ def test_every_activation(row: Activation) -> None:
     assert_no_spills(*kernels, activation=row.name)
     assert_vectors(kernels, BF16)
     assert all("cvt.rn.bf16x2.f32" in kernel.ptx for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.name not in UNCOUNTED], ids=lambda row: row.name
+)
+def test_memory_is_slower_than_arithmetic(row: Activation) -> None:
+    """Bytes take longer than instructions: 2 + 2 bytes a number in place, 2 + 2 + 2 backward."""
+    shape = SHAPES["channels_last"]
+    for kernel, moved, sums in zip(both(row, shape, BF16, 90), (4, 6), (False, True), strict=True):
+        p = plan(shape, BF16, sums)
+        numbers = p.tile_rows * p.tile_cols * p.steps / (32 * pointwise.NUM_WARPS)
+        assert kernel.issued(p.steps, "STG.E.128") * 16 / BF16.itemsize == pytest.approx(
+            numbers, rel=0.1
+        )
+        cycles = moved / BANDWIDTH * PROCESSORS * CLOCK
+        slow = row.name in LONG_FORWARD and not sums
+        assert (kernel.issued(p.steps) / numbers > LANES * cycles) == slow
+        assert kernel.issued(p.steps, *SPECIAL) / numbers <= SPECIAL_LANES * cycles
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
