@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -38,7 +39,8 @@ from fusedshape.kernels import epilogue, gemm, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
 from fusedshape.kernels.pointwise import WIDE
 from fusedshape.kernels.roofline import Arithmetic, Problem
-from fusedshape.kernels.tuned import tunable
+from fusedshape.kernels.sizes import cdiv
+from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
 
 Direction = Literal["forward", "dgrad", "wgrad"]
@@ -540,11 +542,9 @@ def _cost(config: Config, direction: Direction, problem: Problem, gpu: gemm.Gpu)
     read, written, rows, subs = p.channels, p.out_channels, p.pixels, 1
     if direction == "dgrad":
         read, written, rows, subs = written, read, _dgrad_rows(p), p.stride[0] * p.stride[1]
-    if _flat(read, p.taps):
-        steps = triton.cdiv(p.taps * read, block_k)
-    else:
-        steps = p.taps * triton.cdiv(read, block_k)
-    programs = subs * triton.cdiv(rows, config.block_m) * triton.cdiv(written, config.block_n)
+    taps = (1, p.taps * read) if _flat(read, p.taps) else (p.taps, read)
+    steps = taps[0] * cdiv(taps[1], block_k)
+    programs = subs * cdiv(rows, config.block_m) * cdiv(written, config.block_n)
     # Each tap meets at one remainder of the stride.
     return gemm.cost(config, programs, steps * block_k / subs, False, _tensor_cores(p), gpu)
 
@@ -555,23 +555,23 @@ def _flat(channels: int, taps: int) -> bool:
 
 def _dgrad_rows(problem: Problem) -> int:
     """Pixels of the input at remainder 0 of the stride, which no other remainder has more of."""
-    height = triton.cdiv(problem.height, problem.stride[0])
-    return problem.batch * height * triton.cdiv(problem.width, problem.stride[1])
+    height = cdiv(problem.height, problem.stride[0])
+    return problem.batch * height * cdiv(problem.width, problem.stride[1])
 
 
 def _wgrad_tiles(config: Config, problem: Problem) -> int:
     p = problem
     if _flat(p.channels, p.taps):
-        across = triton.cdiv(p.taps * p.channels, config.block_n)
+        across = cdiv(p.taps * p.channels, config.block_n)
     else:
-        across = p.taps * triton.cdiv(p.channels, config.block_n)
-    return across * triton.cdiv(p.out_channels, config.block_m)
+        across = p.taps * cdiv(p.channels, config.block_n)
+    return across * cdiv(p.out_channels, config.block_m)
 
 
 def _splits(config: Config, problem: Problem, gpu: gemm.Gpu) -> tuple[int, int]:
     """Parts of wgrad's sum over pixels, and the steps of each; no part is empty."""
     block_k = config.bytes_k // problem.itemsize
-    steps = triton.cdiv(problem.pixels, block_k)
+    steps = cdiv(problem.pixels, block_k)
     tiles = _wgrad_tiles(config, problem)
     cores = _tensor_cores(problem)
     return gemm.parts_of(config, config.splits, tiles, steps, block_k, cores, gpu)
@@ -738,7 +738,7 @@ def conv_dgrad(
         return dx, dz.new_zeros(channels, dtype=torch.float32)
     config = config or config_for("dgrad", problem, gemm.gpu_of(dz.device))
     subs = problem.stride[0] * problem.stride[1]
-    parts = subs * triton.cdiv(_dgrad_rows(problem), config.block_m)
+    parts = subs * cdiv(_dgrad_rows(problem), config.block_m)
     sums = dz.new_empty((parts, channels) if bias_grad else 0, dtype=torch.float32)
     _launch(
         *(problem, config, True, _images(dz), _images(weight), _images(dx), bias, saved),
@@ -792,35 +792,37 @@ def conv_wgrad(
         return dw.zero_()
     gpu = gemm.gpu_of(x.device)
     config = config or config_for("wgrad", p, gpu)
-    block_k = config.bytes_k // p.itemsize
-    splits, steps = _splits(config, p, gpu)
+    plan = _wgrad_plan(p, config, gpu)
+    splits = plan.grid[1]
     dz, x = _images(dz), _images(x)
     with pointwise._on_device(x):
         out = dw if splits == 1 else x.new_empty(splits, p.weights, dtype=torch.float32)
-        _wgrad_kernel[(_wgrad_tiles(config, p), splits)](
-            *(_packed(dz), x, out, p.pixels, p.height, p.width, p.out_height, p.out_width),
-            block_k // (p.out_height * p.out_width),
-            block_k // p.out_width % p.out_height,
-            block_k % p.out_width,
-            steps,
-            **_geometry_constants(p),
-            C=p.channels,
-            K=p.out_channels,
-            PRECISION=_precision(p),
-            FLAT=_flat(p.channels, p.taps),
-            EVEN=p.pixels % block_k == 0,
-            SAME=p.stride == (1, 1) and (p.out_height, p.out_width) == (p.height, p.width),
-            DEAL=p.arithmetic == "tf32" and gemm.deals(gpu, config.block_m, config.block_n),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            WIDE=max(_reach(p, x), dz.numel(), out.numel()) >= WIDE,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        tensors = _packed(dz), x, out
+        _wgrad_kernel[plan.grid](*tensors, *plan.sizes, WIDE=plan.wide, **plan.constants)
         if splits > 1:
             gemm.add_parts(out, dw)
     return dw
+
+
+class _Plan(NamedTuple):
+    """Of a launch all that does not lie in its tensors' memory.
+
+    Attributes:
+        grid: programs.
+        sizes: the kernel's arguments of that kind, in its order.
+        constants: its constexprs and options, but for WIDE.
+        reach: how far apart the places are that it computes, in elements.
+    """
+
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    reach: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether indices need 64 bits."""
+        return self.reach >= WIDE
 
 
 def _launch(
@@ -837,46 +839,88 @@ def _launch(
     constants: tuple[float, ...],
     save_output: bool,
 ) -> None:
-    p = problem
-    channels, written = (p.out_channels, p.channels) if dgrad else (p.channels, p.out_channels)
-    rows, subs = (_dgrad_rows(p), p.stride[0] * p.stride[1]) if dgrad else (p.pixels, 1)
-    tiles_m = triton.cdiv(rows, config.block_m)
-    # In dgrad, the taps that meet at one remainder of the stride are so far apart.
-    steps = [s // math.gcd(s, d) if dgrad else 1 for s, d in zip(p.stride, p.dilation, strict=True)]
+    mixes = not dgrad and aux is not None
+    plan = _plan(problem, config, dgrad, activation, save_output, mixes)
     with pointwise._on_device(a):
-        if dgrad and p.itemsize == 4:
+        if dgrad and problem.itemsize == 4:
             # Tensor cores take tf32 along the reduction only.
             weight = weight.permute(1, 2, 3, 0).contiguous()
-            w_tap, w_c, w_n = p.out_channels, 1, p.taps * p.out_channels
         else:
             weight = _packed(weight)
-            w_tap, w_c, w_n = p.channels, 1, p.taps * p.channels
-            if dgrad:
-                w_c, w_n = w_n, w_c
-        _conv_kernel[(subs * tiles_m * triton.cdiv(written, config.block_n),)](
-            *(_packed(a), weight, out, bias, None if aux is None else _packed(_images(aux)), sums),
-            *(p.batch, a.shape[2], a.shape[3], out.shape[2], out.shape[3], tiles_m, *constants),
-            **_geometry_constants(p),
-            DGRAD=dgrad,
-            ACTIVATION=activation,
-            SAVE_OUTPUT=save_output,
-            C=channels,
-            N=written,
-            STEP_H=steps[0],
-            STEP_W=steps[1],
-            W_TAP=w_tap,
-            W_C=w_c,
-            W_N=w_n,
-            PRECISION=_precision(p),
-            FLAT=_flat(channels, p.taps),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.bytes_k // p.itemsize,
-            SLICES=config.slices(activation, mixes=not dgrad and aux is not None),
-            GROUP_M=config.group_m,
-            WIDE=max(_reach(p, a), out.numel(), weight.numel()) >= WIDE,
-            **gemm.launch_options(config, activation),
-        )
+        aux = None if aux is None else _packed(_images(aux))
+        tensors = _packed(a), weight, out, bias, aux, sums
+        _conv_kernel[plan.grid](*tensors, *plan.sizes, *constants, WIDE=plan.wide, **plan.constants)
+
+
+@lru_cache(REMEMBERED)
+def _plan(
+    problem: Problem, config: Config, dgrad: bool, activation: int, save_output: bool, mixes: bool
+) -> _Plan:
+    p = problem
+    images = (p.channels, p.height, p.width), (p.out_channels, p.out_height, p.out_width)
+    (channels, height, width), (written, *written_size) = images[::-1] if dgrad else images
+    rows, subs = (_dgrad_rows(p), p.stride[0] * p.stride[1]) if dgrad else (p.pixels, 1)
+    tiles_m = cdiv(rows, config.block_m)
+    # In dgrad, the taps that meet at one remainder of the stride are so far apart.
+    steps = [s // math.gcd(s, d) if dgrad else 1 for s, d in zip(p.stride, p.dilation, strict=True)]
+    w_tap, w_c, w_n = p.channels, 1, p.taps * p.channels
+    if dgrad and p.itemsize == 4:
+        w_tap, w_n = p.out_channels, p.taps * p.out_channels
+    elif dgrad:
+        w_c, w_n = w_n, w_c
+    reach = _reach(p, channels, height, width), p.batch * written * math.prod(written_size)
+    constants: dict[str, Any] = {
+        **_geometry_constants(p),
+        "DGRAD": dgrad,
+        "ACTIVATION": activation,
+        "SAVE_OUTPUT": save_output,
+        "C": channels,
+        "N": written,
+        "STEP_H": steps[0],
+        "STEP_W": steps[1],
+        "W_TAP": w_tap,
+        "W_C": w_c,
+        "W_N": w_n,
+        "PRECISION": _precision(p),
+        "FLAT": _flat(channels, p.taps),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.bytes_k // p.itemsize,
+        "SLICES": config.slices(activation, mixes),
+        "GROUP_M": config.group_m,
+        **gemm.launch_options(config, activation),
+    }
+    sizes = p.batch, height, width, *written_size, tiles_m
+    grid = (subs * tiles_m * cdiv(written, config.block_n),)
+    return _Plan(grid, sizes, constants, max(*reach, p.weights))
+
+
+@lru_cache(REMEMBERED)
+def _wgrad_plan(problem: Problem, config: Config, gpu: gemm.Gpu) -> _Plan:
+    p = problem
+    block_k = config.bytes_k // p.itemsize
+    splits, steps = _splits(config, p, gpu)
+    parts = splits * p.weights if splits > 1 else 0
+    reach = _reach(p, p.channels, p.height, p.width), p.pixels * p.out_channels, p.weights, parts
+    place = block_k // (p.out_height * p.out_width), block_k // p.out_width % p.out_height
+    sizes = p.pixels, p.height, p.width, p.out_height, p.out_width
+    constants: dict[str, Any] = {
+        **_geometry_constants(p),
+        "C": p.channels,
+        "K": p.out_channels,
+        "PRECISION": _precision(p),
+        "FLAT": _flat(p.channels, p.taps),
+        "EVEN": p.pixels % block_k == 0,
+        "SAME": p.stride == (1, 1) and (p.out_height, p.out_width) == (p.height, p.width),
+        "DEAL": p.arithmetic == "tf32" and gemm.deals(gpu, config.block_m, config.block_n),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    sizes = *sizes, *place, block_k % p.out_width, steps
+    return _Plan((_wgrad_tiles(config, p), splits), sizes, constants, max(reach))
 
 
 def _geometry_constants(problem: Problem) -> dict[str, int]:
@@ -893,15 +937,15 @@ def _geometry_constants(problem: Problem) -> dict[str, int]:
     }
 
 
-def _reach(problem: Problem, t: Tensor) -> int:
-    """How far apart the places are that taps have in t, those beyond its borders too."""
+def _reach(problem: Problem, channels: int, height: int, width: int) -> int:
+    """How far apart the places are that taps have in such images, those beyond borders too."""
     rows, cols = (
         pad + dilation * taps
         for pad, dilation, taps in zip(
             problem.padding, problem.dilation, problem.kernel, strict=True
         )
     )
-    return t.numel() + (rows * t.shape[3] + cols) * t.shape[1]
+    return (problem.batch * height * width + rows * width + cols) * channels
 
 
 def _tensor_cores(problem: Problem) -> bool:
@@ -999,14 +1043,29 @@ def _problem(
     dtype: torch.dtype,
 ) -> Problem:
     """The convolution as one of two dimensions: a row of images is one image of height 1."""
+    arithmetic = _arithmetic(dtype, linear=len(weight_size) == 2)
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    return _checked_problem(op, tuple(input_size), tuple(weight_size), *geometry, arithmetic)
+
+
+@lru_cache(REMEMBERED)
+def _checked_problem(
+    op: str,
+    input_size: tuple[int, ...],
+    weight_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    arithmetic: Arithmetic,
+) -> Problem:
     n = len(weight_size) - 2
     if len(input_size) != n + 2 or input_size[1] != weight_size[1]:
         raise ValueError(
-            f"{op}: a weight of shape {tuple(weight_size)} wants an input of {n + 2} dimensions "
-            f"and {weight_size[1]} channels, got {tuple(input_size)}"
+            f"{op}: a weight of shape {weight_size} wants an input of {n + 2} dimensions "
+            f"and {weight_size[1]} channels, got {input_size}"
         )
     if 0 in weight_size:
-        raise ValueError(f"{op}: a weight of shape {tuple(weight_size)} leaves nothing to sum")
+        raise ValueError(f"{op}: a weight of shape {weight_size} leaves nothing to sum")
     for name, numbers, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),
@@ -1025,7 +1084,7 @@ def _problem(
     return Problem(
         *(input_size[0], input_size[1], height, width, weight_size[0]),
         *(two(weight_size[2:], 1), two(stride, 1), two(padding, 0), two(dilation, 1)),
-        arithmetic=_arithmetic(dtype, linear=n == 0),
+        arithmetic=arithmetic,
     )
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -35,6 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
+from fusedshape.kernels.sizes import cdiv, next_power_of_2
 from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
 
@@ -138,11 +139,11 @@ class Config(epilogue.Tiling):
 
     def tiles(self, problem: Problem) -> int:
         """Tiles of the output."""
-        return triton.cdiv(problem.m, self.block_m) * triton.cdiv(problem.n, self.block_n)
+        return cdiv(problem.m, self.block_m) * cdiv(problem.n, self.block_n)
 
     def steps(self, problem: Problem) -> int:
         """Steps along the reduction."""
-        return triton.cdiv(problem.k, self.bytes_k // problem.dtype.itemsize)
+        return cdiv(problem.k, self.bytes_k // problem.dtype.itemsize)
 
 
 @triton.jit
@@ -454,9 +455,9 @@ def add_parts(parts: Tensor, out: Tensor) -> None:
     """Add up `parts`, float32 (number, *out.shape), into `out`, in the same order in every run."""
     number, size = parts.shape[0], out.numel()
     vector = math.gcd(4, size)
-    rows = min(SUM_PARTS, triton.next_power_of_2(number))
+    rows = min(SUM_PARTS, next_power_of_2(number))
     cols = SUM_TILE // rows
-    _sum_kernel[(triton.cdiv(size, cols),)](
+    _sum_kernel[(cdiv(size, cols),)](
         *(parts, out, size // vector, number),
         VECTOR=vector,
         ROWS=rows,
@@ -499,8 +500,8 @@ def linear_act(
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear_act", weight=(weight, (n, k)), residual=(residual, (m, n)), bias=(bias, (n,)))
     y = x.new_empty(m, n)
-    problem = _problem("forward", x, weight, y, k, tf32, residual)
-    _multiply(problem, config, x, weight, y, bias, residual, kernel_args[0], constants)
+    operands = x, weight, y, bias, residual
+    _multiply("forward", tf32, config, k, *operands, kernel_args[0], constants)
     return y
 
 
@@ -512,7 +513,7 @@ def linear(
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear", weight=(weight, (n, k)))
     y = x.new_empty(m, n)
-    _multiply(_problem("forward", x, weight, y, k, tf32), config, x, weight, y)
+    _multiply("forward", tf32, config, k, x, weight, y)
     return y
 
 
@@ -559,8 +560,7 @@ def linear_dgrad(
     dx = dz.new_empty(m, n)
     activation = IDENTITY.value if saved is None else kernel_args[0]
     sums = _multiply(
-        _problem("dgrad", dz, weight, dx, k, tf32, saved),
-        *(config, dz, weight, dx, bias, saved),
+        *("dgrad", tf32, config, k, dz, weight, dx, bias, saved),
         *(activation, epilogue.grad_constants(kernel_args), save_output, bias_grad),
     )
     return dx, sums
@@ -587,7 +587,7 @@ def linear_wgrad(
     (k, m), n = dz.shape, x.shape[1]
     _fit("linear_wgrad", x=(x, (k, n)))
     dw = x.new_empty(m, n)
-    _multiply(_problem("wgrad", dz, x, dw, k, tf32), config, dz, x, dw)
+    _multiply("wgrad", tf32, config, k, dz, x, dw)
     return dw
 
 
@@ -738,7 +738,7 @@ def cost(
         tensor_cores: whether they multiply.
         gpu: where it runs.
     """
-    rounds = triton.cdiv(programs, gpu.processors)
+    rounds = cdiv(programs, gpu.processors)
     ends = 2 * ENDS if partial else ENDS
     elements = (tiling.block_m + tiling.block_n) * reduction * programs
     products = rounds * tiling.block_m * tiling.block_n * (reduction + ends)
@@ -769,8 +769,8 @@ def parts_of(
     """
 
     def cut(parts: int) -> tuple[int, int]:
-        each = triton.cdiv(steps, max(1, min(parts, steps)))
-        return triton.cdiv(steps, each), each
+        each = cdiv(steps, max(1, min(parts, steps)))
+        return cdiv(steps, each), each
 
     if wanted:
         return cut(wanted)
@@ -797,46 +797,159 @@ def _fit(op: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, must have {shape}")
 
 
-def _stride(matrix: Tensor) -> int:
-    """Elements from row to row, of which a matrix of one row has no say."""
-    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+class _Layout(NamedTuple):
+    """Where a matrix lies.
+
+    Attributes:
+        rows, cols: its shape.
+        stride: elements from row to row, of which a matrix of one row has no say.
+        aligned: whether it begins at a multiple of 16 bytes.
+    """
+
+    rows: int
+    cols: int
+    stride: int
+    aligned: bool
+
+    def access(self, itemsize: int) -> int:
+        """Bytes of the widest access that suits all rows, 16 at most."""
+        if not self.aligned:
+            return itemsize
+        return math.gcd(16, self.stride * itemsize, self.cols * itemsize)
+
+    @property
+    def reach(self) -> int:
+        """Elements from the first to behind the last."""
+        return (self.rows - 1) * self.stride + self.cols
 
 
-def _access(matrix: Tensor) -> int:
-    """Bytes of the widest access that suits all rows, 16 at most."""
-    if matrix.data_ptr() % 16:
-        return matrix.itemsize
-    return math.gcd(16, _stride(matrix) * matrix.itemsize, matrix.shape[1] * matrix.itemsize)
+def _layout(matrix: Tensor) -> _Layout:
+    rows, cols = matrix.shape
+    stride = matrix.stride(0) if rows > 1 else cols
+    return _Layout(rows, cols, stride, matrix.data_ptr() % 16 == 0)
 
 
-def _problem(
-    direction: Direction,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    k: int,
-    tf32: bool | None,
-    aux: Tensor | None = None,
-) -> Problem:
-    if a.dtype != b.dtype:
-        raise ValueError(f"operands must share a dtype, got {a.dtype} and {b.dtype}")
+def _precision(dtype: torch.dtype, tf32: bool | None) -> str:
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision = "tf32" if tf32 and a.dtype == torch.float32 else "ieee"
+    return "tf32" if tf32 and dtype == torch.float32 else "ieee"
+
+
+@lru_cache(REMEMBERED)
+def _problem(
+    direction: Direction,
+    dtype: torch.dtype,
+    precision: str,
+    k: int,
+    a: _Layout,
+    b: _Layout,
+    out: _Layout,
+    aux: _Layout | None,
+) -> Problem:
     operands = a, b, out
-    access = min(_access(t) for t in (*operands, aux) if t is not None)
+    access = min(t.access(dtype.itemsize) for t in (*operands, aux) if t is not None)
     describable = all(
-        _access(t) == 16 and 0 < t.shape[0] < 2**31 and 0 < t.shape[1] <= _stride(t)
+        t.access(dtype.itemsize) == 16 and 0 < t.rows < 2**31 and 0 < t.cols <= t.stride
         for t in operands
     )
-    return Problem(
-        direction, *out.shape, k, a.dtype, precision, access, describable, aux is not None
+    sizes = out.rows, out.cols, k
+    return Problem(direction, *sizes, dtype, precision, access, describable, aux is not None)
+
+
+class _Plan(NamedTuple):
+    """Of a launch all that does not lie in its tensors' memory.
+
+    Attributes:
+        programs: of the grid.
+        sizes: the kernel's arguments of that kind, in its order.
+        constants: its constexprs and options, but for WIDE.
+        splits: parts of the reduction.
+        block_k: length of a step.
+        written: columns of the output that are written at a time.
+        reach: how far apart the places are that it computes, in elements.
+    """
+
+    programs: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    splits: int
+    block_k: int
+    written: int
+    reach: int
+
+
+@lru_cache(REMEMBERED)
+def _plan(
+    problem: Problem,
+    config: Config,
+    gpu: Gpu,
+    a: _Layout,
+    b: _Layout,
+    out: _Layout,
+    aux: _Layout | None,
+    activation: int,
+    save_output: bool,
+    has_bias: bool,
+    column_sums: bool,
+) -> _Plan:
+    m, n, k = problem.m, problem.n, problem.k
+    block_k = config.bytes_k // problem.dtype.itemsize
+    a_along_k, b_along_k = problem.along_k
+    aux_stride = n if aux is None else aux.stride
+    vector = 16 // problem.dtype.itemsize
+    vector_m = 1 if a_along_k else math.gcd(vector, m, a.stride)
+    vector_n = math.gcd(vector, n, aux_stride, 0 if b_along_k else b.stride)
+    vector_k = math.gcd(vector, k, a.stride if a_along_k else 0, b.stride if b_along_k else 0)
+    splits, chunk = _splits(problem, config, gpu)
+    programs = config.tiles(problem) * splits
+    if config.persistent:
+        programs = min(programs, gpu.processors)
+    slices = config.slices(activation, mixes=problem.direction == "forward" and problem.reads)
+    sizes = (
+        m // vector_m,
+        n // vector_n,
+        k // vector_k,
+        a.stride // (vector_k if a_along_k else vector_m),
+        b.stride // (vector_k if b_along_k else vector_n),
+        aux_stride // vector_n,
+        splits,
+        chunk,
     )
+    wgrad_of_tf32 = problem.direction == "wgrad" and problem.precision == "tf32"
+    constants: dict[str, Any] = {
+        "A_ALONG_K": a_along_k,
+        "B_ALONG_K": b_along_k,
+        "GRAD": problem.direction == "dgrad",
+        "ACTIVATION": activation,
+        "SAVE_OUTPUT": save_output,
+        "HAS_BIAS": has_bias,
+        "HAS_AUX": aux is not None,
+        "SUMS": column_sums,
+        "SPLIT": splits > 1,
+        "PRECISION": problem.precision,
+        "VECTOR_M": vector_m,
+        "VECTOR_N": vector_n,
+        "VECTOR_K": vector_k,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": config.group_m,
+        "EVEN_K": k > 0 and k % block_k == 0,
+        "SLICES": slices,
+        "TMA": config.tma,
+        "PERSISTENT": config.persistent,
+        "DEAL": wgrad_of_tf32 and deals(gpu, config.block_m, config.block_n),
+        **launch_options(config, activation, config.persistent),
+    }
+    reach = max(splits * m * n, *(t.reach for t in (a, b, out, aux) if t is not None))
+    return _Plan(programs, sizes, constants, splits, block_k, config.block_n // slices, reach)
 
 
 def _multiply(
-    problem: Problem,
+    direction: Direction,
+    tf32: bool | None,
     config: Config | None,
+    k: int,
     a: Tensor,
     b: Tensor,
     out: Tensor,
@@ -848,78 +961,38 @@ def _multiply(
     column_sums: bool = False,
 ) -> Tensor:
     """Fill `out`; return the sums of its columns, or an empty tensor."""
-    m, n, k = problem.m, problem.n, problem.k
+    if a.dtype != b.dtype:
+        raise ValueError(f"operands must share a dtype, got {a.dtype} and {b.dtype}")
+    layouts = _layout(a), _layout(b), _layout(out), None if aux is None else _layout(aux)
+    problem = _problem(direction, a.dtype, _precision(a.dtype, tf32), k, *layouts)
+    m, n = out.shape
+    gpu = gpu_of(out.device)
     if not out.numel():
         return out.new_zeros(n if column_sums else 0, dtype=torch.float32)
-    gpu = gpu_of(out.device)
     if config is None:
         config = config_for(problem, gpu)
     elif not runs(config, problem, gpu):
         raise ValueError(
             f"{config} cannot run {problem} on {gpu}; take one of gemm.configs_for(problem, gpu)"
         )
-    block_k = config.bytes_k // a.itemsize
-    a_along_k, b_along_k = problem.along_k
-    a_stride, b_stride, aux_stride = _stride(a), _stride(b), n if aux is None else _stride(aux)
-    vector = 16 // a.itemsize
-    vector_m = 1 if a_along_k else math.gcd(vector, m, a_stride)
-    vector_n = math.gcd(vector, n, aux_stride, 0 if b_along_k else b_stride)
-    vector_k = math.gcd(vector, k, a_stride if a_along_k else 0, b_stride if b_along_k else 0)
-    splits, chunk = _splits(problem, config, gpu)
-    programs = config.tiles(problem) * splits
-    if config.persistent:
-        programs = min(programs, gpu.processors)
-    reach = [(t.shape[0] - 1) * _stride(t) + t.shape[1] for t in (a, b, out, aux) if t is not None]
-    wide = max(*reach, splits * m * n) >= pointwise.WIDE
-    mixes = problem.direction == "forward" and problem.reads
-    slices = config.slices(activation, mixes)
+    ends = activation, save_output, bias is not None, column_sums
+    plan = _plan(problem, config, gpu, *layouts, *ends)
+    splits, wide = plan.splits, plan.reach >= pointwise.WIDE
     with pointwise._on_device(out):
         target = out if splits == 1 else out.new_empty(splits * m, n, dtype=torch.float32)
-        parts = triton.cdiv(m, config.block_m) if column_sums else 0
+        parts = cdiv(m, config.block_m) if column_sums else 0
         sums = out.new_empty(parts, n if parts else 0, dtype=torch.float32)
-        described = config.tma and splits == 1
-        _gemm_kernel[(programs,)](
-            _describe(a, config.block_m, block_k, a_along_k) if config.tma else a,
-            _describe(b, config.block_n, block_k, b_along_k) if config.tma else b,
-            _describe(out, config.block_m, config.block_n // slices) if described else target,
-            None if bias is None else bias.contiguous(),
-            aux,
-            sums,
-            m // vector_m,
-            n // vector_n,
-            k // vector_k,
-            a_stride // (vector_k if a_along_k else vector_m),
-            b_stride // (vector_k if b_along_k else vector_n),
-            aux_stride // vector_n,
-            splits,
-            chunk,
-            *constants,
-            A_ALONG_K=a_along_k,
-            B_ALONG_K=b_along_k,
-            GRAD=problem.direction == "dgrad",
-            ACTIVATION=activation,
-            SAVE_OUTPUT=save_output,
-            HAS_BIAS=bias is not None,
-            HAS_AUX=aux is not None,
-            SUMS=column_sums,
-            SPLIT=splits > 1,
-            PRECISION=problem.precision,
-            VECTOR_M=vector_m,
-            VECTOR_N=vector_n,
-            VECTOR_K=vector_k,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=block_k,
-            GROUP_M=config.group_m,
-            EVEN_K=k > 0 and k % block_k == 0,
-            SLICES=slices,
-            TMA=config.tma,
-            PERSISTENT=config.persistent,
-            DEAL=problem.direction == "wgrad"
-            and problem.precision == "tf32"
-            and deals(gpu, config.block_m, config.block_n),
-            WIDE=wide,
-            **launch_options(config, activation, config.persistent),
+        operands: tuple[Tensor | TensorDescriptor, ...] = a, b, target
+        if config.tma:
+            a_along_k, b_along_k = problem.along_k
+            operands = (
+                _describe(a, layouts[0], config.block_m, plan.block_k, a_along_k),
+                _describe(b, layouts[1], config.block_n, plan.block_k, b_along_k),
+                target if splits > 1 else _describe(out, layouts[2], config.block_m, plan.written),
+            )
+        others = None if bias is None else bias.contiguous(), aux, sums
+        _gemm_kernel[(plan.programs,)](
+            *operands, *others, *plan.sizes, *constants, WIDE=wide, **plan.constants
         )
         if splits > 1:
             add_parts(target.view(splits, m, n), out)
@@ -936,7 +1009,9 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
     return parts_of(config, config.splits, tiles, steps, block_k, problem.tensor_cores, gpu)
 
 
-def _describe(matrix: Tensor, block_j: int, block_i: int, rows: bool = True) -> TensorDescriptor:
+def _describe(
+    matrix: Tensor, layout: _Layout, block_j: int, block_i: int, rows: bool = True
+) -> TensorDescriptor:
     """Descriptor of tiles (block_j, block_i), or of their transposes if not `rows`."""
     block = [block_j, block_i] if rows else [block_i, block_j]
-    return TensorDescriptor(matrix, list(matrix.shape), [_stride(matrix), 1], block)
+    return TensorDescriptor(matrix, [layout.rows, layout.cols], [layout.stride, 1], block)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue
+from fusedshape.kernels.sizes import cdiv, next_power_of_2
 from fusedshape.reference import opmath_dtype
 from fusedshape.spec import KernelArgs
 
@@ -265,14 +266,14 @@ def make_plan(numel: int, channels: int, inner: int, itemsize: int, sums: bool) 
     tile = max(1, TILE_BYTES // itemsize)
     tile_cols = _tile_cols(cols, min(tile, SUM_COLUMNS) if sums and by_column else tile)
     tile_rows = max(1, tile // tile_cols)
-    across, down = triton.cdiv(cols, tile_cols), triton.cdiv(rows, tile_rows)
+    across, down = cdiv(cols, tile_cols), cdiv(rows, tile_rows)
     steps = 1
     if sums:
-        steps = min(triton.cdiv(across * down, PROGRAMS), down if by_column else across)
+        steps = min(cdiv(across * down, PROGRAMS), down if by_column else across)
         if by_column:
-            down = triton.cdiv(down, steps)
+            down = cdiv(down, steps)
         else:
-            across = triton.cdiv(across, steps)
+            across = cdiv(across, steps)
     return Plan(
         rows=rows,
         cols=cols,
@@ -291,9 +292,9 @@ def make_plan(numel: int, channels: int, inner: int, itemsize: int, sums: bool) 
 def _tile_cols(cols: int, limit: int) -> int:
     """The largest power of two that pads `cols` by an eighth or less, or else pads it least."""
     if cols <= 32:
-        return min(limit, triton.next_power_of_2(cols))
+        return min(limit, next_power_of_2(cols))
     widths = [1 << k for k in range(5, limit.bit_length())] or [limit]
-    padded = {width: triton.cdiv(cols, width) * width for width in widths}
+    padded = {width: cdiv(cols, width) * width for width in widths}
     allowed = max(cols * 9 // 8, min(padded.values()))
     return max(width for width in widths if padded[width] <= allowed)
 
@@ -499,14 +500,14 @@ def _reduce(sums: Tensor) -> Tensor:
     """Sum a (parts, channels) matrix over its rows, the same way every time."""
     while sums.shape[0] > 1:
         parts, channels = sums.shape
-        out = sums.new_empty(triton.cdiv(parts, REDUCE_PARTS), channels)
-        _reduce_kernel[(triton.cdiv(channels, 16), out.shape[0])](
+        out = sums.new_empty(cdiv(parts, REDUCE_PARTS), channels)
+        _reduce_kernel[(cdiv(channels, 16), out.shape[0])](
             sums,
             out,
             parts,
             channels,
             PARTS=REDUCE_PARTS,
-            ROWS=min(256, triton.next_power_of_2(parts)),
+            ROWS=min(256, next_power_of_2(parts)),
             COLS=16,
             WIDE=sums.numel() >= WIDE,
             num_warps=8,

@@ -250,6 +250,19 @@ def test_every_shipped_tile(direction: conv.Direction) -> None:
         assert_as_good_as(got, plain[i].half(), truth[i])
 
 
+@pytest.mark.parametrize("name", ["stride 2", "1x1", "linear"])
+def test_a_layer_is_planned_once(name: str) -> None:
+    caches = conv._checked_problem, conv._plan, conv._wgrad_plan, gemm._problem, gemm._plan
+
+    def planned() -> int:
+        check(CASES[name], F16, shaped("leaky_relu"), None)
+        return sum(cache.cache_info().misses for cache in caches)
+
+    first = planned()
+    assert first > 0
+    assert planned() == first
+
+
 def test_taps_far_beyond_the_image() -> None:
     """Their places in memory, which nobody reads, are 2³¹ and more elements away."""
     far, channels, width = 2**19 - 1, 64, 64

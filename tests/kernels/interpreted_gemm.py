@@ -368,13 +368,12 @@ def test_bits_do_not_depend_on_how_operands_are_read() -> None:
 
 
 def test_precision_of_float32_is_asked_for() -> None:
-    x, weight, *_ = operands((8, 8, 8), F32)
-    assert gemm._problem("forward", x, weight, x, 8, None).precision == "ieee"
-    assert gemm._problem("forward", x, weight, x, 8, True).precision == "tf32"
+    assert gemm._precision(F32, None) == "ieee"
+    assert gemm._precision(F32, True) == "tf32"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert gemm._problem("forward", x, weight, x, 8, None).precision == "tf32"
-    assert gemm._problem("forward", x, weight, x, 8, False).precision == "ieee"
-    assert gemm._problem("forward", x.half(), weight.half(), x, 8, True).precision == "ieee"
+    assert gemm._precision(F32, None) == "tf32"
+    assert gemm._precision(F32, False) == "ieee"
+    assert gemm._precision(F16, True) == "ieee"
 
 
 REFUSED = {
