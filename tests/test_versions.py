@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fusedshape
 from fusedshape import machine
 
 ROOT = Path(__file__).parent.parent
@@ -39,16 +40,20 @@ def test_extras_that_messages_name_exist() -> None:
         assert re.search(rf"^{name} = \[", extras, re.MULTILINE), name
 
 
+def test_the_version_is_that_of_the_project() -> None:
+    assert f'version = "{fusedshape.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
 def test_a_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine without package indices the source tree has to do."""
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(importlib.metadata, "version", missing)
-        assert machine.version() == "source"
-    assert machine.version() != "source"
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert machine.version() == "source"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"the one of {name}")
+    assert machine.version() == "the one of fusedshape"
 
 
 def test_the_commit_of_a_tree_without_its_repository(monkeypatch: pytest.MonkeyPatch) -> None:
