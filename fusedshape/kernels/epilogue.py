@@ -46,11 +46,13 @@ class Tiling:
     def slices(self, activation: int, mixes: bool = False) -> int:
         """Parts in which a tile is finished.
 
-        Parts of 32 numbers a thread, of 16 where an activation is curved or a residual comes in:
-        beside the rest of the tile there are no registers for more.
+        Parts of 32 numbers a thread, of 16 where a residual comes in, or, of several, where an
+        activation is curved: beside the rest of the tile there are no registers for more.
         """
-        parts = max(1, min(4, self.block_m * self.block_n // (1024 * self.num_warps)))
-        return 2 * parts if parts > 1 and (mixes or activation not in STRAIGHT) else parts
+        each = self.block_m * self.block_n // (32 * self.num_warps)
+        parts = max(1, min(4, each // 32))
+        finer = (mixes and each > 16) or (parts > 1 and activation not in STRAIGHT)
+        return 2 * parts if finer else parts
 
 
 def constants(kernel_args: KernelArgs, residual_weight: float = 0.0) -> tuple[float, ...]:

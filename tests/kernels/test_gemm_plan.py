@@ -87,3 +87,5 @@ def test_slices() -> None:
         assert (config.slices(straight), config.slices(curved)) == (parts, 2 * parts)
     small = Config(64, 64, num_warps=4)
     assert small.slices(straight) == small.slices(curved) == 1
+    assert small.slices(straight, mixes=True) == 2
+    assert Config(64, 32, num_warps=4).slices(curved, mixes=True) == 1
