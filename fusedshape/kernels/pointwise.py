@@ -28,6 +28,7 @@ from torch import Tensor
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import epilogue
 from fusedshape.kernels.sizes import cdiv, next_power_of_2
+from fusedshape.kernels.tuned import REMEMBERED
 from fusedshape.reference import opmath_dtype
 from fusedshape.spec import KernelArgs
 
@@ -248,7 +249,7 @@ class Plan:
         return self.tile_cols >= self.cols
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(REMEMBERED)
 def make_plan(numel: int, channels: int, inner: int, itemsize: int, sums: bool) -> Plan:
     """Cut up a dense tensor whose element i has channel ``(i // inner) % channels``.
 

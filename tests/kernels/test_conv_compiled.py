@@ -27,6 +27,7 @@ from conftest import shaped
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS
+from fusedshape.bench.cases import VGG16
 from fusedshape.kernels import conv, gemm, pointwise
 from fusedshape.kernels.conv import Config, Direction
 from fusedshape.kernels.roofline import Arithmetic, Problem, resnet50
@@ -321,12 +322,7 @@ def test_splits_cover_all_pixels(channels: int, pixels: tuple[int, int]) -> None
 
 
 def vgg16(batch: int, arithmetic: Arithmetic) -> list[Problem]:
-    channels = (3, 64, 64, 128, 128, 256, 256, 512, 512, 512)
-    sizes = (224, 224, 112, 112, 56, 56, 28, 28, 14)
-    return [
-        Problem(batch, c, size, size, out, arithmetic=arithmetic)
-        for c, out, size in zip(channels, channels[1:], sizes, strict=False)
-    ]
+    return [Problem(batch, c, n, n, out, arithmetic=arithmetic) for c, out, _, _, n in VGG16]
 
 
 def launched(
