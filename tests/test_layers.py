@@ -14,6 +14,7 @@ PACKAGE = Path(fusedshape.__file__).parent
 LAYERS = [
     {"activations"},
     {"spec"},
+    {"undo"},
     {"reference", "native", "timing", "tracing"},
     {"kernels", "theory"},
     {"ops"},

@@ -1,0 +1,204 @@
+"""UndoLog: puts back what was written, newest first, if anything is raised, Ctrl-C included.
+
+Save before you write. A step puts back a state, not a difference, so it does no harm where the
+write never happened or happened in part:
+
+    def change(log: UndoLog) -> None:
+        for module in changed:
+            log.module(module)  # class, attributes, children, hooks, and which tensors it has
+        for name, weight in drawn:
+            log.tensor(weight, name)  # the numbers themselves
+        log.generator(torch.default_generator)
+        ...  # and now write
+
+    all_or_nothing(change)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+_Result = TypeVar("_Result")
+_LOG = logging.getLogger(__name__)
+
+
+class UndoLog:
+    """What to put back; see this file's docstring for how to use one.
+
+    Of whatever is saved twice the first state counts.
+
+    Attributes:
+        failed: what `undo` could not put back, and why.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[str, Callable[[], None]]] = []
+        self._saved: dict[tuple[str, int], Any] = {}  # holds the objects, so that ids stay theirs
+        self.failed: list[str] = []
+
+    def save(self, what: str, put_back: Callable[[], None]) -> None:
+        """Add a step.
+
+        Args:
+            what: what it puts back, for the message if it fails.
+            put_back: restores the present state; it is called again if Ctrl-C stops it.
+        """
+        self._steps.append((what, put_back))
+
+    def contents(self, container: dict[Any, Any] | list[Any], what: str) -> None:
+        """Save which objects a dict or a list holds, in order."""
+        if self._is_new("contents", container):
+            held = container.copy()
+            self.save(what, lambda: _refill(container, held))
+
+    def module(self, module: nn.Module, name: str = "") -> None:
+        """Save a module's class, its attributes, and what its dicts and lists hold."""
+        if not self._is_new("module", module):
+            return
+        what = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
+        kind = type(module)
+        for value in vars(module).values():
+            if isinstance(value, (dict, list)):
+                self.contents(value, what)
+        self.contents(vars(module), what)
+        self.save(f"the class of {what}", lambda: _set_class(module, kind))
+
+    def tensor(self, tensor: Tensor, name: str) -> None:
+        """Save a tensor's numbers."""
+        if self._is_new("tensor", tensor):
+            numbers = tensor.detach().clone()
+            self.save(name, lambda: _write(tensor, numbers))
+
+    def generator(self, generator: Generator) -> None:
+        """Save the state of a random number generator."""
+        if self._is_new("generator", generator):
+            state = generator.get_state()
+            self.save(f"the state of {generator}", lambda: void(generator.set_state(state)))
+
+    def _is_new(self, kind: str, thing: Any) -> bool:
+        known = len(self._saved)
+        self._saved[kind, id(thing)] = thing
+        return len(self._saved) > known
+
+    def undo(self) -> None:
+        """Put everything back, whatever fails: `failed` then says what, and why.
+
+        A step that Ctrl-C stops is taken again, and the interrupt is raised at the end.
+        """
+        interrupt: BaseException | None = None
+        while self._steps:
+            what, put_back = self._steps[-1]
+            try:
+                put_back()
+            except Exception as error:
+                self.failed.append(f"{what} ({type(error).__name__}: {error})")
+            except BaseException as error:
+                interrupt = error
+                continue
+            self._steps.pop()
+        self._saved.clear()
+        if interrupt is not None:
+            raise interrupt
+
+
+def all_or_nothing(change: Callable[[UndoLog], _Result]) -> _Result:
+    """Run a change, and take it back if it raises anything, Ctrl-C included.
+
+    Args:
+        change: writes only what it has saved in the log it is given.
+
+    Returns:
+        What it returns. Do nothing more afterwards that may be interrupted.
+
+    Raises:
+        BaseException: what `change` raised; a note on it says what could not be put back, if
+            anything.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = layer.bias.tolist()
+        >>> def change(log):
+        ...     log.tensor(layer.bias, "bias")
+        ...     layer.bias.data.zero_()
+        ...     raise KeyboardInterrupt
+        >>> try:
+        ...     all_or_nothing(change)
+        ... except KeyboardInterrupt:
+        ...     layer.bias.tolist() == before
+        True
+    """
+    log = UndoLog()
+    try:
+        return change(log)
+    except BaseException as error:
+        try:
+            log.undo()
+        finally:
+            log.undo()  # the rest, should a second Ctrl-C have come between two steps
+            if log.failed:
+                note = f"could not be put back: {'; '.join(log.failed)}"
+                _LOG.error(note)
+                setattr(error, "__notes__", [*getattr(error, "__notes__", ()), note])  # noqa: B010
+        raise
+
+
+def why_not_written(tensor: Tensor) -> str:
+    """Why a tensor's numbers cannot be replaced safely; "" if they can."""
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}"
+    if tensor.is_meta:
+        return "it is on the meta device and has no memory"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode, outside of which it cannot be written"
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return "several of its elements share one place in memory (expanded?)"
+        span += (size - 1) * stride
+    if tensor.numel() and tensor.device.type == "cpu" and _is_read_only(tensor.data_ptr()):
+        return "its memory is read-only (a file that was mapped for reading?)"
+    return ""
+
+
+def _is_read_only(address: int) -> bool:
+    """Whether a process may not write at an address of its own, where Linux tells."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return False
+    for line in maps.splitlines():
+        span, rights = line.split(maxsplit=2)[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return "w" not in rights
+    return False
+
+
+def _refill(container: dict[Any, Any] | list[Any], held: Any) -> None:
+    if isinstance(container, dict):
+        pairs = zip(container.items(), held.items(), strict=False)
+        same = all(k is old_k and v is old_v for (k, v), (old_k, old_v) in pairs)
+        if not same or len(container) != len(held):
+            container.clear()
+            container.update(held)
+    else:
+        container[:] = held
+
+
+def _set_class(module: nn.Module, kind: Any) -> None:
+    module.__class__ = kind
+
+
+def _write(tensor: Tensor, numbers: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(numbers)
+
+
+def void(_: object) -> None:
+    """Nothing, where a value is not wanted."""
