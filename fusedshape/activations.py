@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Phi = Callable[[Tensor, float], Tensor]
@@ -61,9 +62,14 @@ def _expm1_neg(u: Tensor) -> Tensor:
     return u.clamp(max=0).expm1()
 
 
+# Steps by torch's own backwards, whose derivative is zeros: that of a comparison is None, and then
+# a gradient penalty leaves biases without a gradient.
+def _relu_d1_from_output(v: Tensor, a: float) -> Tensor:
+    return torch.ops.aten.threshold_backward.default(torch.ones_like(v), v, 0)
+
+
 def _leaky_d1(u: Tensor, a: float) -> Tensor:
-    # A tensor in one branch, because two Python numbers would make float32 of float64.
-    return torch.where(u > 0, 1.0, torch.full_like(u, a))
+    return torch.ops.aten.leaky_relu_backward.default(torch.ones_like(u), u, a, False)
 
 
 def _softplus(u: Tensor, a: float) -> Tensor:
@@ -130,11 +136,11 @@ _ROWS = (
     Activation(
         "relu",
         0,
-        value=lambda u, a: u.clamp(min=0),
-        d1=lambda u, a: (u > 0).to(u.dtype),
+        value=lambda u, a: u.relu(),
+        d1=lambda u, a: _relu_d1_from_output(u.relu(), a),
         d2=lambda u, a: torch.zeros_like(u),
         saves="output",
-        d1_from_output=lambda v, a: (v > 0).to(v.dtype),
+        d1_from_output=_relu_d1_from_output,
         kinks=(0.0,),
         homogeneous=True,
         smooth=False,
@@ -142,7 +148,7 @@ _ROWS = (
     Activation(
         "leaky_relu",
         1,
-        value=lambda u, a: torch.where(u > 0, u, a * u),
+        value=F.leaky_relu,
         d1=_leaky_d1,
         d2=lambda u, a: torch.zeros_like(u),
         saves="output",
