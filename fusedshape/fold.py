@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fusedshape.layers import Kind, features, kind_of
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import (
@@ -27,9 +28,6 @@ from fusedshape.tracing import (
     write_out_of_place,
 )
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS: tuple[type[Any], ...] = (nn.Linear, *_CONVS, *_TRANSPOSED)
 _PADS: tuple[Any, ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 # φ by modules where torch has one, else by functions.
@@ -248,8 +246,9 @@ class _Value:
 class _Layer:
     """A linear or convolution layer that takes in constants: weight · gain, and its own bias."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, kind: Kind) -> None:
         self.module = module
+        self.kind = kind
         self.gain = 1.0
         self.bias: Tensor | None = None
         if module.bias is not None:
@@ -260,8 +259,8 @@ class _Layer:
     def pads(self) -> list[int]:
         """Zeros put around the input, as F.pad wants them."""
         module = self.module
-        zeros = isinstance(module, _CONVS) and module.padding_mode == "zeros"
-        if not zeros or module.padding == "valid":
+        pads_itself = self.kind.dimensions and not self.kind.transposed
+        if not pads_itself or module.padding_mode != "zeros" or module.padding == "valid":
             return []
         pads: list[int] = []
         for i, size in enumerate(module.kernel_size):
@@ -286,7 +285,7 @@ class _Layer:
         if self.bias is not None:
             self.bias = scale * self.bias
         if shift:
-            outputs = getattr(self.module, "out_features", 0) or self.module.out_channels
+            _, outputs = features(self.module)
             self._add(torch.full((outputs,), shift, dtype=torch.float64))
 
     def _add(self, bias: Tensor) -> None:
@@ -303,12 +302,12 @@ class _Layer:
     def build(self) -> nn.Module:
         """The plain layer."""
         old = self.module
-        cls = next(cls for cls in _LAYERS if isinstance(old, cls))
+        cls: Any = self.kind.plain
         bias = self.bias is not None
-        if cls is nn.Linear:
+        if not self.kind.dimensions:
             new = cls(old.in_features, old.out_features, bias, device="meta")
         else:
-            more = {"output_padding": old.output_padding} if cls in _TRANSPOSED else {}
+            more = {"output_padding": old.output_padding} if self.kind.transposed else {}
             new = cls(
                 old.in_channels,
                 old.out_channels,
@@ -385,8 +384,9 @@ class _Folding:
         module = self._called(node)
         if isinstance(module, nn.Identity):
             return self.values[tensor_args(node)[0]]
-        if isinstance(module, _LAYERS) and len(tensor_args(node)) == 1:
-            return self._layer(node, module)
+        kind = kind_of(module)
+        if kind is not None and len(tensor_args(node)) == 1:
+            return self._layer(node, _Layer(module, kind))
         if isinstance(module, NormalizedSum):
             return self._sum(node, list(node.args), module.weights)
         if node.target is _activate:
@@ -436,17 +436,16 @@ class _Folding:
             user, node = node, tensor_args(node)[0]
         return None
 
-    def _layer(self, node: fx.Node, module: Any) -> _Value:
+    def _layer(self, node: fx.Node, layer: _Layer) -> _Value:
         value = self.values[tensor_args(node)[0]]
-        layer = _Layer(module)
-        if value.shift and isinstance(module, _TRANSPOSED):
+        if value.shift and layer.kind.transposed:
             # At the edges fewer taps see it.
             value = self._unshifted(value)
         elif value.shift and layer.pads:
             if self.keep_delta:
                 value = self._unshifted(value)
             else:
-                pad = _PADS[len(module.kernel_size) - 1](layer.pads, -value.shift / value.scale)
+                pad = _PADS[layer.kind.dimensions - 1](layer.pads, -value.shift / value.scale)
                 value = replace(value, node=self._call(f"{node.target}_pad", pad, value.node))
                 layer.padded = True
         layer.after(value.scale, value.shift)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fusedshape.layers import kind_of
 
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
 Taps = tuple[slice, ...]  # one slice per spatial dimension
@@ -215,7 +216,8 @@ def init_module_(
     r"""Initialise the weight and bias of one linear or convolution layer, in place.
 
     Args:
-        module: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, or of a subclass.
+        module: an nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d, or of a subclass, or a
+            layer of `fusedshape.nn`.
         method: "suo" (`suo_`), "suo_full", "delta_orthogonal" or "gaussian".
         gain: σ_w.
         bias_std: standard deviation σ_b of the bias, N(0, σ_b²); 0 makes it zero.
@@ -233,7 +235,8 @@ def init_module_(
         >>> layer.bias.abs().sum().item()
         0.0
     """
-    if not isinstance(module, (nn.Linear, _ConvNd)):
+    kind = kind_of(module)
+    if kind is None:
         raise TypeError(
             f"init_module_: needs a linear or convolution layer, got {type(module).__name__}"
         )
@@ -247,38 +250,37 @@ def init_module_(
             f"init_module_: the weight of this {type(module).__name__} is computed from other "
             "tensors (weight_norm or another parametrisation); initialise it before adding those"
         )
-    if nn.parameter.is_lazy(module.weight):
+    layer: Any = module
+    if nn.parameter.is_lazy(layer.weight):
         raise ValueError(
             f"init_module_: the weight of this {type(module).__name__} has no shape yet; run the "
             "model once before initialising it"
         )
-    groups, transposed = 1, False
-    stride: tuple[int, ...] = (1,)
-    if isinstance(module, _ConvNd):
-        groups = module.groups
-    if isinstance(module, _ConvTransposeNd):
-        transposed, stride = True, module.stride
-        pairs = zip(module.stride, module.dilation, strict=True)
+    groups = layer.groups if kind.dimensions else 1
+    transposed = kind.transposed
+    stride: tuple[int, ...] = layer.stride if transposed else (1,)
+    if transposed:
+        pairs = zip(layer.stride, layer.dilation, strict=True)
         if method != "delta_orthogonal" and any(s > 1 and d > 1 for s, d in pairs):
             raise ValueError(
-                f"init_module_: a transposed convolution of stride {module.stride} and dilation "
-                f"{module.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
+                f"init_module_: a transposed convolution of stride {layer.stride} and dilation "
+                f"{layer.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
             )
     if method == "delta_orthogonal":
         delta_orthogonal_(
-            module.weight, groups=groups, transposed=transposed, gain=gain, generator=generator
+            layer.weight, groups=groups, transposed=transposed, gain=gain, generator=generator
         )
     else:
         fill = {"suo": suo_, "suo_full": suo_full_, "gaussian": gaussian_}[method]
         fill(
-            module.weight,
+            layer.weight,
             groups=groups,
             transposed=transposed,
             stride=stride,
             gain=gain,
             generator=generator,
         )
-    bias = module.bias
+    bias = layer.bias
     if bias is not None:
         with torch.no_grad():
             if bias_std:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing_extensions import Self
 
 from fusedshape import ops
 from fusedshape.init import init_module_
+from fusedshape.layers import FusedLayer
 from fusedshape.ops.dispatch import Backend
 from fusedshape.ops.engine import Engine
 from fusedshape.spec import ActSpec
@@ -44,9 +46,11 @@ class ShapedActivation(nn.Module):
         return str(self.spec)
 
 
-class _Shaped:
+class _Shaped(FusedLayer):
     """What the shaped twins of nn.Conv*d and nn.Linear share."""
 
+    weight: Tensor
+    bias: Tensor | None
     spec: ActSpec
     backend: Backend
     engine: Engine = "auto"  # also that of modules pickled before there were engines
@@ -59,10 +63,12 @@ class _Shaped:
         engine: Engine = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__()
+        self.__dict__.update(vars(_undrawn(self.plain_class)(*args, **kwargs)))
         self.spec = spec
         self.backend = backend
         self.engine = engine
+        self.reset_parameters()
 
     @classmethod
     def from_plain(
@@ -75,7 +81,7 @@ class _Shaped:
         """Make the shaped twin of a plain layer, around the very same parameters and hooks.
 
         Args:
-            module: an instance of this class' plain parent.
+            module: an instance of `plain_class`.
             spec: the constants of the activation to fuse.
             backend: as in `fusedshape.ops.shaped_act`.
             engine: as in `fusedshape.ops.conv_act`.
@@ -83,7 +89,7 @@ class _Shaped:
         Raises:
             TypeError: module is of another class.
         """
-        plain = cls.__mro__[cls.__mro__.index(_Shaped) + 1]
+        plain = cls.plain_class
         if type(module) is not plain:
             raise TypeError(
                 f"{cls.__name__}.from_plain: needs a {plain.__name__}, got {type(module).__name__}"
@@ -101,7 +107,6 @@ class _Shaped:
         Convolutions take the Delta form, but for even kernels, which have no centre. As in torch,
         nothing is drawn on the meta device: call it again after ``to_empty``.
         """
-        assert isinstance(self, (nn.Linear, nn.modules.conv._ConvNd))
         if self.weight.is_meta:
             return
         even = any(k % 2 == 0 for k in getattr(self, "kernel_size", ()))
@@ -109,13 +114,29 @@ class _Shaped:
 
     def extra_repr(self) -> str:
         """The plain layer's, and the constants."""
-        return f"{super().extra_repr()}, {self.spec}"  # type: ignore[misc]
+        return f"{self.plain_class.extra_repr(self)}, {self.spec}"
+
+
+@functools.cache
+def _undrawn(plain: Any) -> Any:
+    """A plain layer's class whose constructor makes parameters and draws no numbers for them."""
+    return type(plain.__name__, (plain,), {"reset_parameters": lambda self: None})
 
 
 class _ShapedConv(_Shaped):
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) or (C, *spatial) → convolution, bias and activation."""
-        assert isinstance(self, nn.modules.conv._ConvNd)
         return ops.conv_act(
             x,
             self.weight,
@@ -131,15 +152,19 @@ class _ShapedConv(_Shaped):
         )
 
 
-class ShapedConv1d(_ShapedConv, nn.Conv1d):
+class ShapedConv1d(_ShapedConv):
     """nn.Conv1d fused with its activation; see `ShapedConv2d`."""
 
+    plain_class = nn.Conv1d
 
-class ShapedConv2d(_ShapedConv, nn.Conv2d):
+
+class ShapedConv2d(_ShapedConv):
     """nn.Conv2d fused with its activation, y = γ(φ(α(x ⋆ W + b) + β) + δ).
 
     Takes nn.Conv2d's arguments, and `spec`, `backend` and `engine` by name. Parameters, keys and
     attributes are nn.Conv2d's; weights start scaled uniform orthogonal in Delta form, biases zero.
+    It is no nn.Conv2d by class, because its output is not x ⋆ W + b: tools that look for plain
+    convolutions, for adapters or for curvature, skip or refuse it.
 
     Args:
         spec: the constants.
@@ -151,16 +176,20 @@ class ShapedConv2d(_ShapedConv, nn.Conv2d):
         >>> conv = ShapedConv2d(3, 8, 3, padding=1, spec=spec)
         >>> conv(torch.zeros(1, 3, 5, 5)).shape
         torch.Size([1, 8, 5, 5])
-        >>> list(conv.state_dict())
-        ['weight', 'bias']
+        >>> list(conv.state_dict()), isinstance(conv, nn.Conv2d)
+        (['weight', 'bias'], False)
     """
 
+    plain_class = nn.Conv2d
 
-class ShapedConv3d(_ShapedConv, nn.Conv3d):
+
+class ShapedConv3d(_ShapedConv):
     """nn.Conv3d fused with its activation; see `ShapedConv2d`."""
 
+    plain_class = nn.Conv3d
 
-class ShapedLinear(_Shaped, nn.Linear):
+
+class ShapedLinear(_Shaped):
     """nn.Linear fused with its activation, y = γ(φ(α(x Wᵀ + b) + β) + δ); see `ShapedConv2d`.
 
     Example:
@@ -169,11 +198,21 @@ class ShapedLinear(_Shaped, nn.Linear):
         torch.Size([3, 2])
     """
 
+    plain_class = nn.Linear
+    in_features: int
+    out_features: int
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) → (..., out_features)."""
         return ops.linear_act(
             x, self.weight, self.bias, self.spec, backend=self.backend, engine=self.engine
         )
+
+
+#: The fused class of each plain one.
+SHAPED: Mapping[type[nn.Module], type[_Shaped]] = {
+    cls.plain_class: cls for cls in (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
+}
 
 
 class ShapedChain(nn.Sequential):
@@ -277,7 +316,7 @@ def why_not_chained(module: nn.Module) -> str:
         'MaxPool2d is no shaped layer'
     """
     kind = type(module)
-    if kind not in _CHAINED:
+    if kind not in SHAPED.values():
         return f"{kind.__name__} is no shaped layer"
     if _is_watched(module):
         return "it has hooks, or a forward or compiled code of its own"
@@ -289,9 +328,6 @@ def why_not_chained(module: nn.Module) -> str:
         if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in reaches):
             return "padding='same' of an even kernel pads more at the end"
     return ""
-
-
-_CHAINED = (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -313,7 +349,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _chain_layer(layer: Any) -> ops.ChainLayer:
     geometry = {}
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, ShapedLinear):
         geometry = {name: getattr(layer, name) for name in _GEOMETRY}
     tensors = layer.weight, layer.bias
     return ops.ChainLayer(

@@ -25,6 +25,7 @@ from zoo import AssertsShapes, NormAct, NormActBlock
 from fusedshape import ActSpec, reference, theory
 from fusedshape.convert import Report, convert
 from fusedshape.fold import fold
+from fusedshape.layers import FusedLayer, kind_of
 from fusedshape.nn import (
     NormalizedSum,
     PerLocationNorm,
@@ -115,7 +116,9 @@ def check(model: nn.Module, x: Tensor, spec: ActSpec = SPEC, **kwargs: Any) -> R
     assert all(id(p) == before[k] for k, p in ours.named_parameters())
     for path, module in plain.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) or module in objects[:1]:
-            assert isinstance(ours.get_submodule(path), type(module))
+            found = ours.get_submodule(path)
+            assert type(found) is type(module) or isinstance(found, FusedLayer)
+            assert kind_of(found) == kind_of(module)
     again = pickle.loads(pickle.dumps(ours))
     copied = copy.deepcopy(ours)
     for training in (False, True):

@@ -37,6 +37,7 @@ from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
 from fusedshape.diagnose.measure import sample
 from fusedshape.diagnose.tape import Tape
 from fusedshape.init import delta_orthogonal_, gaussian_, init_module_, suo_, suo_full_
+from fusedshape.layers import kind_of
 from fusedshape.models.vanilla import vanilla_convnet
 from fusedshape.nn import ShapedLinear
 from fusedshape.ops.engine import Engine
@@ -64,7 +65,7 @@ def converted(net: nn.Module, **kwargs: Any) -> nn.Module:
 
 def initialised(net: nn.Module, **kwargs: Any) -> nn.Module:
     for m in net.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)):
+        if kind_of(m):
             init_module_(m, **kwargs)
     return net
 
@@ -309,7 +310,7 @@ def test_finds_weights_drawn_for_the_other_layout() -> None:
     )
     convert(net)
     for m in net.modules():
-        if isinstance(m, nn.Linear):
+        if kind_of(m):
             m.weight.data = suo_(torch.empty_like(m.weight.T)).T.contiguous()
     found = diagnose(net, torch.randn(32, 64))
     assert_finds(found, "init layout", "2")

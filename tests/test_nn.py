@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import shaped
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from fusedshape import (
     NormalizedSum,
@@ -22,6 +23,8 @@ from fusedshape import (
     ShapedLinear,
     reference,
 )
+from fusedshape.init import suo_
+from fusedshape.layers import KINDS, features, kind_of
 
 SPEC = shaped("softplus")
 PAIRS = [
@@ -44,7 +47,8 @@ def test_from_plain_shares_parameters_and_computes_the_same(case) -> None:  # ty
     seen: list[Tensor] = []
     plain.register_forward_hook(lambda module, args, out: seen.append(out))
     twin = cls.from_plain(plain, SPEC)
-    assert isinstance(twin, type(plain))
+    assert not isinstance(twin, type(plain)), "its output is not the plain layer's"
+    assert kind_of(twin) == kind_of(plain)
     assert dict(twin.named_parameters()) == dict(plain.named_parameters())
     assert list(twin.state_dict()) == list(plain.state_dict())
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -236,3 +240,90 @@ def test_normalized_sum_refuses_calls() -> None:
         module(torch.ones(2))
     with pytest.raises(ValueError, match=r"one shape, got \(2,\), \(1,\)"):
         module(torch.ones(2), torch.ones(1))
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: c[1].__name__)
+def test_no_shaped_layer_passes_for_a_plain_one(case) -> None:  # type: ignore[no-untyped-def]
+    """Who tests for nn.Linear counts on an output of W x + b: adapters, K-FAC, quantisation."""
+    make, cls, _ = case
+    plain = make()
+    twin = cls.from_plain(plain, SPEC)
+    assert not any(isinstance(twin, kind.plain) for kind in KINDS)
+    assert not isinstance(twin, nn.modules.conv._ConvNd)
+    assert features(twin) == features(plain)
+    own = {name for name in vars(plain) if not name.startswith("_")}
+    assert all(getattr(twin, name) == getattr(plain, name) for name in own)
+    assert twin.extra_repr() == f"{plain.extra_repr()}, {SPEC}"
+
+
+@pytest.mark.parametrize(
+    ("cls", "args", "kwargs"),
+    [
+        (ShapedLinear, (3, 5), {}),
+        (ShapedLinear, (3, 5, False), {"dtype": torch.float64}),
+        (ShapedConv1d, (4, 6, 3, 2, 1), {"device": "meta"}),
+        (ShapedConv2d, (4, 6, (3, 5)), {"padding": "same", "padding_mode": "reflect"}),
+        (ShapedConv3d, (4, 6, 3, 1, 0, 2, 2, False, "circular", None, torch.bfloat16), {}),
+    ],
+)
+def test_constructors_take_the_plain_ones_arguments(cls, args, kwargs) -> None:  # type: ignore[no-untyped-def]
+    plain = cls.plain_class(*args, **kwargs)
+    layer = cls(*args, **kwargs, spec=SPEC)
+    assert layer.extra_repr() == f"{plain.extra_repr()}, {SPEC}"
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+
+def test_a_constructor_draws_the_weights_once() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = ShapedLinear(4, 6, spec=SPEC)
+        after = torch.get_rng_state()
+        torch.manual_seed(0)
+        suo_(weight := torch.empty(6, 4))
+        assert torch.equal(after, torch.get_rng_state())
+    assert torch.equal(layer.weight, weight)
+
+
+def test_kinds_of_layers() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    class Bare(nn.modules.conv._ConvNd):
+        pass
+
+    none: tuple[int, int] = (0, 0)
+    bare = Bare(2, 4, (3, 3), (1, 1), none, (1, 1), False, none, 1, True, "zeros")
+    for layer in (Own(2, 4, 3), bare, ShapedConv2d(2, 4, 3, spec=SPEC)):
+        kind = kind_of(layer)
+        assert kind is not None
+        assert (kind.plain, kind.dimensions, kind.transposed) == (nn.Conv2d, 2, False)
+        assert features(layer) == (2, 4)
+    transposed = kind_of(nn.ConvTranspose1d(2, 4, 3))
+    assert transposed is not None
+    assert transposed.transposed
+    assert kind_of(ShapedActivation(SPEC)) is None
+    assert kind_of(None) is None
+    with pytest.raises(TypeError, match="ReLU is no linear or convolution layer"):
+        features(nn.ReLU())
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: c[1].__name__)
+def test_tools_that_go_by_attribute_work(case) -> None:  # type: ignore[no-untyped-def]
+    """Reparametrisations and pruning, as on the plain layer."""
+    make, cls, shape = case
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for change in (
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    ):
+        plain = make().double().eval()
+        layer = cls.from_plain(copy.deepcopy(plain), SPEC)
+        for module in (plain, layer):
+            torch.manual_seed(0)
+            change(module)
+        plain.load_state_dict(layer.state_dict())
+        want = reference.shaped_act(plain(x), SPEC)
+        torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)

@@ -246,9 +246,8 @@ def test_build_converts_initialises_and_normalises() -> None:
     model = build(TINY, blobs())
     assert isinstance(model, nn.Sequential)
     assert isinstance(model[0], PerLocationNorm)
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in model.modules() if isinstance(m, ShapedConv2d)]
     assert len(convs) == 6
-    assert all(isinstance(m, ShapedConv2d) for m in convs)
     centre = convs[3].weight[:, :, 1, 1]
     torch.testing.assert_close(centre @ centre.T, torch.eye(8), atol=1e-6, rtol=0)
     other = build(replace(TINY, seed=1), blobs())
@@ -270,7 +269,7 @@ def test_build_without_method_keeps_relu_and_applies_the_gain() -> None:
 def test_build_eoc_draws_biases() -> None:
     config = replace(TINY, method="EOC", activation="tanh", eta=None, sigma_b=0.2, width=64)
     model = build(config, blobs())
-    biases = torch.cat([m.bias for m in model.modules() if isinstance(m, nn.Conv2d)])
+    biases = torch.cat([m.bias for m in model.modules() if isinstance(m, ShapedConv2d)])
     # 384 draws: relative standard error of the standard deviation √(1/768).
     assert biases.std().item() == pytest.approx(0.2, rel=5 / math.sqrt(768))
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fusedshape.convert import convert
 from fusedshape.kernels import roofline
 from fusedshape.kernels.roofline import Traffic, traffic
+from fusedshape.layers import kind_of
 from fusedshape.ops import bias_act, conv_act, linear_act
 from fusedshape.ops.chain import ChainLayer, conv_chain
 from fusedshape.spec import ActSpec
@@ -533,7 +534,7 @@ def fold(
     scale: dict[str, float] = {}
     last = ""
     for name, module in model.named_children():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if kind_of(module) is not None:
             last = name
         elif isinstance(module, nn.LeakyReLU):
             for key, parameter in model.get_submodule(last).named_parameters():

@@ -20,10 +20,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fusedshape import theory
 from fusedshape.convert.calls import Calls
-from fusedshape.convert.fusion import TWINS, Fusion
+from fusedshape.convert.fusion import Fusion
 from fusedshape.convert.plan import Constants, Plan
 from fusedshape.convert.report import Change, Report
 from fusedshape.init import Method
+from fusedshape.layers import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
 from fusedshape.ops.dispatch import Backend, why_not
 from fusedshape.rewriting import Rewritten
@@ -32,7 +33,7 @@ from fusedshape.tracing import behind_norm
 
 __all__ = ["Change", "Report", "convert"]
 
-_SHAPED = (ShapedActivation, ShapedChain, *TWINS.values())
+_SHAPED = (ShapedActivation, ShapedChain, FusedLayer)
 _GROWTH = 1.05  # of q in one sum, from which on it is worth a word
 _METHODS = ("TAT", "DKS", "EOC")
 # By name, because importing torch._dynamo takes seconds.

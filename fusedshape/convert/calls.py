@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fusedshape import rewriting
+from fusedshape.layers import kind_of
 from fusedshape.tracing import (
     UntraceableError,
     is_plain,
@@ -291,8 +291,7 @@ class Calls:
     def _is_of_a_layer(self, owner: nn.Module, node: fx.Node) -> bool:
         """Whether a call takes a layer's output that nobody else takes."""
         source = node.all_input_nodes[0]
-        is_layer = isinstance(self.called(owner, source), (nn.Linear, _ConvNd))
-        return is_layer and len(source.users) == 1
+        return kind_of(self.called(owner, source)) is not None and len(source.users) == 1
 
     def describe(self, module: nn.Module) -> str:
         """A module's name and class, for messages."""

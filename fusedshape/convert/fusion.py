@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fusedshape.convert.calls import Calls, Site
-from fusedshape.nn import ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear
+from fusedshape.layers import kind_of
+from fusedshape.nn import SHAPED
 
-TWINS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: ShapedConv1d,
-    nn.Conv2d: ShapedConv2d,
-    nn.Conv3d: ShapedConv3d,
-    nn.Linear: ShapedLinear,
-}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -110,7 +104,7 @@ class Fusion:
                 owner, node = called, _result(inside)
             else:
                 break
-        if isinstance(called, (nn.Linear, _ConvNd)):
+        if kind_of(called):
             return called, ""
         if node.op == "placeholder":
             return None, "its input comes from outside the module that calls it"
@@ -139,7 +133,7 @@ class Fusion:
 
     def _why_never(self, layer: nn.Module) -> str:
         kind = type(layer)
-        if kind not in TWINS:
+        if kind not in SHAPED:
             return f"{kind.__name__} has no fused form"
         if hooked(layer):
             return "the layer has hooks, which would see the activated output"

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
-from fusedshape.convert.fusion import HOOKS, TWINS, Fusion
+from fusedshape.convert.fusion import HOOKS, Fusion
 from fusedshape.convert.report import Change, Report
 from fusedshape.init import Method, init_module_
-from fusedshape.nn import ShapedActivation, ShapedChain, chain_rows, why_not_chained
+from fusedshape.layers import features, kind_of
+from fusedshape.nn import SHAPED, ShapedActivation, ShapedChain, chain_rows, why_not_chained
 from fusedshape.ops.dispatch import Backend
 from fusedshape.rewriting import source, subclass
 from fusedshape.spec import ActSpec
@@ -91,7 +91,7 @@ class Plan:
     def _plan_module(self, module: nn.Module) -> None:
         fusion, calls, spec = self.fusion, self.calls, self.constants.spec
         if module in fusion.layers:
-            self._swap(module, TWINS[type(module)].from_plain(module, spec, self.backend))
+            self._swap(module, SHAPED[type(module)].from_plain(module, spec, self.backend))
             self.counts["fused"] += 1
         elif module in fusion.merged:
             self._swap(module, _like(module, nn.Identity()), "fused into the layer before")
@@ -205,7 +205,7 @@ class Plan:
     def _plan_init(self) -> None:
         no_bias = even = widening = 0
         for module in self.calls.names:
-            if not isinstance(module, (nn.Linear, _ConvNd)):
+            if kind_of(module) is None:
                 continue
             no_bias += module.bias is None
             if self.init is None:
@@ -299,16 +299,16 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def _widens(module: nn.Linear | _ConvNd) -> bool:
+def _widens(module: nn.Module) -> bool:
     """Whether a group has more outputs than inputs."""
-    first, second = module.weight.shape[:2]
-    first //= getattr(module, "groups", 1)
-    return first < second if isinstance(module, _ConvTransposeNd) else first > second
+    inputs, outputs = features(module)
+    return inputs < outputs
 
 
-def _lacks_centre(module: nn.Linear | _ConvNd, method: str) -> bool:
-    if isinstance(module, nn.Linear):
+def _lacks_centre(module: Any, method: str) -> bool:
+    kind = kind_of(module)
+    if kind is None or not kind.dimensions:
         return False
-    spread = isinstance(module, _ConvTransposeNd) and method == "suo"
+    spread = kind.transposed and method == "suo"
     pairs = zip(module.kernel_size, module.stride, strict=True)
     return any(k % 2 == 0 and not (spread and s > 1) for k, s in pairs)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fusedshape.diagnose import diagnose
+from fusedshape.layers import features, kind_of
 from fusedshape.nn import PerLocationNorm
 
 
@@ -70,11 +70,10 @@ def _fitting(model: nn.Module) -> tuple[int, ...]:
     for module in model.modules():
         if isinstance(module, PerLocationNorm):
             appended = int(module.homog_mode != "off")
-        elif isinstance(module, nn.Linear):
-            return 64, module.in_features - appended
-        elif isinstance(module, _ConvNd):
-            n = module.weight.ndim - 2
-            return 16, module.in_channels - appended, *[(64, 32, 8)[n - 1]] * n
+        kind = kind_of(module)
+        if kind is not None:
+            inputs, n = features(module)[0] - appended, kind.dimensions
+            return (16, inputs, *[(64, 32, 8)[n - 1]] * n) if n else (64, inputs)
     raise ValueError(
         "diagnose: the model has no linear or convolution layer to tell the shape of its input; "
         "pass --input or --data"

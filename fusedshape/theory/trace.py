@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusedshape.activations import ACTIVATIONS
+from fusedshape.layers import features, kind_of
 from fusedshape.spec import ActSpec
 from fusedshape.theory.network import Node, Op, Wiring
 from fusedshape.tracing import (
@@ -361,9 +361,10 @@ class _Trace:
         spec = spec if isinstance(spec, ActSpec) else None
         if not is_plain(module):
             return None
-        if spec is not None or isinstance(module, (nn.Linear, _ConvNd, nn.Embedding)):
+        weighs = kind_of(module) is not None or isinstance(module, nn.Embedding)
+        if spec is not None or weighs:
             y = x
-            if isinstance(module, (nn.Linear, _ConvNd, nn.Embedding)):
+            if weighs:
                 weight = module._parameters.get("weight")
                 y = self._affine(x, module if weight is None else weight, path, module)
             return y if spec is None else self.like("nonlinear", y, path, spec=spec)
@@ -721,10 +722,10 @@ def _spec(name: str, options: dict[str, Any]) -> ActSpec | None:
 
 def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
     """How many channels a layer, or a function with such a weight, gives, and where."""
-    if isinstance(layer, _ConvNd):
-        return layer.out_channels, frozenset((1, -1 - len(layer.kernel_size)))
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, frozenset((-1,))
+    kind = kind_of(layer)
+    if kind is not None:
+        axes = frozenset((1, -1 - kind.dimensions)) if kind.dimensions else frozenset((-1,))
+        return features(layer)[1], axes
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, frozenset((-1,))
     if isinstance(layer, Tensor):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fusedshape.convert import convert
 from fusedshape.init import init_module_
+from fusedshape.layers import kind_of
 from fusedshape.machine import find_device, replacing, write_json
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm
@@ -185,7 +186,7 @@ def build(config: TrainConfig, data: Data) -> nn.Module:
         )
     elif config.init is not None:
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            if kind_of(module) is not None:
                 init_module_(module, config.init, config.gain, generator=generator)
     return nn.Sequential(PerLocationNorm(), model) if config.pln else model
 

@@ -10,19 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedshape.nn import (
-    ShapedChain,
-    ShapedConv1d,
-    ShapedConv2d,
-    ShapedConv3d,
-    ShapedLinear,
-    chain_rows,
-)
+from fusedshape.layers import FusedLayer, kind_of
+from fusedshape.nn import ShapedChain, chain_rows
 from fusedshape.ops.checks import Geometry, match
 from fusedshape.ops.conv import padded
 from fusedshape.ops.engine import Direction, Problem, problem_of
-
-_SHAPED = (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
 
 
 class Layer(NamedTuple):
@@ -61,7 +53,7 @@ def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
         [('0', ('fprop', 'wgrad'))]
     """
     names: dict[nn.Module, str] = {
-        module: name for name, module in model.named_modules() if isinstance(module, _SHAPED)
+        module: name for name, module in model.named_modules() if isinstance(module, FusedLayer)
     }
     if not names:
         raise ValueError(
@@ -122,7 +114,8 @@ def _layer(path: str, module: Any, x: Tensor, chained: bool) -> Layer:
     needs = x.requires_grad
     x, weight = match(path, x.detach(), module.weight.detach())
     geometry: Geometry | None = None
-    if not isinstance(module, nn.Linear):
+    kind = kind_of(module)
+    if kind is not None and kind.dimensions:
         x, geometry = _geometry(path, module, x, weight)
     directions: list[Direction] = ["fprop"]
     if needs:
