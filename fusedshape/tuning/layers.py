@@ -47,7 +47,7 @@ def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
         ValueError: there is no fused layer in the model, or none is called.
 
     Example:
-        >>> from fusedshape import ActSpec
+        >>> from fusedshape import ActSpec, ShapedLinear
         >>> model = nn.Sequential(ShapedLinear(8, 4, spec=ActSpec("tanh")))
         >>> [(layer.path, layer.directions) for layer in fused_layers(model, torch.zeros(2, 8))]
         [('0', ('fprop', 'wgrad'))]
