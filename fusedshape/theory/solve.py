@@ -16,6 +16,11 @@ there. The first is taken that passes these tests on φ̂ itself, which know not
 
 If none passes, the least steep is taken. φ that are affine images of one another (sigmoid and tanh,
 cos and sin) are solved as one and get the very same φ̂.
+
+Which constants. φ̂(−x) and −φ̂(x) meet the same conditions as φ̂, and sin, cos, sigmoid and odd φ can
+write some of these in several ways. Among them those constants are returned that float32 evaluates
+most accurately: the rounding error of αx + β grows with |β|, that of φ + δ with |φ|. So |β| is at
+most π/2 for sin and cos, and sigmoid has β < 0, where it is small. See `_Conditions._tidied`.
 """
 
 from __future__ import annotations
@@ -525,13 +530,14 @@ class _Conditions:
             return None
         # For deep networks the excess is small, and has to be met to as many digits.
         unit = min(1.0, excess)
+        start = self._tidied(rough.x)
         fine = optimize.root(
-            self._residuals, rough.x, args=(excess, unit), method="hybr", options={"xtol": 1e-14}
+            self._residuals, start, args=(excess, unit), method="hybr", options={"xtol": 1e-14}
         )
         left = np.abs(fine.fun).max()
         if not (left * unit < _TOLERANCE and left < 1e-4):
             return None
-        slope, scale, shift, output_shift, at = self._constants(fine.x, excess)
+        slope, scale, shift, output_shift, at = self._constants(self._tidied(fine.x), excess)
         return ActSpec(
             self.row.name,
             input_scale=scale,
@@ -540,6 +546,24 @@ class _Conditions:
             output_scale=float(at.w @ (at.f + output_shift) ** 2) ** -0.5,
             negative_slope=slope,
         )
+
+    def _tidied(self, p: Array) -> Array:
+        """The best conditioned unknowns among those with which φ̂ is the same but for signs.
+
+        tanh and sin are odd: (α, −β, −δ) gives −φ̂(−x). The sign of β is free for them, so their
+        twins decide it: sigmoid is small for β < 0, and cos has |β| ≤ π/2 if sin has β ≥ 0.
+        """
+        if self.row.name not in ("tanh", "sin"):
+            return p
+        scale, shift, output_shifts = abs(p[0]), float(p[1]), p[2:]
+        if self.row.name == "sin":
+            shift = math.remainder(shift, 2 * math.pi)
+            if abs(shift) > 0.5 * math.pi:  # sin(u ± π) = −sin u
+                shift -= math.copysign(math.pi, shift)
+                output_shifts = -output_shifts
+        if (shift < 0) == (self.row.name == "sin"):
+            shift, output_shifts = -shift, -output_shifts
+        return np.array([scale, shift, *output_shifts])
 
     def _unknowns(self, spec: ActSpec) -> tuple[float, ...]:
         """Inverse of `_constants`."""

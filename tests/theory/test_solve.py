@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import canonical, derivatives, local
+from oracle import MIRRORED, canonical, derivatives, local
 
-from fusedshape import ACTIVATIONS, ActSpec
+from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.theory import Unreachable, c_map, chain, dks, eoc, resnet, solve, tat
 from fusedshape.theory.solve import SPREAD, STEEPEST, _spread, _steepest
 
@@ -139,6 +140,47 @@ def test_affine_images_get_the_same_activation(name: str, twin: str, method: str
     # And so the tests that choose a root cannot tell them apart.
     assert _steepest(one) == pytest.approx(_steepest(other), rel=1e-3)
     assert _spread(one) == pytest.approx(_spread(other), rel=1e-10)
+
+
+def equivalents(spec: ActSpec) -> list[ActSpec]:
+    """Other constants with which φ̂(x) is the same, or φ̂(−x), −φ̂(x) or −φ̂(−x)."""
+    beta, delta = spec.input_shift, spec.output_shift
+    pairs = [(beta, delta)]
+    if spec.activation in ("sin", "cos"):
+        pairs = [(beta + k * math.pi, delta * (-1) ** k) for k in range(-40, 41)]
+    if spec.activation in MIRRORED:
+        pairs += [(-b, -d) for b, d in pairs]
+    if spec.activation == "cos":
+        pairs += [(-b, d) for b, d in pairs]
+    if spec.activation == "sigmoid":
+        pairs += [(-b, -1 - d) for b, d in pairs]
+    return [replace(spec, input_shift=b, output_shift=d) for b, d in pairs]
+
+
+def float32_error(spec: ActSpec) -> float:
+    """Relative error of φ̂ on N(0, 1), against float64."""
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    truth = reference.shaped_act(x.double(), spec)
+    return float((reference.shaped_act(x, spec) - truth).norm() / truth.norm())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    method=st.sampled_from(["DKS", "TAT"]),
+    name=st.sampled_from(["sin", "cos", "sigmoid", "tanh", "erf", "asinh"]),
+    depth=st.integers(3, 400),
+)
+def test_the_best_conditioned_constants(method: str, name: str, depth: int) -> None:
+    spec = solve(method, name, depth=depth)
+    x = np.linspace(-4, 4, 33)
+    ours = [sign * derivatives(spec, at)[0] for sign in (1, -1) for at in (x, -x)]
+    others = equivalents(spec)
+    for other in others:
+        theirs = derivatives(other, x)[0]
+        assert min(np.abs(theirs - our).max() for our in ours) < 1e-11 * spec.output_scale
+    # Where two are equally good, rounding tells them apart by a few percent.
+    assert float32_error(spec) <= 1.15 * min(map(float32_error, others))
+    assert spec.output_scale > 0
 
 
 @pytest.mark.parametrize("method", ["DKS", "TAT"])
