@@ -26,11 +26,16 @@ class ShapedActivation(nn.Module):
         spec: the constants.
         backend: as in `fusedshape.ops.shaped_act`.
 
+    Attributes:
+        engine: of the layer that `fusedshape.fuse` may make of it and the layer before.
+
     Example:
         >>> act = ShapedActivation(ActSpec("tanh", output_scale=2.0))
         >>> act(torch.zeros(3))
         tensor([0., 0., 0.])
     """
+
+    engine: Engine = "auto"
 
     def __init__(self, spec: ActSpec, backend: Backend = "auto") -> None:
         super().__init__()
@@ -100,6 +105,25 @@ class _Shaped(FusedLayer):
         twin.backend = backend
         twin.engine = engine
         return twin
+
+    def to_plain(self) -> nn.Module:
+        """Make the plain layer, without the activation, around the very same parameters and hooks.
+
+        Raises:
+            TypeError: the layer is of a subclass, whose forward or parameters may not be these.
+
+        Example:
+            >>> layer = ShapedLinear(4, 2, spec=ActSpec("relu"))
+            >>> layer.to_plain().weight is layer.weight
+            True
+        """
+        if type(self) is not SHAPED[self.plain_class]:
+            kind = SHAPED[self.plain_class].__name__
+            raise TypeError(f"{type(self).__name__}.to_plain: is a subclass of {kind}, not {kind}")
+        plain: nn.Module = self.plain_class.__new__(self.plain_class)
+        own = ("spec", "backend", "engine")
+        plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
+        return plain
 
     def reset_parameters(self) -> None:
         """Draw weights as the constants assume them: scaled uniform orthogonal, biases zero.
@@ -213,6 +237,26 @@ class ShapedLinear(_Shaped):
 SHAPED: Mapping[type[nn.Module], type[_Shaped]] = {
     cls.plain_class: cls for cls in (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
 }
+
+
+def place() -> nn.Identity:
+    """What stands where an activation stood that a layer has taken in.
+
+    It does nothing, as any nn.Identity; it tells `fusedshape.unfuse` where to put the activation.
+    """
+    found = nn.Identity()
+    vars(found)["is_place"] = True
+    return found
+
+
+def is_place(module: object) -> bool:
+    """Whether a module is one of `place`.
+
+    Example:
+        >>> is_place(place()), is_place(nn.Identity())
+        (True, False)
+    """
+    return type(module) is nn.Identity and "is_place" in vars(module)
 
 
 class ShapedChain(nn.Sequential):

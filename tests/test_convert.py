@@ -32,6 +32,7 @@ from fusedshape.nn import (
     ShapedActivation,
     ShapedConv2d,
     ShapedLinear,
+    is_place,
 )
 from fusedshape.shortcuts import reweight_shortcuts
 
@@ -1460,3 +1461,32 @@ def test_modules_made() -> None:
     net = nn.Sequential(conv(3, 4), nn.ReLU(), nn.MaxPool2d(2), nn.ReLU())
     convert(net, spec=SPEC)
     assert [type(m) for m in net] == [ShapedConv2d, nn.Identity, nn.MaxPool2d, ShapedActivation]
+
+
+class Mixed(nn.Module):
+    """Functional activations, one that two layers share, and one that is not fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.one(x))
+        y = self.two(x)
+        return self.act(self.three(F.relu(y))) + y  # type: ignore[no-any-return]
+
+
+def test_a_place_stands_where_each_fused_activation_stood() -> None:
+    net = Mixed()
+    convert(net, spec=shaped("tanh"), init=None)
+    kinds = {name: type(m) for name, m in net.named_children()}
+    assert kinds["one"] is kinds["three"] is ShapedLinear
+    assert kinds["two"] is nn.Linear
+    assert {name for name, m in net.named_children() if is_place(m)} == {"act", "fused_0"}
+    assert kinds["shaped_0"] is ShapedActivation
+    calls: list[str] = []
+    for name, m in net.named_children():
+        m.register_forward_hook(lambda *_, name=name: calls.append(name))
+    net(torch.zeros(3, 6))
+    assert calls == ["one", "fused_0", "two", "shaped_0", "three", "act"]

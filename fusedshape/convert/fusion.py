@@ -10,6 +10,8 @@ from fusedshape.convert.calls import Calls, Site
 from fusedshape.layers import kind_of
 from fusedshape.nn import SHAPED
 
+#: Those that see a module's output, or its gradient.
+OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -35,7 +37,7 @@ class Fusion:
             if site.layer is not None and not fuse:
                 rejected[site.layer] = "fuse=False"
         for layer in {site.layer for site in calls.sites if site.layer is not None}:
-            reason = rejected.get(layer) or self._why_never(layer)
+            reason = rejected.get(layer, "")
             of_layer[layer] = []
             for call in calls.calls[layer]:
                 for user, value in self._users(*call):
@@ -43,15 +45,16 @@ class Fusion:
                         of_layer[layer].append(by_node[user])
                     else:
                         reason = reason or "another call or use of the layer wants its plain output"
+            reason = self.why_never(layer, of_layer[layer]) or reason
             if reason:
-                rejected[layer] = reason
+                rejected.setdefault(layer, reason)
         live = set(of_layer) - set(rejected)
         while True:
             self.merged = {m for m in calls.acts if self._all_fused(m, live)}
             stuck = {
                 layer: why
                 for layer in live
-                for why in [next(filter(None, map(self._why_kept, of_layer[layer])), "")]
+                for why in [next(filter(None, map(self.why_kept, of_layer[layer])), "")]
                 if why
             }
             if not stuck:
@@ -71,7 +74,7 @@ class Fusion:
     def _passes(self, owner: nn.Module, node: fx.Node) -> bool:
         """Whether a node is, or will be, an identity that nobody watches."""
         called = self.calls.called(owner, node)
-        if called is None or hooked(called):
+        if called is None or called in self.calls.acts or hooked(called):
             return False
         return type(called) is nn.Identity or self.calls.stripped.get(called) == ()
 
@@ -131,7 +134,8 @@ class Fusion:
                 return [(user, node)]
         return [(None, node)]
 
-    def _why_never(self, layer: nn.Module) -> str:
+    def why_never(self, layer: nn.Module, sites: list[Site]) -> str:
+        """Why a layer takes in no activation, here those of `sites`; "" if it may."""
         kind = type(layer)
         if kind not in SHAPED:
             return f"{kind.__name__} has no fused form"
@@ -148,7 +152,7 @@ class Fusion:
         known = module not in self.calls.unknown and not hooked(module)
         return bool(sites) and known and all(site.layer in live for site in sites)
 
-    def _why_kept(self, site: Site) -> str:
+    def why_kept(self, site: Site) -> str:
         """Why a call of an activation cannot be dropped; "" if it can."""
         if site.module is None or site.module in self.merged:
             return ""

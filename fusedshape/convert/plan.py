@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,14 @@ from fusedshape.convert.fusion import HOOKS, Fusion
 from fusedshape.convert.report import Change, Report
 from fusedshape.init import Method, init_module_
 from fusedshape.layers import features, kind_of
-from fusedshape.nn import SHAPED, ShapedActivation, ShapedChain, chain_rows, why_not_chained
+from fusedshape.nn import (
+    SHAPED,
+    ShapedActivation,
+    ShapedChain,
+    chain_rows,
+    place,
+    why_not_chained,
+)
 from fusedshape.ops.dispatch import Backend
 from fusedshape.rewriting import source, subclass
 from fusedshape.spec import ActSpec
@@ -94,7 +102,7 @@ class Plan:
             self._swap(module, SHAPED[type(module)].from_plain(module, spec, self.backend))
             self.counts["fused"] += 1
         elif module in fusion.merged:
-            self._swap(module, _like(module, nn.Identity()), "fused into the layer before")
+            self._swap(module, _like(module, place()), "fused into the layer before")
         elif module in calls.acts:
             whys = dict.fromkeys(s.why for s in fusion.of_module.get(module, []) if s.why)
             why = "; ".join(whys) or "no call of it was traced"
@@ -135,36 +143,33 @@ class Plan:
         self.rows.append(Change(self.calls.names[module], kind, kind, note))
 
     def _rewrite(self, owner: nn.Module) -> None:
-        """Write an owner's forward without its fused calls, and functional ones as modules."""
+        """Write an owner's forward with modules in place of functional calls."""
         children: dict[str, nn.Module] = {}
         whys: list[str] = []
         for graph in self.calls.graphs[owner]:
-            names = (f"shaped_{i}" for i in range(10**6))
-            free = (name for name in names if not hasattr(owner, name))
+            free = {word: _free(owner, word) for word in ("shaped", "fused")}
             for node in [n for n in self.freeing.get(owner, ()) if n.graph is graph]:
                 whys.append(f"{node.name} out of place, as what it changed is needed")
                 write_out_of_place(node)
             for site in self.calls.by_graph.get(graph, ()):
                 node = site.node
-                if not site.why:
-                    new = site.input
-                elif site.module is None:
-                    name = next(free)
-                    if name not in children:
-                        children[name] = self._activation().train(owner.training)
-                        whys.append(f".{name} not fused: {site.why}")
-                    with graph.inserting_before(node):
-                        new = graph.call_module(name, (site.input,))
-                else:
+                if site.module is not None and (site.why or site.module in self.fusion.merged):
                     continue
-                node.replace_all_uses_with(new)
+                name = next(free["shaped" if site.why else "fused"])
+                if name not in children:
+                    new = self._activation() if site.why else place()
+                    children[name] = new.train(owner.training)
+                    whys += [f".{name} not fused: {site.why}"] if site.why else []
+                with graph.inserting_before(node):
+                    call = graph.call_module(name, (site.input,))
+                node.replace_all_uses_with(call)
                 graph.erase_node(node)
         sources = tuple(source(graph) for graph in self.calls.graphs[owner])
         base: Any = type(owner)
         cls = subclass(base, sources)
         self.rewrites[owner] = _Rewrite(cls, children)
         self.counts["rewritten"] += 1
-        self.counts["shaped"] += len(children)
+        self.counts["shaped"] += sum(isinstance(m, ShapedActivation) for m in children.values())
         kinds = type(owner).__name__, cls.__name__
         note = "; ".join(["forward rewritten", *dict.fromkeys(whys)])
         self.rows.append(Change(self.calls.names[owner], *kinds, note))
@@ -288,6 +293,12 @@ class Plan:
             notes=tuple(self.notes),
             counts=dict(self.counts),
         )
+
+
+def _free(owner: nn.Module, word: str) -> Iterator[str]:
+    """Names for new children of a module."""
+    names = (f"{word}_{i}" for i in range(10**6))
+    return (name for name in names if not hasattr(owner, name))
 
 
 def _like(old: nn.Module, new: nn.Module) -> nn.Module:
