@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fusedshape.layers import kind_of
+from fusedshape.validate import real
 
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
 Taps = tuple[slice, ...]  # one slice per spatial dimension
@@ -65,7 +66,7 @@ def suo_(
         >>> suo_(torch.empty(8, 2, 3, 3)).count_nonzero((0, 1)).tolist()
         [[0, 0, 0], [0, 16, 0], [0, 0, 0]]
     """
-    _check("suo_", weight, gain)
+    gain = _check("suo_", weight, gain)
     centre = _centre("suo_", weight, _strides("suo_", weight, stride, transposed))
     return _fill_centre("suo_", weight, centre, groups, transposed, gain, True, generator)
 
@@ -108,7 +109,7 @@ def suo_full_(
         >>> torch.allclose(w @ w.T, torch.eye(4), atol=1e-5)
         True
     """
-    _check("suo_full_", weight, gain)
+    gain = _check("suo_full_", weight, gain)
     strides = _strides("suo_full_", weight, stride, transposed)
     with torch.no_grad():
         for matrices in _groups("suo_full_", weight, groups, transposed):
@@ -155,7 +156,7 @@ def delta_orthogonal_(
         >>> torch.allclose(w.T @ w, torch.eye(2), atol=1e-5)
         True
     """
-    _check("delta_orthogonal_", weight, gain)
+    gain = _check("delta_orthogonal_", weight, gain)
     name = "delta_orthogonal_"
     centre = _centre(name, weight, [1] * (weight.ndim - 2))
     return _fill_centre(name, weight, centre, groups, transposed, gain, False, generator)
@@ -195,7 +196,7 @@ def gaussian_(
         >>> round(float(w.var() * 64 * 9), 2)
         1.0
     """
-    _check("gaussian_", weight, gain)
+    gain = _check("gaussian_", weight, gain)
     strides = _strides("gaussian_", weight, stride, transposed)
     with torch.no_grad():
         for matrices in _groups("gaussian_", weight, groups, transposed):
@@ -243,7 +244,7 @@ def init_module_(
     if method not in get_args(Method):
         known = ", ".join(get_args(Method))
         raise ValueError(f"init_module_: unknown method {method!r}; known: {known}")
-    if not (bias_std >= 0 and math.isfinite(bias_std)):
+    if not 0 <= real("init_module_", "bias_std", bias_std) < math.inf:
         raise ValueError(f"init_module_: bias_std={bias_std} must be finite and not negative")
     if "weight" not in module._parameters:
         raise ValueError(
@@ -377,7 +378,8 @@ def _phases(strides: Sequence[int]) -> Iterator[Taps]:
     return itertools.product(*([slice(p, None, s) for p in range(s)] for s in strides))
 
 
-def _check(name: str, weight: Tensor, gain: float) -> None:
+def _check(name: str, weight: Tensor, gain: float) -> float:
+    """Raise unless weight can be filled; return the gain."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: weight must be a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:
@@ -391,5 +393,6 @@ def _check(name: str, weight: Tensor, gain: float) -> None:
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}; needs (out, in) or (out, in, *kernel)"
         )
-    if not math.isfinite(gain):
+    if not math.isfinite(real(name, "gain", gain)):
         raise ValueError(f"{name}: gain={gain} must be finite")
+    return float(gain)

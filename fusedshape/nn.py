@@ -17,6 +17,7 @@ from fusedshape.layers import FusedLayer
 from fusedshape.ops.dispatch import Backend
 from fusedshape.ops.engine import Engine
 from fusedshape.spec import ActSpec
+from fusedshape.validate import real, shown
 
 
 class ShapedActivation(nn.Module):
@@ -431,11 +432,13 @@ class NormalizedSum(nn.Module):
 
     def __init__(self, weights: Iterable[float]) -> None:
         super().__init__()
+        if isinstance(weights, str) or not isinstance(weights, Iterable):
+            raise TypeError(f"NormalizedSum: weights must be numbers, got {shown(weights)}")
         numbers = list(weights)
         for w in numbers:
             if isinstance(w, (bool, str)) or not hasattr(w, "__float__"):
-                raise TypeError(f"NormalizedSum: weights must be numbers, got {w!r}")
-        self.weights = tuple(map(float, numbers))
+                raise TypeError(f"NormalizedSum: weights must be numbers, got {shown(w)}")
+        self.weights = tuple(real("NormalizedSum", "weights", w) for w in numbers)
         total = sum(w * w for w in self.weights)
         if not math.isfinite(total):
             raise ValueError(f"NormalizedSum: weights must be finite, got {self.weights}")
@@ -462,8 +465,9 @@ class NormalizedSum(nn.Module):
             >>> NormalizedSum.shortcut(0.8)
             NormalizedSum(0.8, 0.6)
         """
-        if not 0 <= weight <= 1:
+        if not 0 <= real("NormalizedSum.shortcut", "weight", weight) <= 1:
             raise ValueError(f"NormalizedSum.shortcut: weight={weight} is outside 0 … 1")
+        weight = float(weight)
         return cls((weight, math.sqrt((1 - weight) * (1 + weight))))
 
     def forward(self, *branches: Tensor) -> Tensor:
@@ -518,10 +522,12 @@ class PerLocationNorm(nn.Module):
             raise ValueError(
                 f"PerLocationNorm: homog_mode={homog_mode!r}; known: 'one', 'avg_q', 'off'"
             )
-        if not homog_scale > 0:
-            raise ValueError(f"PerLocationNorm: homog_scale={homog_scale} must be positive")
+        if not 0 < real("PerLocationNorm", "homog_scale", homog_scale) < math.inf:
+            raise ValueError(
+                f"PerLocationNorm: homog_scale={homog_scale} must be positive and finite"
+            )
         self.homog_mode = homog_mode
-        self.homog_scale = homog_scale
+        self.homog_scale = float(homog_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) → (N, C + 1, *spatial), or (N, C, *spatial) with "off"."""

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fusedshape import rewriting
 from fusedshape.convert.calls import FUNCTIONAL, Calls
@@ -20,6 +20,7 @@ from fusedshape.convert.report import Change
 from fusedshape.nn import NormalizedSum
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import is_query, memory_roots, reachable_code, take_over, tensor_args
+from fusedshape.validate import real
 
 ShortcutWeight = float | Mapping[str, float]
 
@@ -176,6 +177,8 @@ class _Weights:
         self.used: set[str] = set()
         for key, w in self.table.items():
             where = f"[{key!r}]" if self.is_table else ""
+            if isinstance(w, Tensor):  # which says how to pass a fixed number
+                real("reweight_shortcuts", f"shortcut_weight{where}", w)
             if isinstance(w, (bool, str)) or not hasattr(w, "__float__"):
                 raise TypeError(f"reweight_shortcuts: shortcut_weight{where}={w!r} is no number")
             if not 0 <= float(w) <= 1:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from fusedshape.activations import Activation, get_activation
+from fusedshape.validate import number
 
 #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale): what kernels take.
 KernelArgs = tuple[int, float, float, float, float, float]
@@ -35,7 +35,8 @@ class ActSpec:
     Raises:
         ValueError: unknown activation, a constant that is not finite, a zero scale, or a
             negative_slope given to an activation that has none.
-        TypeError: a constant that is not a number.
+        TypeError: a constant that is not a number, or a tensor that requires grad: the constants
+            are fixed, and would be cut off from it.
 
     Example:
         >>> spec = ActSpec("leaky_relu", negative_slope=0.3, output_scale=1.35)
@@ -54,16 +55,7 @@ class ActSpec:
     def __post_init__(self) -> None:
         row = get_activation(self.activation)
         for name in CONSTANTS:
-            value = getattr(self, name)
-            if isinstance(value, (bool, str, bytes)):
-                raise TypeError(f"ActSpec: {name} must be a number, got {value!r}")
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise TypeError(f"ActSpec: {name} must be a number, got {value!r}") from None
-            if not math.isfinite(number):
-                raise ValueError(f"ActSpec: {name} must be finite, got {number}")
-            object.__setattr__(self, name, number)
+            object.__setattr__(self, name, number("ActSpec", name, getattr(self, name)))
         for name in ("input_scale", "output_scale"):
             if getattr(self, name) == 0:
                 raise ValueError(f"ActSpec: {name} must not be 0, the output would be constant")

@@ -33,6 +33,7 @@ from fusedshape.diagnose.report import Diagnosis, Finding, Layer
 from fusedshape.diagnose.tape import Step, Tape
 from fusedshape.diagnose.verdict import CAUSES, Case, findings
 from fusedshape.ops.engine import apart
+from fusedshape.validate import real
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Layer", "diagnose"]
 
@@ -296,7 +297,7 @@ def _check(model: nn.Module, batches: int, **sigmas: float | None) -> None:
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"diagnose: batches must be a positive int, got {batches!r}")
     for name, sigma in sigmas.items():
-        if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
+        if sigma is not None and not 0 <= real("diagnose", name, sigma) < math.inf:
             raise ValueError(f"diagnose: {name}={sigma} must be finite and not negative")
     if sigmas.get("sigma_w") == 0:
         raise ValueError("diagnose: sigma_w=0 would leave nothing of the input; pass it positive")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedshape.spec import ActSpec, static
+from fusedshape.validate import real
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Size = int | Sequence[int]
@@ -275,6 +276,8 @@ def check_residual(
         raise ValueError(f"{op}: {given} was given without {other}; give both or neither")
     check_tensor(op, "residual", residual)
     if isinstance(residual_weight, bool) or not isinstance(residual_weight, (int, float)):
+        if isinstance(residual_weight, Tensor):  # which says how to pass a fixed number
+            real(op, "residual_weight", residual_weight)
         kind = type(residual_weight).__name__
         raise TypeError(f"{op}: residual_weight must be a number, got a {kind}")
     if not 0 <= residual_weight < 1:

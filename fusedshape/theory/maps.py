@@ -20,6 +20,7 @@ import torch
 from fusedshape.activations import Activation, Phi
 from fusedshape.spec import ActSpec
 from fusedshape.theory.gaussian import Array, pair_rule, rule
+from fusedshape.validate import instance, number, real
 
 
 class Local(NamedTuple):
@@ -57,7 +58,7 @@ def q_map(spec: ActSpec, q: float) -> float:
         >>> round(q_map(ActSpec("relu", output_scale=2**0.5), 3.0), 12)
         3.0
     """
-    _finite_at_least("q_map", "q", q, 0.0)
+    spec, q = _spec("q_map", spec), number("q_map", "q", q, 0.0)
     if _is_leaky(spec):
         both = (spec.input_scale * spec.output_scale) ** 2
         return both * 0.5 * (1 + spec.negative_slope**2) * q
@@ -86,7 +87,9 @@ def q_slope(spec: ActSpec, q: float = 1.0) -> float:
         >>> round(q_slope(ActSpec("tanh")), 6)
         0.181798
     """
-    _finite_at_least("q_slope", "q", q, 0.0, strict=True)
+    spec, q = _spec("q_slope", spec), number("q_slope", "q", q, 0.0)
+    if q == 0:
+        raise ValueError("q_slope: q must be finite and > 0, got 0")
     at = Local.of(spec.row, spec.input_scale * math.sqrt(q), spec.input_shift, spec.negative_slope)
     moment = float(at.w @ ((at.f + spec.output_shift) * at.d1 * at.z))
     return spec.output_scale**2 * moment / q
@@ -112,7 +115,7 @@ def c_map(spec: ActSpec, c: float) -> float:
         >>> round(c_map(ActSpec("relu"), 0.0) * math.pi, 12)
         1.0
     """
-    _correlation("c_map", c)
+    spec, c = _spec("c_map", spec), _correlation("c_map", c)
     if _is_leaky(spec):
         return leaky_c_map(spec.negative_slope, c)
     return _correlate(spec, spec.row.value, spec.output_shift, c) / _unscaled_q(spec)
@@ -137,7 +140,7 @@ def c_slope(spec: ActSpec, c: float = 1.0) -> float:
         >>> round(c_slope(ActSpec("relu")), 12)
         1.0
     """
-    _correlation("c_slope", c)
+    spec, c = _spec("c_slope", spec), _correlation("c_slope", c)
     if _is_leaky(spec):
         return 1 - _kappa(spec.negative_slope) * math.acos(c)
     return spec.input_scale**2 * _correlate(spec, spec.row.d1, 0.0, c) / _unscaled_q(spec)
@@ -164,7 +167,7 @@ def c_curve(spec: ActSpec, c: float = 1.0, *, corners: bool = True) -> float:
         >>> c_curve(ActSpec("selu")), round(c_curve(ActSpec("relu"), 0.0) * math.pi, 12)
         (inf, 1.0)
     """
-    _correlation("c_curve", c)
+    spec, c = _spec("c_curve", spec), _correlation("c_curve", c)
     row, scale, shift = spec.row, spec.input_scale, spec.input_shift
     total = scale**4 * _correlate(spec, row.d2, 0.0, c)
     s = math.sqrt((1 - c) * (1 + c))
@@ -250,15 +253,12 @@ def _sides(phi: Phi, at: float, slope: float) -> tuple[float, float]:
     return left, right
 
 
-def _correlation(who: str, c: float) -> None:
+def _spec(who: str, spec: ActSpec) -> ActSpec:
+    return instance(who, "spec", spec, ActSpec)
+
+
+def _correlation(who: str, c: float) -> float:
+    c = real(who, "c", c)
     if not -1 <= c <= 1:
         raise ValueError(f"{who}: c must be a correlation, −1 ≤ c ≤ 1, got {c}")
-
-
-def _finite_at_least(
-    who: str, name: str, value: float, low: float, *, strict: bool = False
-) -> None:
-    if not (math.isfinite(value) and (value > low if strict else value >= low)):
-        raise ValueError(
-            f"{who}: {name} must be finite and {'>' if strict else '≥'} {low:g}, got {value}"
-        )
+    return c

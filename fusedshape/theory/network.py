@@ -24,6 +24,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from fusedshape.spec import ActSpec
+from fusedshape.validate import real
 
 LayerMap = Callable[[float], float]
 SubnetMax = Callable[[float, LayerMap], float]
@@ -291,7 +292,7 @@ def _check(i: int, node: Node) -> None:
     known = node.weights or node.op == "sum"
     if many and known and len(node.weights) != len(node.inputs):
         raise ValueError(f"{where} has {len(node.weights)} weights for {len(node.inputs)} inputs")
-    if not all(map(math.isfinite, node.weights)):
+    if not all(math.isfinite(real("Wiring", "weights", w)) for w in node.weights):
         raise ValueError(f"{where}: weights must be finite, got {node.weights}")
     if node.op == "concat" and node.weights and min(node.weights) <= 0:
         raise ValueError(f"{where}: numbers of channels must be positive, got {node.weights}")
@@ -492,7 +493,8 @@ def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:
     """
     if depth not in _BLOCKS:
         raise ValueError(f"resnet: depth must be one of {sorted(_BLOCKS)}, got {depth!r}")
-    if not (math.isfinite(shortcut_weight) and 0 <= shortcut_weight < 1):
+    shortcut_weight = real("resnet", "shortcut_weight", shortcut_weight)
+    if not 0 <= shortcut_weight < 1:
         raise ValueError(f"resnet: shortcut_weight must be in [0, 1), got {shortcut_weight}")
     deep = depth >= 50
     kept = shortcut_weight**2

@@ -38,6 +38,7 @@ from fusedshape.activations import Activation, get_activation
 from fusedshape.spec import ActSpec
 from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
 from fusedshape.theory.network import SubnetMax, Wiring, chain
+from fusedshape.validate import number, real
 
 Array = NDArray[np.float64]
 
@@ -150,8 +151,8 @@ def dks(
     """
     row = get_activation(activation)
     net = _Net.of(depth, subnet_max)
-    _above("zeta", zeta, 1.0)
-    _above("q_slope", q_slope, 0.0)
+    zeta = number("dks", "zeta", zeta, above=1.0)
+    q_slope = number("dks", "q_slope", q_slope, above=0.0)
     if q_slope > 1:
         raise ValueError(f"q_slope must be in (0, 1], got {q_slope}: q = 1 would not be stable")
     if row.name == "square":
@@ -159,7 +160,7 @@ def dks(
             "DKS cannot shape square: C(0) = 0 gives it Q'(1) = C'(1) > 1 whatever the constants; "
             "use another activation"
         )
-    return _shape(_Conditions(row, "DKS", q_slope), net, "zeta", float(zeta), clamp)
+    return _shape(_Conditions(row, "DKS", q_slope), net, "zeta", zeta, clamp)
 
 
 def tat(
@@ -206,18 +207,18 @@ def tat(
     """
     row = get_activation(activation)
     net = _Net.of(depth, subnet_max)
-    _above("eta", eta, 0.0)
-    _above("tau", tau, 0.0)
+    eta = number("tat", "eta", eta, above=0.0)
+    tau = number("tat", "tau", tau, above=0.0)
     if eta >= 1:
         raise ValueError(f"eta must be in (0, 1), got {eta}: at 1 all inputs would look alike")
     if row.name in ("relu", "leaky_relu"):
-        return _tailored_rectifier(net, float(eta), clamp)
+        return _tailored_rectifier(net, eta, clamp)
     if row.name == "square":
         raise Unreachable(
             "TAT cannot shape square: Q'(1) = C'(1) gives it E[phi] = 0, hence C''(1) = 0, "
             "whatever the constants; use another activation"
         )
-    return _shape(_Conditions(row, "TAT", 1.0), net, "tau", float(tau), clamp)
+    return _shape(_Conditions(row, "TAT", 1.0), net, "tau", tau, clamp)
 
 
 @dataclass(frozen=True)
@@ -270,19 +271,18 @@ def eoc(
     spec = ActSpec(activation, negative_slope=negative_slope, origin="EOC")
     row = spec.row
     bias = (0.0 if row.homogeneous else 0.2) if sigma_b is None else sigma_b
-    _above("sigma_b", bias, 0.0, or_equal=True)
-    bias = float(bias)
+    bias = number("eoc", "sigma_b", bias, 0.0)
     if row.homogeneous:
         if bias > 0:
             raise Unreachable(
                 f"{activation} at the edge of chaos adds sigma_b^2 to q in every layer, so that "
                 f"no q is fixed with sigma_b={bias:g}; pass sigma_b=0"
             )
-        return EdgeOfChaos(spec, math.sqrt(2 / (1 + negative_slope**2)), 0.0, 1.0)
+        return EdgeOfChaos(spec, math.sqrt(2 / (1 + spec.negative_slope**2)), 0.0, 1.0)
 
     def weights2(q: float) -> tuple[float, float, float]:
         """σ_w² and σ_b² with which q is fixed and χ₁ = 1, and the Q map's slope there."""
-        at = Local.of(row, math.sqrt(q), 0.0, negative_slope)
+        at = Local.of(row, math.sqrt(q), 0.0, spec.negative_slope)
         scale2 = q / float(at.w @ at.d1**2)
         moment = float(at.w @ (at.f * at.d1 * at.z))
         return scale2, q - scale2 * float(at.w @ at.f**2), scale2 * moment / q
@@ -294,7 +294,7 @@ def eoc(
     if bias == 0:
         # A φ through 0 has q = 0 itself, if a small q does not grow.
         zero = torch.zeros((), dtype=torch.float64)
-        still, slope = (f(zero, negative_slope).item() for f in (row.value, row.d1))
+        still, slope = (f(zero, spec.negative_slope).item() for f in (row.value, row.d1))
         if still == 0 and slope != 0 and curve[0][2] <= 1:
             return EdgeOfChaos(spec, 1 / abs(slope), 0.0, 0.0)
     for (low, (_, below, _)), (high, (_, above, _)) in itertools.pairwise(
@@ -398,7 +398,7 @@ class _Net:
         value = self.subnet_max(x, r)
         if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
             raise TypeError(f"subnet_max must return a number, got {value!r}")
-        value = float(value)
+        value = real(self.label, "the returned value", value)
         if math.isnan(value):
             raise ValueError(f"subnet_max returned nan from x = {x}")
         return value
@@ -530,9 +530,9 @@ class _Conditions:
             return None
         # For deep networks the excess is small, and has to be met to as many digits.
         unit = min(1.0, excess)
-        start = self._tidied(rough.x)
+        tidied = self._tidied(rough.x)
         fine = optimize.root(
-            self._residuals, start, args=(excess, unit), method="hybr", options={"xtol": 1e-14}
+            self._residuals, tidied, args=(excess, unit), method="hybr", options={"xtol": 1e-14}
         )
         left = np.abs(fine.fun).max()
         if not (left * unit < _TOLERANCE and left < 1e-4):
@@ -651,14 +651,6 @@ def _hidden(spec: ActSpec) -> float:
     """Σ jump² · density over the corners of φ̂."""
     corners = corners_of(spec)
     return spec.output_scale**2 * sum(jump**2 * normal_pdf(x) for x, jump in corners)
-
-
-def _above(name: str, value: float, low: float, or_equal: bool = False) -> None:
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and (value > low or (or_equal and value == low))):
-        limit = "at least" if or_equal else "above"
-        raise ValueError(f"{name} must be finite and {limit} {low:g}, got {value}")
 
 
 def _floor(value: float) -> str:
