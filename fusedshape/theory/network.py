@@ -24,7 +24,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from fusedshape.spec import ActSpec
-from fusedshape.validate import real
+from fusedshape.validate import real, shown
 
 LayerMap = Callable[[float], float]
 SubnetMax = Callable[[float, LayerMap], float]
@@ -43,6 +43,8 @@ Op = Literal[
 
 # Weights may come from float32, or be written by hand: q drifts by as much a sum.
 _OFF_ONE = 1e-4
+DEEPEST = 10**12  # of plain chains
+_LONGEST_LOOP = 10**7
 _BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -377,10 +379,55 @@ def _run(program: _Program, x: float, r: LayerMap) -> list[float]:
         value = slots[slot] if coefficient == 1 else coefficient * slots[slot]
         for slot, coefficient in more:
             value += coefficient * slots[slot]
-        for _ in range(count):
-            value = r(value)
-        slots.append(value)
+        slots.append(_repeated(r, value, count))
     return [slots[slot] for slot in leaving]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """r(y) = (1 + excess)·y, and its repetition in closed form."""
+
+    excess: float
+
+    def __call__(self, y: float) -> float:
+        """r(y)."""
+        return y + self.excess * y
+
+    def repeated(self, y: float, count: int) -> float:
+        """(1 + excess)^count · y, infinite where that overflows."""
+        try:
+            return y * math.exp(count * math.log1p(self.excess))
+        except OverflowError:
+            return math.inf
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """r(y) = y + excess, and its repetition in closed form."""
+
+    excess: float
+
+    def __call__(self, y: float) -> float:
+        """r(y)."""
+        return y + self.excess
+
+    def repeated(self, y: float, count: int) -> float:
+        """Y + count · excess."""
+        return y + count * self.excess
+
+
+def _repeated(r: LayerMap, y: float, count: int) -> float:
+    """R applied `count` times."""
+    if isinstance(r, (Scaled, Shifted)):
+        return r.repeated(y, count)
+    if count > _LONGEST_LOOP:
+        raise ValueError(
+            f"depth={count} is beyond {_LONGEST_LOOP}, up to which r is applied layer by layer; "
+            "take a shallower chain"
+        )
+    for _ in range(count):
+        y = r(y)
+    return y
 
 
 def _largest(values: list[float]) -> float:
@@ -439,35 +486,60 @@ def _between(first: int, last: int, mixes: dict[int, list[tuple[int, float]]]) -
     return found
 
 
-def chain(depth: int) -> SubnetMax:
+@dataclass(frozen=True)
+class Chain:
+    """What `chain` returns.
+
+    Attributes:
+        depth: number of nonlinear layers.
+    """
+
+    depth: int
+
+    def __call__(self, x: float, r: LayerMap) -> float:
+        """R applied `depth` times to x."""
+        return _repeated(r, x, self.depth)
+
+    @property
+    def __name__(self) -> str:
+        return f"depth={self.depth}"
+
+
+def chain(depth: int) -> Chain:
     """Plain chain of `depth` nonlinear layers, r applied `depth` times.
 
+    Solvers take it in closed form, up to 10¹² layers. Any other r is applied layer by layer, up to
+    10⁷ of them.
+
     Args:
-        depth: number of nonlinear layers, at least 1.
+        depth: number of nonlinear layers, from 1 to 10¹².
 
     Returns:
         ``subnet_max(x, r)``.
 
     Raises:
         TypeError: depth is not an int.
-        ValueError: depth is below 1.
+        ValueError: depth is below 1 or beyond 10¹²; a call: beyond 10⁷ for an r of one's own.
 
     Example:
         >>> chain(3)(1.0, lambda y: 2 * y)
         8.0
     """
     if isinstance(depth, bool) or not isinstance(depth, Integral):
-        raise TypeError(f"depth must be an int, the number of nonlinear layers, got {depth!r}")
+        raise TypeError(
+            f"chain: depth must be an int, the number of nonlinear layers, got {shown(depth)}"
+        )
     if depth < 1:
-        raise ValueError(f"depth must be at least 1, the number of nonlinear layers, got {depth}")
-
-    def subnet_max(x: float, r: LayerMap) -> float:
-        for _ in range(depth):
-            x = r(x)
-        return x
-
-    subnet_max.__name__ = f"depth={depth}"
-    return subnet_max
+        raise ValueError(
+            "chain: depth must be at least 1, the number of nonlinear layers, got "
+            f"{shown(int(depth))}"
+        )
+    if depth > DEEPEST:
+        raise ValueError(
+            f"chain: depth={shown(int(depth))} is beyond {DEEPEST:.0e}: float64 has not the digits "
+            "to tell layers of deeper chains from linear ones; take a shallower chain"
+        )
+    return Chain(int(depth))
 
 
 def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from fusedshape.activations import Activation, get_activation
 from fusedshape.spec import ActSpec
 from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
-from fusedshape.theory.network import SubnetMax, Wiring, chain
+from fusedshape.theory.network import Chain, Scaled, Shifted, SubnetMax, Wiring, chain
 from fusedshape.validate import number, real
 
 Array = NDArray[np.float64]
@@ -49,6 +49,10 @@ _TOLERANCE = 1e-11  # of the residuals
 _WIDEST = 100.0
 # Below this excess over a linear layer, cancellation hides the excess from the search.
 _STRAIGHTEST = 3e-6
+# Plain chains of rectifiers longer than this are taken as a flow, for κ up to _SLOW: the error of
+# C_f(0) was found to be 0.03·κ³.
+_LONG = 10**5
+_SLOW = 4e-4
 # The largest C′(1) of relu with β = 1 and C(0) = 0, whatever α; beyond, β = −1.
 _RELU_TURN = 1.466942206924260361
 
@@ -178,6 +182,11 @@ def tat(
     subnetworks f, and γ = √(2/(1+a²)). Every other φ gets Q(1) = Q′(1) = C′(1) = 1 and C″(1) = t
     with max C_f″(1) = τ; t = τ/L for a chain of L layers. A corner of φ (selu) counts for nothing
     in C″(1), as in the public package, although it makes the true C″(1) infinite.
+
+    relu and leaky_relu reach η to 1e-11 in chains of up to 10⁵ layers, whose C map is applied layer
+    by layer. Longer chains are taken as the flow that the layers follow, which is as exact (1e-12
+    up to 10⁶ layers); then float64's spacing of slopes near 1 costs 1e-16·√L, or 1e-10 at the
+    limit of 10¹² layers.
 
     square cannot be solved: E[φ̂φ̂″] = Q′(1) − C′(1) = 0 by Stein's lemma and φ̂″ is constant, so
     E[φ̂] = 0. In Hermite coefficients b₁ + b₂ = Q(1) = 1 and b₁ + 2b₂ = C′(1) = 1, hence
@@ -323,6 +332,10 @@ def _tailored_rectifier(net: _Net, eta: float, clamp: bool) -> ActSpec:
     def excess(a: float) -> float:
         return net.reach(0.0, lambda c: leaky_c_map(a, c)) - eta
 
+    if isinstance(net.subnet_max, Chain) and net.subnet_max.depth > _LONG:
+        slope = _slope_of_long_chain(net.subnet_max.depth, eta)
+        if slope is not None:
+            return _rectifier(slope, f"{eta:.6g}", net)
     reachable = excess(0.0) + eta
     net.check_linear(excess(1.0) + eta, eta)
     note = ""
@@ -337,22 +350,66 @@ def _tailored_rectifier(net: _Net, eta: float, clamp: bool) -> ActSpec:
             f"eta={eta:g} is out of reach for {net.label}: even slope 0 gives C_f(0) = "
             f"{reachable:.6g}; pass eta <= {_floor(reachable)}, a deeper network, or clamp=True"
         )
+    return _rectifier(slope, f"{min(eta, reachable):.6g}{note}", net)
+
+
+def _rectifier(slope: float, eta: str, net: _Net) -> ActSpec:
     return ActSpec(
         "leaky_relu",
         negative_slope=slope,
         output_scale=math.sqrt(2 / (1 + slope * slope)),
-        origin=f"TAT eta={min(eta, reachable):.6g}{note}, {net.label}",
+        origin=f"TAT eta={eta}, {net.label}",
     )
+
+
+def _slope_of_long_chain(depth: int, eta: float) -> float | None:
+    r"""Slope a with which the C map takes 0 to η in `depth` steps; None where they are too large.
+
+    C(c) = c + κg(c), with g(c) = √(1−c²) − c·arccos c and κ = (1−a)²/(π(1+a²)), makes the steps of
+    Euler's method for dc/dt = κg. Backward error analysis (Hairer, Lubich and Wanner, Geometric
+    Numerical Integration, IX.1) gives the flow that these steps follow to O(κ³),
+
+        dc/dt = κg · (1 − κg′/2 + κ²(gg″/12 + g′²/3)),
+
+    in which c = cos θ, g′ = −θ and g″ = 1/sin θ. Its time from 0 to η is `depth`, so
+    κ = I(κ)/depth with I an integral over θ that hardly depends on κ.
+    """
+    from scipy import integrate  # see _tailored_rectifier
+
+    end = math.acos(eta)
+    if not 3 / (end * depth) <= _SLOW:  # κ, but for a factor near 1
+        return None
+
+    def pace(s: float, kappa: float) -> float:
+        # Over s = 1/θ, as near c = 1 it takes as long from θ to θ/2 as all the way to θ.
+        theta = 1 / s
+        sine = math.sin(theta)
+        g = sine - theta * math.cos(theta)
+        if theta < 0.02:
+            g = theta**3 * (1 / 3 - theta**2 / 30 + theta**4 / 840)
+        bend = 0.5 * kappa * theta + kappa**2 * (g / (12 * sine) + theta**2 / 3)
+        return sine * theta**2 / (g * (1 + bend))
+
+    kappa = 0.0
+    for _ in range(4):  # each adds three digits or more
+        whole, _ = integrate.quad(
+            pace, 2 / math.pi, 1 / end, args=(kappa,), epsabs=0, epsrel=1e-13, limit=200
+        )
+        kappa = whole / depth
+    # The quadratic equation for 1 − a, solved without cancellation.
+    p = math.pi * kappa
+    return 1 - (math.sqrt(2 * p - p * p) - p) / (1 - p)
 
 
 def _shape(conditions: _Conditions, net: _Net, name: str, aim: float, clamp: bool) -> ActSpec:
     """Solve for the local target that makes the network reach `aim`."""
-    excess = net.local_excess(conditions.method, aim)
-    if excess < _STRAIGHTEST:
+    net.check_linear(net.reach_of(conditions.method, 0.0), aim)
+    if net.reach_of(conditions.method, _STRAIGHTEST) > aim:
         raise ValueError(
-            f"{name}={aim!r} leaves {net.label} only {excess:.2g} of nonlinearity a layer, and the "
-            f"search resolves {_STRAIGHTEST:g}; pass a larger {name}"
+            f"{name}={aim!r} leaves {net.label} less nonlinearity a layer than {_STRAIGHTEST:g}, "
+            f"which is what the search resolves; pass a larger {name}, or take a shallower network"
         )
+    excess = net.local_excess(conditions.method, aim)
     root = conditions.solve(excess)
     note = ""
     if root is None:
@@ -414,14 +471,13 @@ class _Net:
     def reach_of(self, method: str, excess: float) -> float:
         """ζ of DKS's s = 1 + excess, or τ of TAT's t = excess."""
         if method == "DKS":
-            return self.reach(1.0, lambda y: y + excess * y)
-        return self.reach(0.0, lambda y: excess + y)
+            return self.reach(1.0, Scaled(excess))
+        return self.reach(0.0, Shifted(excess))
 
     def local_excess(self, method: str, aim: float) -> float:
         """The excess with which the network reaches `aim`."""
         from scipy import optimize  # see _tailored_rectifier
 
-        self.check_linear(self.reach_of(method, 0.0), aim)
         low, high = 0.0, 1e-9
         # Grown from below, so that no power of it overflows on the way.
         while self.reach_of(method, high) < aim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from oracle import MIRRORED, canonical, derivatives, local
 
 from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.theory import Unreachable, c_map, chain, dks, eoc, resnet, solve, tat
+from fusedshape.theory.maps import leaky_c_map
+from fusedshape.theory.network import Scaled, Shifted
 from fusedshape.theory.solve import SPREAD, STEEPEST, _spread, _steepest
 
 TOLERANCE = 1e-9
@@ -92,6 +95,53 @@ def test_trelu_output_scales(depth: int, scale: float) -> None:
 def test_very_deep_trelu() -> None:
     spec = tat("leaky_relu", depth=10_000)
     assert (1 - spec.negative_slope) * 100 == pytest.approx(5.32, rel=0.03)
+
+
+@pytest.mark.parametrize("eta", [0.05, 0.9, 0.99])
+def test_a_long_chain_is_the_flow_of_its_layers(eta: float) -> None:
+    depth = 120_000
+    spec = tat("relu", depth=depth, eta=eta)
+    reached = chain(depth)(0.0, lambda c: leaky_c_map(spec.negative_slope, c))
+    assert reached == pytest.approx(eta, abs=1e-11)
+
+
+@pytest.mark.parametrize("depth", [10**7, 10**9, 10**12])
+def test_no_chain_takes_long(depth: int) -> None:
+    # In a flow, time times speed is what counts: (1 − a)²L tends to a constant.
+    start = time.perf_counter()
+    spec = tat("relu", depth=depth)
+    assert time.perf_counter() - start < 1.0
+    kappa = (1 - spec.negative_slope) ** 2 / (math.pi * (1 + spec.negative_slope**2))
+    shorter = tat("relu", depth=10**6).negative_slope
+    limit = (1 - shorter) ** 2 / (math.pi * (1 + shorter**2)) * 10**6
+    assert kappa * depth == pytest.approx(limit, rel=1e-5)
+    assert spec.origin == f"TAT eta=0.9, depth={depth}"
+
+
+@pytest.mark.parametrize("depth", [10**12 + 1, 2**70, 2**2000, 10**5000], ids=range(4))
+@pytest.mark.parametrize(("method", "name"), [("DKS", "tanh"), ("TAT", "tanh"), ("TAT", "relu")])
+def test_depths_beyond_the_limit(method: str, name: str, depth: int) -> None:
+    with pytest.raises(ValueError, match=r"depth=.* is beyond 1e"):
+        solve(method, name, depth=depth)
+
+
+def test_chains_say_how_far_they_can_be_followed() -> None:
+    with pytest.raises(ValueError, match="depth=100000000 is beyond 10000000"):
+        chain(10**8)(0.0, lambda y: y + 1e-9)
+    for method, name in (("DKS", "zeta"), ("TAT", "tau")):
+        with pytest.raises(ValueError, match=rf"{name}=.* leaves depth=1000000000 less nonlinear"):
+            solve(method, "tanh", depth=10**9)
+    with pytest.raises(ValueError, match="depth=200000000 is beyond 10000000"):
+        tat("relu", depth=2 * 10**8, eta=1 - 1e-14)
+
+
+@pytest.mark.parametrize("depth", [1, 7, 100, 100_000])
+def test_closed_forms_of_chains(depth: int) -> None:
+    net = chain(depth)
+    scaled, shifted = Scaled(1e-3), Shifted(1e-3)
+    assert net(1.5, scaled) == pytest.approx(net(1.5, lambda y: scaled(y)), rel=1e-10)
+    assert net(1.5, shifted) == pytest.approx(net(1.5, lambda y: shifted(y)), rel=1e-10)
+    assert chain(10**9)(1.0, Scaled(1.0)) == math.inf
 
 
 @pytest.mark.parametrize(
