@@ -6,7 +6,6 @@ python -m bench.tables [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 from fusedshape.bench import records, text
 from fusedshape.bench.cases import spec_of
 from fusedshape.bench.records import Record, Row
+from fusedshape.files import read_json, write_text
 from fusedshape.kernels.roofline import ROOFS
 from fusedshape.machine import headline
 from fusedshape.timing import paired_ratios, percentiles
@@ -27,7 +27,7 @@ RESULTS = ROOT / "bench/results"
 
 
 def _load(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_json(RESULTS / f"{name}.json")
 
 
 def _source(data: Mapping[str, Any]) -> str:
@@ -43,7 +43,8 @@ def _find(group: str, device: str = "cpu") -> tuple[Record, list[Row]] | None:
     """The one record that has rows of a group, and those that are ok; None if there is none."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
-        if json.loads(path.read_text()).get("kind") == records.KIND:
+        data = read_json(path)
+        if isinstance(data, dict) and data.get("kind") == records.KIND:
             record = records.load(path)
             if record["device"].startswith(device) and any(records.rows(record, group)):
                 found.append((path.name, record))
@@ -403,7 +404,7 @@ def main() -> None:
         if new != page:
             stale.append(name)
             if not args.check:
-                (ROOT / name).write_text(new)
+                write_text(ROOT / name, new)
     if args.check and stale:
         sys.exit(f"{', '.join(stale)}: not what bench/results says; run python -m bench.tables")
 

@@ -1,7 +1,7 @@
 """The command `fusedshape`: constants, convert, diagnose, train, bench, tune, build, info.
 
 Exit codes: 0 done, 1 the request cannot be met (one line on stderr says why), 2 wrong usage,
-130 interrupted, 141 whoever reads the output closed it.
+130 interrupted, 141 whoever reads the output closed it, 143 terminated.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fusedshape import convert, native, theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import command as bench
 from fusedshape.diagnose import command as diagnosis
+from fusedshape.interrupts import Terminated, terminable
 from fusedshape.machine import find_device, machine, version
 from fusedshape.train import demo, run
 from fusedshape.train.config import TARGETS, TrainConfig, load_object, make, strange_targets
@@ -51,8 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     args = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
-        args.run(args)
-        sys.stdout.flush()
+        with terminable():
+            args.run(args)
+            sys.stdout.flush()
+    except Terminated:
+        print("fusedshape: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("fusedshape: interrupted", file=sys.stderr)
         return 130

@@ -1,23 +1,23 @@
-"""What runs here, and result files that say what ran where."""
+"""What runs here, for `fusedshape info` and the header of every result."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusedshape import native, tuning
+from fusedshape.files import replacing as replacing
+from fusedshape.files import write_json as write_json
 from fusedshape.ops import dispatch
 
 
@@ -126,46 +126,6 @@ def headline(source: Mapping[str, Any]) -> str:
         f"{m['cpu']}, {m['threads']} thread(s), {', '.join(m['gpu']) or 'no GPU'}, "
         f"torch {m['torch']}, {m['cpu_tensors']} backend, {code}{changes}"
     )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` in one piece when the body ends.
-
-    Whoever reads `path` sees the old file or the new one, also when the process is killed. If the
-    body fails, the old file stays and nothing is left beside it.
-
-    Args:
-        path: the file to replace; need not exist.
-
-    Raises:
-        OSError: the file cannot be written; names `path`.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one piece.
-
-    Args:
-        path: the file.
-        data: JSON data; NaN and infinity are refused.
-
-    Raises:
-        ValueError: a number that JSON does not know.
-        OSError: the file cannot be written.
-    """
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    with replacing(path) as file:
-        file.write_text(text)
 
 
 def _git(*args: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusedshape.activations import Activation, get_activation
+from fusedshape.files import parse_json, quoted
 from fusedshape.validate import number
 
 #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale): what kernels take.
@@ -105,12 +106,14 @@ class ActSpec:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: a key that is no field of ActSpec.
+            ValueError: a key that is no field of ActSpec, or no activation.
         """
         known = {f.name for f in fields(cls) if f.init}
         unknown = sorted(set(data) - known)
         if unknown:
             raise ValueError(f"ActSpec: unknown field(s) {unknown}; known: {sorted(known)}")
+        if "activation" not in data:
+            raise ValueError("ActSpec: the field 'activation' is missing; it names the function")
         return cls(**data)
 
     def to_json(self) -> str:
@@ -123,10 +126,11 @@ class ActSpec:
 
         Raises:
             ValueError: text that is not a JSON object of ActSpec's fields.
+            TypeError: no text, or a constant that is not a number.
         """
-        data = json.loads(text)
+        data = parse_json(text, "ActSpec: the text")
         if not isinstance(data, dict):
-            raise ValueError(f"ActSpec: expected a JSON object, got {text!r:.80}")
+            raise ValueError(f"ActSpec: expected a JSON object, got {quoted(data)}")
         return cls.from_dict(data)
 
 

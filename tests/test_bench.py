@@ -327,7 +327,7 @@ def test_termination_keeps_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     install(monkeypatch, one=problem, two=build)
     out = tmp_path / "record.json"
-    assert main(["bench", "--suite", "smoke", "--out", str(out)]) == 130
+    assert main(["bench", "--suite", "smoke", "--out", str(out)]) == 143
     assert [row["case"] for row in records.load(out)["rows"]] == ["pointwise/one"]
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fusedshape.bench import compare, plot, records, revisions, text
@@ -62,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     actions: dict[str, Callable[[argparse.Namespace], None]] = {
         "run": _run,
         "list": _list,
-        "show": lambda args: print(text.report(records.load(args.files[0]))),
+        "show": _show,
         "compare": _compare,
         "plot": _plot,
     }
@@ -102,15 +104,34 @@ def _run(args: argparse.Namespace) -> None:
         raise RuntimeError(f"{len(failed)} case(s) wrong or failed: {', '.join(failed)}")
 
 
+@contextmanager
+def _told_of(files: Sequence[Path]) -> Iterator[None]:
+    """Names the files whose rows lack what a table or a plot of their group needs."""
+    try:
+        yield
+    except (LookupError, ArithmeticError) as error:
+        names = ", ".join(map(str, files))
+        what = f"{type(error).__name__}: {error}"
+        raise records.RecordError(
+            f"{names}: rows lack what a row of their kind has ({what}); run the suite again"
+        ) from error
+
+
+def _show(args: argparse.Namespace) -> None:
+    with _told_of(args.files):
+        print(text.report(records.load(args.files[0])))
+
+
 def _compare(args: argparse.Namespace) -> None:
     half = len(args.files) // 2
-    if len(args.files) == 2 and not any(file.exists() for file in args.files):
+    if len(args.files) == 2 and not any(map(os.path.lexists, args.files)):
         names = list(map(str, args.files))
         before, after = revisions.measure(names, args.suite, args.case, _say)
     else:
         found = [records.load(file) for file in args.files]
         before, after = found[:half], found[half:]
-    print(compare.report(before, after))
+    with _told_of(args.files):
+        print(compare.report(before, after))
 
 
 def _say(line: str) -> None:
@@ -124,5 +145,6 @@ def _list(args: argparse.Namespace) -> None:
 
 def _plot(args: argparse.Namespace) -> None:
     (file,) = args.files
-    for path in plot.plot(records.load(file), args.out or file.with_suffix("")):
-        print(path)
+    with _told_of(args.files):
+        for path in plot.plot(records.load(file), args.out or file.with_suffix("")):
+            print(path)

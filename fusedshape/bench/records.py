@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedshape.machine import provenance, replacing
+from fusedshape.files import (
+    ContentError,
+    demand_replaceable,
+    expect,
+    quoted,
+    read_json,
+    write_text,
+)
+from fusedshape.machine import provenance
 
 Record = dict[str, Any]
 Row = dict[str, Any]
@@ -62,6 +68,12 @@ _FIT = {
     "at_most": float,
     "holds": bool,
 }
+_MACHINE: dict[Any, Any] = {
+    **dict.fromkeys(("fusedshape", "torch", "cpu", "cpu_tensors"), str),
+    "threads": int,
+    "gpu": [str, ...],
+    ...: object,
+}
 _RECORD = {
     "kind": str,
     "schema": int,
@@ -69,8 +81,8 @@ _RECORD = {
     "device": str,
     "seed": int,
     "finished": bool,
-    "machine": dict,
-    "accelerator": dict,
+    "machine": _MACHINE,
+    "accelerator": ({}, {"driver": object, "cudnn": object, ...: object}),
     "date": str,
     "command": str,
     "commit": (str, None),
@@ -81,7 +93,7 @@ _RECORD = {
 }
 
 
-class RecordError(ValueError):
+class RecordError(ContentError):
     """A file that is not a record this version can read; the message says how to make one."""
 
 
@@ -110,7 +122,7 @@ def accelerator(device: torch.device) -> dict[str, Any]:
     driver = Path("/sys/module/nvidia/version")
     return {
         "name": properties.name,
-        "driver": driver.read_text().strip() if driver.exists() else None,
+        "driver": _line_of(driver),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "capability": f"{properties.major}.{properties.minor}",
@@ -120,6 +132,14 @@ def accelerator(device: torch.device) -> dict[str, Any]:
         "conv_tf32": torch.backends.cudnn.allow_tf32,
         "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
     }
+
+
+def _line_of(path: Path) -> str | None:
+    """The only line of a file that may be missing."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None
 
 
 def save(path: Path, record: Record) -> None:
@@ -133,8 +153,7 @@ def save(path: Path, record: Record) -> None:
     check(record)
     text = _text(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write_text(text)
+    write_text(path, text)
 
 
 def demand_writable(path: Path) -> None:
@@ -145,8 +164,7 @@ def demand_writable(path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        demand_replaceable(path)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -163,9 +181,9 @@ def load(path: str | Path) -> Record:
     path = Path(path)
     again = "make one with: fusedshape bench --suite cpu --out FILE"
     try:
-        record = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} is not JSON ({error}); {again}") from None
+        record = read_json(path)
+    except ContentError as error:
+        raise RecordError(f"{error}; {again}") from None
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise RecordError(f"{path} is not a record of fusedshape bench; {again}")
     schema = record.get("schema")
@@ -182,9 +200,13 @@ def load(path: str | Path) -> Record:
 def check(record: Record) -> None:
     """Raise RecordError unless a record is what the schema says, and claims nothing unchecked.
 
-    Beyond types: no case twice, no time of a candidate that is not "ok", no ratio that names one.
+    Beyond types: no case twice, no time that is not positive or of a candidate that is not "ok", no
+    ratio that names one.
     """
-    _expect(record, _RECORD, "record")
+    try:
+        expect(record, _RECORD, "record")
+    except ContentError as error:
+        raise RecordError(str(error)) from None
     seen = set()
     for row in record["rows"]:
         where = f"row {row['case']!r}"
@@ -195,6 +217,10 @@ def check(record: Record) -> None:
         for name, candidate in row["candidates"].items():
             if name not in good and ("ms" in candidate or "graph_ms" in candidate):
                 raise RecordError(f"{where}: {name!r} is {candidate['status']}, yet has a time")
+            for key in ("ms", "graph_ms", "samples_ms", "graph_samples_ms"):
+                times = candidate.get(key, [1.0])
+                if not times or any(t is not None and t <= 0 for t in times):
+                    raise RecordError(f"{where}: {key} of {name!r} are no times: {quoted(times)}")
         for ratios in (row["ratios"], row.get("graph_ratios", {})):
             for ratio in ratios:
                 if not good.issuperset(ratio.split("/")):
@@ -224,54 +250,3 @@ def _text(record: Record) -> str:
 
 def _newer(schema: object) -> bool:
     return isinstance(schema, int) and schema > SCHEMA
-
-
-def _expect(value: Any, shape: Any, where: str) -> None:
-    """Hold `value` against a shape.
-
-    A shape is a type, None, a tuple of alternatives (shapes or strings), a dict of fields ("key?"
-    may be missing; the key ... stands for any), or a list ([shape, ...] for any length).
-    """
-    if isinstance(shape, tuple):
-        for alternative in shape:
-            try:
-                return _expect(value, alternative, where)
-            except RecordError:
-                continue
-        raise RecordError(f"{where} is {value!r:.60}, which is none of {shape}")
-    if isinstance(shape, dict):
-        _expect(value, dict, where)
-        return _expect_fields(value, shape, where)
-    if isinstance(shape, list):
-        _expect(value, list, where)
-        shapes = [shape[0]] * len(value) if shape[-1] is ... else shape
-        if len(shapes) != len(value):
-            raise RecordError(f"{where} has {len(value)} entries, expected {len(shapes)}")
-        for i, (entry, expected) in enumerate(zip(value, shapes, strict=True)):
-            _expect(entry, expected, f"{where}[{i}]")
-        return None
-    fits = (
-        isinstance(value, (int, float) if shape is float else shape)
-        and not (shape in (int, float) and isinstance(value, bool))
-        if isinstance(shape, type)
-        else value == shape
-    )
-    if not fits:
-        name = shape.__name__ if isinstance(shape, type) else repr(shape)
-        raise RecordError(f"{where} is {value!r:.60}, expected {name}")
-    return None
-
-
-def _expect_fields(value: Mapping[Any, Any], shape: Mapping[Any, Any], where: str) -> None:
-    if ... in shape:
-        for key, entry in value.items():
-            _expect(entry, shape[...], f"{where}[{key!r}]")
-        return
-    known: dict[str, Any] = {key.rstrip("?"): entry for key, entry in shape.items()}
-    needed: Sequence[str] = [key for key in shape if not key.endswith("?")]
-    missing = [key for key in needed if key not in value]
-    unknown = sorted(set(value) - set(known))
-    if missing or unknown:
-        raise RecordError(f"{where} lacks {missing} and has unknown {unknown}")
-    for key, entry in value.items():
-        _expect(entry, known[key], f"{where}.{key}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusedshape.bench import records
 from fusedshape.bench.records import Record
-from fusedshape.bench.runner import terminable
+from fusedshape.interrupts import terminable
 
 #: Runs of each revision, in the order A B B A A B …; as many as a verdict of `compare` takes.
 RUNS = 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
-import signal
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from fusedshape.bench.cases import Case, Setting
 from fusedshape.bench.providers import Problem
 from fusedshape.bench.records import Record, Row
 from fusedshape.bench.suites import SUITES, Suite
+from fusedshape.interrupts import terminable
 from fusedshape.timing import (
     Candidate,
     Clock,
@@ -433,24 +433,6 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     """
     xs, ys = zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
     return statistics.linear_regression(xs, ys).slope
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as SIGINT does; outside the main thread nothing changes."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Watch:

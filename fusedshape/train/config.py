@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fusedshape.files import parse_json, quoted, read_json, write_json
 from fusedshape.init import Method
 
+#: Bytes of a configuration's file.
+SIZE = 1 << 20
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "method": ("TAT", "DKS", "EOC", None),
     "init": ("suo", "suo_full", "delta_orthogonal", "gaussian", None),
@@ -173,9 +176,18 @@ class TrainConfig:
             ValueError: text that is not a JSON object, an unknown field, or a value out of limits.
             TypeError: a value of the wrong type.
         """
-        data = json.loads(text)
+        return cls.from_dict(parse_json(text, "TrainConfig: the text"))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TrainConfig:
+        """Inverse of `to_dict`; fields left out take their defaults.
+
+        Raises:
+            ValueError: no dict, an unknown field, or a value out of limits.
+            TypeError: a value of the wrong type.
+        """
         if not isinstance(data, dict):
-            raise ValueError(f"TrainConfig: expected a JSON object, got {text!r:.80}")
+            raise ValueError(f"TrainConfig: expected a JSON object, got {quoted(data)}")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:
@@ -191,15 +203,16 @@ class TrainConfig:
             ValueError: as `from_json`; the message names the file.
             TypeError: as `from_json`.
         """
+        data = read_json(path, limit=SIZE)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(data)
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
-        Path(path).write_text(self.to_json() + "\n")
+        write_json(Path(path), self.to_dict())
 
 
 def load_object(path: str) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,9 +15,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fusedshape.machine import headline, provenance, write_json
+from fusedshape.files import ContentError, expect, read_json, sweep, write_json
+from fusedshape.machine import headline, provenance
+from fusedshape.train.checkpoint import EPOCH, Result
 from fusedshape.train.config import TrainConfig
-from fusedshape.train.loop import Result, fit
+from fusedshape.train.loop import demand_one_process, fit
 from fusedshape.train.plot import plot_curves, plot_depths
 
 Say = Callable[[str], None]
@@ -38,6 +40,22 @@ RECIPE: dict[str, Any] = {"label_smoothing": 0.1}
 DEPTHS = (300, 100, 30)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
+
+#: A sweep's row; of the columns, depth, lr and seed repeat what the configuration says.
+_ROW = {
+    "arm": tuple(ARMS),
+    "purpose": ("rate", "full"),
+    "depth": int,
+    "lr": float,
+    "seed": int,
+    "diverged": bool,
+    "config": dict,
+    "status": ("done", "diverged"),
+    "epochs": [EPOCH, ...],
+    **dict.fromkeys(("final_accuracy", "best_accuracy", "final_train_loss"), (float, None)),
+    "seconds": float,
+    "header": int,
+}
 
 
 def run_demo(
@@ -72,8 +90,10 @@ def run_demo(
         ImportError: scikit-learn or matplotlib is missing.
     """
     say = progress or _print
+    demand_one_process()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     header = provenance()
     say(f"{depth} layers of {width} channels, no normalisation, no skip connections, on 8×8 digits")
     say(headline(header))
@@ -149,7 +169,9 @@ def run_sweep(
             f"run_sweep: needs at least one learning rate, one seed and one job, got "
             f"{len(learning_rates)}, {len(seeds)} and {jobs}"
         )
+    demand_one_process()
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
     data = _read_sweep(path)
     rows: list[Result] = data["rows"]
     data["headers"].append(provenance() | {"jobs": jobs})
@@ -334,11 +356,19 @@ def _row(arm: str, purpose: str, result: Result) -> Result:
 
 
 def _read_sweep(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {"headers": [], "rows": []}
-    data = json.loads(path.read_text())
-    if not (isinstance(data, dict) and {"headers", "rows"} <= set(data)):
-        raise ValueError(f"{path} is no sweep's file; choose another name")
+    data: dict[str, Any] = read_json(path)
+    try:
+        expect(data, {"headers": [dict, ...], "rows": [_ROW, ...]}, "its content")
+        for i, row in enumerate(data["rows"]):
+            config = TrainConfig.from_dict(row["config"])
+            if any(row[key] != getattr(config, key) for key in ("depth", "lr", "seed")):
+                raise ContentError(f"its content.rows[{i}] is not of its own config")
+            if not 0 <= row["header"] < len(data["headers"]) or not row["epochs"]:
+                raise ContentError(f"its content.rows[{i}] has no header, or no epochs")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no sweep's file ({error}); choose another name") from None
     return data
 
 

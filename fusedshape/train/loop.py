@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedshape.convert import convert
+from fusedshape.files import quoted, sweep, write_json
 from fusedshape.init import init_module_
 from fusedshape.layers import kind_of
-from fusedshape.machine import find_device, replacing, write_json
+from fusedshape.machine import find_device
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm
+from fusedshape.train.checkpoint import Result, keep, resume
 from fusedshape.train.config import TrainConfig, make
 from fusedshape.train.data import Data, digits
 from fusedshape.train.plot import plot_curves
 
-Result = dict[str, Any]
 WARM_UP = 0.3  # share of the steps
 START, END = 1 / 25, 1 / 250_000  # of the peak learning rate
 CHECK_EVERY = 16  # steps between looks at the loss, each of which makes a GPU wait
@@ -51,18 +52,15 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
         ValueError: the folder holds a run of another configuration or a damaged checkpoint, the
             device is not there, torchrun has started several processes, and whatever `convert`
             raises.
+        OSError: a file cannot be read or written; the last checkpoint stays as it was.
 
     Example:
         >>> result = run(TrainConfig(depth=30), "runs/thirty")  # doctest: +SKIP
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise ValueError(
-            f"train runs in one process, and torchrun has started {processes}; start it by itself, "
-            "or convert a model and train it in a distributed loop of your own"
-        )
+    demand_one_process()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
 
     def save(result: Result) -> None:
         write_json(out / "result.json", result)
@@ -72,6 +70,42 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
     with suppress(ImportError):  # matplotlib is an extra; the numbers are in result.json
         plot_curves({config.activation: [result]}, out / "curves.png")
     return result
+
+
+def demand_one_process() -> None:
+    """Look at what torchrun sets: train runs in one process.
+
+    Raises:
+        ValueError: several processes, or a variable that says nothing.
+
+    Example:
+        >>> demand_one_process()
+    """
+    processes = _variable("WORLD_SIZE", 1, math.inf)
+    if processes is not None and processes > 1:
+        raise ValueError(
+            f"train runs in one process, and torchrun has started {processes}; start it by itself, "
+            "or convert a model and train it in a distributed loop of your own"
+        )
+    for name in ("RANK", "LOCAL_RANK"):
+        _variable(name, 0, 0)
+    _variable("MASTER_PORT", 0, 65535)
+
+
+def _variable(name: str, low: int, high: float) -> int | None:
+    """A whole number in the environment; None where it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    whole = text.isascii() and text.isdecimal() and len(text) < 20
+    if not (whole and low <= int(text) <= high):
+        limits = f"in {low} … {high}" if high < math.inf and high > low else f"{low}"
+        limits = limits if high < math.inf else f"at least {low}"
+        raise ValueError(
+            f"{name}={quoted(text)} in the environment must be a whole number, {limits} for the "
+            "one process that train runs in; unset it"
+        )
+    return int(text)
 
 
 def fit(
@@ -108,8 +142,9 @@ def fit(
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = _optimiser(config, model)
         result: Result = {"config": config.to_dict(), "status": "running", "epochs": []}
-        if checkpoint is not None and checkpoint.exists():
-            result = _resume(checkpoint, config, model, optimiser)
+        if checkpoint is not None and os.path.lexists(checkpoint):
+            result = resume(checkpoint, config, model, optimiser)
+            _summarise(result)
         x, y = data.train_x.to(device), data.train_y.to(device)
         test_x, test_y = data.test_x.to(device), data.test_y.to(device)
         if bar and (tqdm := _tqdm()) is not None:
@@ -137,7 +172,7 @@ def fit(
                 result["status"] = "done"
             _summarise(result)
             if checkpoint is not None:
-                _save(checkpoint, result, model, optimiser)
+                keep(checkpoint, result, model, optimiser)
             if on_epoch is not None:
                 on_epoch(result)
     return result
@@ -315,47 +350,6 @@ def _summarise(result: Result) -> None:
     result["best_accuracy"] = max(accuracies, default=None)
     result["final_train_loss"] = result["epochs"][-1]["train_loss"]
     result["seconds"] = sum(e["seconds"] for e in result["epochs"])
-
-
-def _save(path: Path, result: Result, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    state = {
-        "result": result,
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-    device = torch.device(result["config"]["device"])
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
-    with replacing(path) as file:
-        torch.save(state, file)
-
-
-def _resume(
-    path: Path, config: TrainConfig, model: nn.Module, optimiser: torch.optim.Optimizer
-) -> Result:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        result: Result = state["result"]
-    # What a damaged file does to the unpickler is anyone's guess.
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}); remove that file "
-            "to start anew, or choose another folder"
-        ) from error
-    mine = config.to_dict()
-    other = sorted(k for k, v in result["config"].items() if mine.get(k) != v)
-    if other:
-        raise ValueError(
-            f"{path} holds a run of another configuration (different: {', '.join(other)}); choose "
-            "another folder or remove that file"
-        )
-    model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], config.device)
-    return result
 
 
 @contextmanager

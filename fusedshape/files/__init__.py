@@ -1,0 +1,34 @@
+"""Files: read within limits and checked, written whole or not at all, the path in every message."""
+
+from __future__ import annotations
+
+from fusedshape.files.checkpoint import load_checkpoint, save_checkpoint
+from fusedshape.files.disk import (
+    ContentError,
+    demand_replaceable,
+    read_bytes,
+    replacing,
+    write_bytes,
+)
+from fusedshape.files.leftovers import sweep
+from fusedshape.files.schema import expect, quoted
+from fusedshape.files.text import parse_json, read_json, write_json, write_text
+from fusedshape.files.trust import distrust
+
+__all__ = [
+    "ContentError",
+    "demand_replaceable",
+    "distrust",
+    "expect",
+    "load_checkpoint",
+    "parse_json",
+    "quoted",
+    "read_bytes",
+    "read_json",
+    "replacing",
+    "save_checkpoint",
+    "sweep",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]

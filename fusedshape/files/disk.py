@@ -1,0 +1,137 @@
+"""Bytes: a file read within a limit, and a file replaced in one piece."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fusedshape.files.leftovers import temporary_beside
+from fusedshape.files.trust import stranger
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class ContentError(ValueError):
+    """A file, or a text, whose content cannot be used; the message begins with where it is from."""
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int, *, own: bool = False) -> bytes:
+    """The content of a regular file. Never waits for a pipe or a device.
+
+    Args:
+        path: the file.
+        limit: bytes it may have.
+        own: demand that it belongs to this user or to root, and that nobody else may write it.
+
+    Raises:
+        ContentError: it is no regular file, is too large, or belongs to somebody else.
+        OSError: it cannot be read; names `path`.
+    """
+    path = os.fspath(path)
+    if "\0" in path:
+        raise ContentError(f"{path!r} is no path: it has a null character")
+    _demand_regular(os.stat(path), path)
+    try:
+        # What has become a pipe in the meantime does not block.
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            found = os.fstat(file.fileno())
+            _demand_regular(found, path)
+            reason = stranger(found) if own else None
+            if reason is not None:
+                raise ContentError(f"{path} {reason}")
+            content = b"" if found.st_size > limit else file.read(limit + 1)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    size = max(found.st_size, len(content))
+    if size > limit:
+        raise ContentError(f"{path} has {size:,} bytes; at most {limit:,} are read here")
+    return content
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one piece; see `replacing`."""
+    with replacing(path, len(content)) as file:
+        file.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` in one piece when the body ends.
+
+    Whoever reads `path` sees the old file or the new one, also when the process is killed or the
+    machine stops. If the body fails, the old file stays and nothing is left beside it; what a
+    killed process leaves, `sweep` removes.
+
+    Args:
+        path: the file to replace; need not exist.
+        size: bytes that the body will write, for the message; None if unknown.
+
+    Raises:
+        OSError: the file cannot be written; names `path`, the reason, and what room there is.
+    """
+    temporary = temporary_beside(path)
+    made = False
+    try:
+        demand_replaceable(path)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        made = True
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # not every file system can; the file itself is safe
+            _sync(path.parent)
+    except OSError as error:
+        raise _cannot_write(error, path, size) from None
+    finally:
+        if made:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def demand_replaceable(path: Path) -> None:
+    """Raise OSError where `path` is a folder, a device, or whatever else is no regular file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        folder = stat.S_ISDIR(found.st_mode)
+        code = errno.EISDIR if folder else errno.EINVAL
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+        reason = os.strerror(code) if folder else f"It is {kind}, which no file can replace"
+        raise OSError(code, reason, str(path))
+
+
+def _demand_regular(found: os.stat_result, path: str) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise ContentError(f"{path} is {kind}, not a regular file")
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(error: OSError, path: Path, size: int | None) -> OSError:
+    room = [] if size is None else [f"{size:,} bytes to write"]
+    with suppress(OSError, AttributeError):
+        disk = os.statvfs(path.parent)
+        room.append(f"{disk.f_bavail * disk.f_frsize:,} bytes free there")
+    reason = error.strerror or str(error) or type(error).__name__
+    return OSError(error.errno, f"{reason} ({', '.join(room)})" if room else reason, str(path))

@@ -1,0 +1,115 @@
+"""Who may have put a file there: nothing that others can write is loaded or believed.
+
+The rule is ssh's: a file, and every folder and link on the way to it, belongs to this user or to
+root, and nobody else may write it. A folder that all may write but where nobody may rename what is
+another's, as /tmp, will do for what lies below it. A group may write if it has no other members.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Links on one path, as in Linux.
+_LINKS = 40
+
+
+def distrust(path: Path, below: Path | None = None) -> str | None:
+    """Why what is at `path` may be another user's work; None if it cannot be.
+
+    What does not exist yet is judged by the folders that do. Without users, as on Windows, nothing
+    is said.
+
+    Args:
+        path: a file or folder.
+        below: a folder that is trusted, such as that of a program that runs already; what lies
+            above it is not looked at, unless a link leads out of it.
+
+    Returns:
+        A sentence that names the path and what is wrong with it, or None.
+    """
+    if os.name != "posix":
+        return None
+    if not path.is_absolute():
+        return f"{path} is no absolute path"
+    try:
+        for place, found in _passed(path, below):
+            reason = stranger(found)
+            if reason is not None:
+                return f"{place} {reason}"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
+def stranger(found: os.stat_result) -> str | None:
+    """What makes a file another's, given what `os.stat` says of it; None if it is ours."""
+    if os.name != "posix":
+        return None
+    me = os.geteuid()
+    if found.st_uid not in (0, me):
+        return f"belongs to user {found.st_uid}, not to you ({me}) or root"
+    if stat.S_ISLNK(found.st_mode):  # whose mode says nothing
+        return None
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    if found.st_mode & stat.S_IWOTH and not sticky:
+        return "can be written by everybody (chmod o-w)"
+    if found.st_mode & stat.S_IWGRP and not sticky and not _is_private(found.st_gid):
+        return f"can be written by the group {found.st_gid}, which has other members (chmod g-w)"
+    return None
+
+
+def _passed(path: Path, below: Path | None) -> Iterator[tuple[str, os.stat_result]]:
+    """Every folder and link on the way to a path, and what is there, from the top down."""
+    names = list(reversed(path.parts[1:]))
+    here, links = "/", 0
+    if below is not None and below in path.parents:
+        here = str(below)
+        names = names[: len(names) - len(below.parts) + 1]
+    else:
+        yield here, os.lstat(here)
+    while names:
+        name = names.pop()
+        if name == "..":  # of a link's target
+            here = os.path.dirname(here)
+            continue
+        place = os.path.join(here, name)
+        found = os.lstat(place)
+        yield place, found
+        if not stat.S_ISLNK(found.st_mode):
+            here = place
+            continue
+        links += 1
+        if links > _LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), place)
+        target = Path(os.readlink(place))
+        if target.is_absolute():
+            here = "/"
+            yield here, os.lstat(here)
+            names += reversed(target.parts[1:])
+        else:
+            names += reversed(target.parts)
+            # A link may lead out of what is trusted without looking.
+            for parent in reversed(Path(here).parents):
+                yield str(parent), os.lstat(parent)
+
+
+@functools.cache
+def _is_private(group: int) -> bool:
+    """Whether a group has no members besides this user and root."""
+    import grp
+    import pwd
+
+    trusted = {0, os.geteuid()}
+    try:
+        members = {pwd.getpwnam(name).pw_uid for name in grp.getgrgid(group).gr_mem}
+        members |= {user.pw_uid for user in pwd.getpwall() if user.pw_gid == group}
+    except KeyError:
+        return False
+    return members <= trusted
