@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import json
+import math
 import pickle
 import random
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from zoo import AssertsShapes, NormAct, NormActBlock
 
 from fusedshape import ActSpec, reference, theory
 from fusedshape.convert import Report, convert
+from fusedshape.diagnose import diagnose
 from fusedshape.fold import fold
 from fusedshape.layers import FusedLayer, kind_of
 from fusedshape.nn import (
@@ -599,6 +601,57 @@ def test_delta_orthogonal_says_where_q_falls() -> None:
     grouped = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ConvTranspose2d(8, 8, 1, groups=4))
     report = convert(nn.Sequential(*grouped, nn.ReLU()), spec=SPEC, init="delta_orthogonal")
     assert "1 layer(s) with more" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.Linear(64, 64), ""),
+        (nn.Linear(64, 32), ""),
+        (nn.Linear(32, 128), "with more outputs"),
+        (nn.Conv1d(16, 64, 3, padding=1), "with more outputs"),
+        (nn.Conv2d(3, 64, 7, stride=2, padding=3), "with more outputs"),
+        (nn.Conv2d(32, 64, 3, padding=1, groups=4), "with more outputs"),
+        (nn.Conv2d(32, 64, 3, padding=1, groups=32), "with more outputs"),
+        (nn.Conv2d(64, 64, 3, padding=1, stride=2), ""),
+        (nn.Conv2d(16, 64, 2), "with an even kernel"),
+        (nn.ConvTranspose2d(64, 64, 3, padding=1), ""),
+        (nn.ConvTranspose2d(16, 64, 3, padding=1), "with more outputs"),
+        (nn.ConvTranspose2d(64, 64, 3, stride=2, padding=1), "that are transposed and strided"),
+        (nn.ConvTranspose2d(32, 64, 3, stride=2, groups=4), "that are transposed and strided"),
+        (nn.ConvTranspose2d(64, 64, 4, stride=2, padding=1), "with an even kernel"),
+    ],
+    ids=str,
+)
+def test_delta_orthogonal_keeps_the_q_that_constants_assume(layer: Any, why: str) -> None:
+    layer = copy.deepcopy(layer).double()
+    net = nn.Sequential(layer, nn.ReLU())
+    draws = torch.Generator().manual_seed(0)
+    report = convert(net, spec=SPEC, init="delta_orthogonal", generator=draws, fuse=False)
+    assert [why in note for note in report.notes] == [True] * bool(why)
+    channels = getattr(layer, "in_channels", 0) or layer.in_features
+    size = (20,) * (layer.weight.ndim - 2)
+    x = torch.randn(64, channels, *size, dtype=torch.float64, generator=draws)
+    z = layer(x)
+    if size:  # without the border, where zero padding takes some
+        z = z[(..., *[slice(4, -4)] * len(size))]
+    # q is a mean over 64 locations and more, 64 · 32 numbers at least: 5 standard errors.
+    assert z.square().mean().item() == pytest.approx(1.0, abs=5 * math.sqrt(2 / (64 * 32)))
+
+
+def test_delta_orthogonal_says_where_q_cannot_be_kept() -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(4, 4, 1, stride=2), nn.ReLU())
+    notes = convert(net, spec=SPEC, init="delta_orthogonal").notes
+    assert "does not reach all outputs alike, so that q falls there" in notes[0]
+
+
+def test_diagnose_agrees_with_delta_orthogonal() -> None:
+    torch.manual_seed(0)
+    pairs = [(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()) for _ in range(20)]
+    first = [PerLocationNorm(), nn.Conv2d(4, 16, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*first, *itertools.chain(*pairs))
+    convert(net, init="delta_orthogonal")
+    assert "agree" in diagnose(net, torch.randn(16, 3, 8, 8)).verdict
 
 
 def test_batchnorm_stripped() -> None:

@@ -104,7 +104,9 @@ def convert(
         sigma_b: EOC's standard deviation of biases; default: the theory's choice.
         spec: constants to use as they are; nothing is solved.
         init: "suo", "suo_full", "delta_orthogonal", "gaussian", or None to keep the weights. Even
-            kernels have no centre tap and take "suo_full".
+            kernels have no centre tap and take "suo_full". "delta_orthogonal" keeps norms; layers
+            in which q would fall by that, because they have more outputs than inputs or are
+            transposed and strided, take "suo" instead, as the report says.
         generator: source of randomness for `init`; None takes torch's default.
         fuse: whether to fuse at all.
         replace: the classes to replace, with their functional forms; none that has parameters.

@@ -208,7 +208,8 @@ class Plan:
                 self.rows[i] = replace(row, note=f"not chained: {notes[row.path]}")
 
     def _plan_init(self) -> None:
-        no_bias = even = widening = 0
+        no_bias = 0
+        others: Counter[str] = Counter()
         for module in self.calls.names:
             if kind_of(module) is None:
                 continue
@@ -218,21 +219,14 @@ class Plan:
             if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
                 self._skip(module, "not initialised: its weight is computed from other tensors")
                 continue
-            method = self.init
-            if method in ("suo", "delta_orthogonal") and _lacks_centre(module, method):
-                method = "suo_full"
-                even += 1
-            widening += method == "delta_orthogonal" and _widens(module)
+            method, why = _suited(module, self.init)
+            others[why] += 1
             self.layers.append((module, method))
         self.counts["initialised"] = len(self.layers)
         self.counts["skipped"] = sum(row.now == row.was for row in self.rows)
-        if even:
-            self.notes.append(f"{even} layer(s) with an even kernel took suo_full, not {self.init}")
-        if widening:
-            self.notes.append(
-                f"delta_orthogonal keeps norms, so that q falls in {widening} layer(s) with more "
-                "outputs than inputs; suo keeps q"
-            )
+        self.notes += [
+            f"{count} layer(s) {why.format(init=self.init)}" for why, count in others.items() if why
+        ]
         if self.counts["stripped"]:
             self.notes.append(
                 f"{self.counts['stripped']} BatchNorm layer(s) were stripped: their keys are "
@@ -308,6 +302,37 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
     return new
+
+
+def _suited(module: Any, init: Method) -> tuple[Method, str]:
+    """The initialiser that a layer takes, and why another than was asked for.
+
+    delta_orthogonal keeps norms, suo the mean square q that the constants assume. Between layers of
+    one width they are the same; where a layer has more outputs than inputs, or writes to some of
+    its outputs only, suo is delta-orthogonal with the factor that q wants.
+    """
+    if init in ("suo", "delta_orthogonal") and _lacks_centre(module, init):
+        return "suo_full", "with an even kernel took suo_full, not {init}"
+    if init != "delta_orthogonal":
+        return init, ""
+    kind = kind_of(module)
+    if kind is not None and kind.transposed and max(module.stride) > 1:
+        sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        if any(k < s or (s > 1 and d > 1) for k, s, d in sizes):
+            return init, (
+                "are transposed, of a stride with which their kernel does not reach all outputs "
+                "alike, so that q falls there; use a larger kernel, without dilation"
+            )
+        return "suo", (
+            "that are transposed and strided took suo, which reaches all their outputs: with "
+            "delta_orthogonal q would fall there"
+        )
+    if _widens(module):
+        return "suo", (
+            "with more outputs than inputs took suo, which is delta_orthogonal times "
+            "√(outputs/inputs): it keeps q, which falls where norms are kept"
+        )
+    return init, ""
 
 
 def _widens(module: nn.Module) -> bool:
