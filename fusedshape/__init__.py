@@ -27,6 +27,7 @@ from fusedshape.ops import (
 )
 from fusedshape.shortcuts import reweight_shortcuts
 from fusedshape.spec import ActSpec
+from fusedshape.unfuse import fuse, unfuse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,10 +48,12 @@ __all__ = [
     "convert",
     "diagnose",
     "fold",
+    "fuse",
     "init",
     "linear_act",
     "reweight_shortcuts",
     "shaped_act",
     "theory",
     "tuning",
+    "unfuse",
 ]

@@ -344,6 +344,7 @@ class _Folding:
         self.parts: dict[str, Any] = {}
         self.taken = {name for name, _ in model.named_modules()}
         self.copies: dict[int, Any] = {}
+        self.attributes: dict[str, str] = {}  # new names, by the old ones
 
     def result(self) -> fx.GraphModule:
         """The new model."""
@@ -547,12 +548,22 @@ class _Folding:
                 if hasattr(module, "inplace"):
                     module.inplace = False
             self.parts[target] = part
-        elif node.op == "get_attr" and target not in self.parts:
-            owner, _, name = target.rpartition(".")
-            self.parts[target] = copy.deepcopy(
-                getattr(self.model.get_submodule(owner), name), self.copies
-            )
-        return self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        elif node.op == "get_attr":
+            target = self._attribute(target)
+        return self.graph.create_node(
+            node.op, target if node.op == "get_attr" else node.target, args, kwargs, node.name
+        )
+
+    def _attribute(self, target: str) -> str:
+        """Where the new model has a tensor; a layer's is copied, for that one changes."""
+        owner, _, name = target.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if target not in self.attributes:
+            own = kind_of(module) is not None
+            path = self._new(target.replace(".", "_")) if own else target
+            self.parts[path] = copy.deepcopy(getattr(module, name), self.copies)
+            self.attributes[target] = path
+        return self.attributes[target]
 
     def _call(self, path: str, module: nn.Module, *args: fx.Node) -> fx.Node:
         path = self._new(path)

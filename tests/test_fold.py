@@ -637,3 +637,19 @@ def test_mlp_in_float32_is_as_good() -> None:
     )
     assert plain < 1e-5
     assert folded < 10 * report.spec.output_scale * 1e-6
+
+
+def test_a_forward_that_reads_a_weight_reads_the_old_one() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            spec = ActSpec("tanh", 0.7, 0.1, -0.2, 1.9)
+            self.one = ShapedLinear(4, 4, spec=spec, dtype=torch.float64)
+            self.two = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x)) * self.one.weight.sum() + self.two.bias
+
+    net = Reads()
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fold(net)(x), net(x), rtol=1e-12, atol=1e-12)

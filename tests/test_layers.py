@@ -24,7 +24,7 @@ LAYERS = [
     {"tuning"},
     {"machine"},
     {"convert", "diagnose", "fold"},
-    {"shortcuts"},
+    {"shortcuts", "unfuse"},
     {"models"},
     {"train"},
     {"bench"},

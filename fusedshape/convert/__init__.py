@@ -12,14 +12,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
 from torch import Generator, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fusedshape import theory
-from fusedshape.convert.calls import Calls
+from fusedshape.convert.calls import Calls, refuse_wrapped
 from fusedshape.convert.fusion import Fusion
 from fusedshape.convert.plan import Constants, Plan
 from fusedshape.convert.report import Change, Report
@@ -36,13 +35,6 @@ __all__ = ["Change", "Report", "convert"]
 _SHAPED = (ShapedActivation, ShapedChain, FusedLayer)
 _GROWTH = 1.05  # of q in one sum, from which on it is worth a word
 _METHODS = ("TAT", "DKS", "EOC")
-# By name, because importing torch._dynamo takes seconds.
-_WRAPPERS = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
 
 
 def convert(
@@ -186,15 +178,7 @@ def _refuse(
     for path, module in model.named_modules():
         where = f"{path!r} is" if path else "the model is"
         kind = type(module).__name__
-        if kind in _WRAPPERS:
-            raise ValueError(
-                f"convert: {where} a {kind}; convert the module inside, its .{_WRAPPERS[kind]}, "
-                "before wrapping it"
-            )
-        if module.__dict__.get("_compiled_call_impl") is not None:
-            raise ValueError(f"convert: {where} compiled already; convert first, then compile")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"convert: {where} a ScriptModule; convert the module it was made of")
+        refuse_wrapped("convert", path, module)
         written = isinstance(module, Rewritten) and module.written_by == "Shaped"
         if written or isinstance(module, _SHAPED):
             raise ValueError(

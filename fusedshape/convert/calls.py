@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fusedshape import rewriting
 from fusedshape.layers import kind_of
+from fusedshape.nn import ShapedChain
 from fusedshape.tracing import (
     UntraceableError,
     is_plain,
@@ -42,6 +43,13 @@ FUNCTIONAL = {
     nn.Hardtanh: "hardtanh",
     nn.Hardswish: "hardswish",
     nn.Hardsigmoid: "hardsigmoid",
+}
+# By name, because importing torch._dynamo takes seconds.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
 }
 _GATES = (nn.Sigmoid, nn.Hardsigmoid)
 _NORM_FUNCTIONS = (F.batch_norm, F.instance_norm, F.group_norm)
@@ -112,6 +120,9 @@ class Calls:
         self.sites: list[Site] = []
         for module in self.names:
             has_forward = type(module).forward is not nn.Module.forward
+            if type(module) is ShapedChain and "forward" not in vars(module):
+                self.graphs[module] = (_row(tuple(module._modules)),)
+                continue
             if not has_forward or is_plain(module) or module in self.acts:
                 continue
             if module in self.stripped:
@@ -293,6 +304,24 @@ class Calls:
         source = node.all_input_nodes[0]
         return kind_of(self.called(owner, source)) is not None and len(source.users) == 1
 
+    def check_held(self, verb: str, gone: Container[nn.Module]) -> None:
+        """Raise where replacing modules would leave an old one in use.
+
+        Raises:
+            ValueError: a module keeps one of `gone` in a plain list, tuple or dict.
+        """
+        for module in self.names:
+            for name, value in vars(module).items():
+                if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+                    continue
+                held = value.values() if isinstance(value, dict) else value
+                if any(isinstance(item, nn.Module) and item in gone for item in held):
+                    raise ValueError(
+                        f"{verb}: {self.describe(module)} keeps modules in a plain "
+                        f"{type(value).__name__}, .{name}, which would go on holding the old "
+                        "ones; make it an nn.ModuleList or nn.ModuleDict"
+                    )
+
     def describe(self, module: nn.Module) -> str:
         """A module's name and class, for messages."""
         name = self.names[module]
@@ -353,6 +382,25 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
         found.update(new)
         stack += new
     return found
+
+
+def refuse_wrapped(verb: str, path: str, module: nn.Module) -> None:
+    """Raise if a module wraps, or was made of, the one that is to be changed.
+
+    Raises:
+        ValueError: it does; the message says what to do first.
+    """
+    where = f"{path!r} is" if path else "the model is"
+    kind = type(module).__name__
+    if kind in _WRAPPERS:
+        raise ValueError(
+            f"{verb}: {where} a {kind}; {verb} the module inside, its .{_WRAPPERS[kind]}, "
+            "before wrapping it"
+        )
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        raise ValueError(f"{verb}: {where} compiled already; {verb} first, then compile")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"{verb}: {where} a ScriptModule; {verb} the module it was made of")
 
 
 def _row(names: tuple[str, ...]) -> fx.Graph:

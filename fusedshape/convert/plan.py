@@ -92,7 +92,7 @@ class Plan:
         if chain:
             self._plan_chains()
         self._plan_init()
-        self._check_held()
+        calls.check_held("convert", self.swaps)
         order = {name: i for i, name in enumerate(calls.names.values())}
         self.rows.sort(key=lambda row: order[row.path])
 
@@ -233,20 +233,6 @@ class Plan:
                 f"gone from the state_dict, and {no_bias} layer(s) have no bias (make them with "
                 "bias=True to have one)"
             )
-
-    def _check_held(self) -> None:
-        """Raise where replacing a module would leave the old one in use."""
-        for module in self.calls.names:
-            for name, value in vars(module).items():
-                if name == "_modules" or not isinstance(value, (list, tuple, dict)):
-                    continue
-                held = value.values() if isinstance(value, dict) else value
-                if any(isinstance(item, nn.Module) and item in self.swaps for item in held):
-                    raise ValueError(
-                        f"convert: {self.calls.describe(module)} keeps modules in a plain "
-                        f"{type(value).__name__}, .{name}, which would go on holding the old "
-                        "ones; make it an nn.ModuleList or nn.ModuleDict"
-                    )
 
     def apply(self, generator: Generator | None) -> None:
         """Change the model; if initialising fails, put its weights back and raise."""
