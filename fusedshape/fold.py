@@ -13,13 +13,12 @@ from torch import Tensor, fx, nn
 
 from fusedshape.layers import Kind, features, kind_of
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
+from fusedshape.nodes import is_number, is_query
+from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import (
     Slot,
-    UntraceableError,
-    is_number,
     is_plain,
-    is_query,
     memory_roots,
     required,
     take_over,

@@ -18,8 +18,9 @@ from fusedshape import rewriting
 from fusedshape.convert.calls import FUNCTIONAL, Calls
 from fusedshape.convert.report import Change
 from fusedshape.nn import NormalizedSum
+from fusedshape.nodes import is_query
 from fusedshape.spec import ActSpec
-from fusedshape.tracing import is_query, memory_roots, reachable_code, take_over, tensor_args
+from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_args
 from fusedshape.validate import real
 
 ShortcutWeight = float | Mapping[str, float]

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import ast
-import dis
 import functools
 import inspect
-import linecache
 import operator
 import random
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx import _symbolic_trace
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-# What these return is no tensor.
-_SHAPE_QUERIES = {"size", "dim", "ndim", "shape", "numel", "nelement", "ndimension", "stride"}
-_SHAPE_QUERIES |= {"dtype", "device", "type", "is_contiguous", "element_size", "item"}
+from fusedshape.nodes import Tensors, is_query
+from fusedshape.proxies import (
+    AttributeValue,
+    UntraceableError,
+    Value,
+    callable_as_known,
+    type_as_known,
+)
+from fusedshape.undo import UndoLog
+
+_Result = TypeVar("_Result")
+
 # What these return may be their argument under another name.
 _ALIASES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze"}
 _ALIASES |= {"unsqueeze", "transpose", "permute", "movedim", "swapaxes", "t", "T", "mT", "chunk"}
@@ -34,149 +44,292 @@ _ALIAS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._Dro
 
 _GONE = object()
 _TABLES = ("", "_parameters", "_buffers", "_modules")
-
-
-class UntraceableError(Exception):
-    """Why a forward cannot be traced faithfully."""
-
-
-class _Value(fx.Proxy):
-    """A proxy that keeps in-place arithmetic in place, and does not stand for its type."""
-
-    def _in_place(self, name: str, other: Any) -> Any:
-        if is_number(self.node):
-            return NotImplemented
-        return self.tracer.create_proxy("call_method", name, (self, other), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._in_place("add_", other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._in_place("sub_", other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._in_place("mul_", other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._in_place("div_", other)
-
-    def __bool__(self) -> bool:
-        frame = inspect.currentframe()
-        assert frame is not None
-        asker = frame.f_back
-        assert asker is not None
-        if _asserts(asker.f_code, asker.f_lasti):
-            line = linecache.getline(asker.f_code.co_filename, asker.f_lineno).strip()
-            message = line or f"an assertion in {asker.f_code.co_name}"
-            self.tracer.create_proxy("call_function", torch._assert, (self, message), {})
-            return True
-        return self.tracer.to_bool(self)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # isinstance() asks here, after its own quick test has failed; so do torch's own functions.
-        frame = inspect.currentframe()
-        assert frame is not None
-        asker = frame.f_back
-        assert asker is not None
-        module = str(asker.f_globals.get("__name__")).partition(".")[0]
-        if module not in ("torch", "abc") and _asks_for_types(asker.f_code):
-            if isinstance(self.tracer, _OneCall) and self.tracer.is_tensor(self.node):
-                return torch.Tensor
-            raise UntraceableError("it asks for the type of a value (isinstance)")
-        return _Value
-
-
-def _asserts(code: types.CodeType, at: int) -> bool:
-    """Whether the value that an instruction asks for is one that an assert statement demands."""
-    found = [i for i in dis.get_instructions(code) if i.opname not in ("TO_BOOL", "NOT_TAKEN")]
-    k, jump = next((k, i) for k, i in enumerate(found) if i.offset >= at)
-    if "JUMP" not in jump.opname or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
-        return False
-    ahead = found[k + 1 :]
-    if jump.opname.endswith("IF_FALSE"):  # assert a and b
-        ahead = [i for i in ahead if i.offset == jump.argval]
-    raises = ahead[:1] and (ahead[0].opname, ahead[0].argval)
-    return bool(raises) and (raises[0] == "LOAD_ASSERTION_ERROR" or raises[1] is AssertionError)
-
-
-def _asks_for_types(code: types.CodeType) -> bool:
-    """Whether a function's own code may ask for the type of a value."""
-    by_pattern = dis.opmap["MATCH_CLASS"] in code.co_code[::2]
-    return by_pattern or not {"isinstance", "__class__"}.isdisjoint(code.co_names)
+_INTERCEPTED = "_compiled_call_impl"  # what nn.Module calls instead of its forward
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic trace of one module, its children as leaves."""
+    """Symbolic trace of one module, its children as leaves.
 
-    proxy_buffer_attributes = True
+    fx's own patches nn.Module for the whole process. Here calls of children are caught by an
+    attribute of theirs, and functions of parameters by a mode, which belongs to this thread.
+    """
 
-    def __init__(self, module: nn.Module) -> None:
+    strict = True
+
+    def __init__(self, module: nn.Module, returns: dict[nn.Module, bool] | None = None) -> None:
         super().__init__()
         by_mode = "forward_training" if module.training else "forward_evaluation"
         if hasattr(type(module), by_mode):
             self.traced_func_name = by_mode
+        self.module = module
+        self.returns = {} if returns is None else returns
+        self.certain = Tensors(self.is_tensor_given, self.called, self.gives_tensor)
+        self.refusal: UntraceableError | None = None
+        self.modes: Any = None
+        self.read: dict[str, Any] = {}  # tensors of the module that were used
+        self.tensors: dict[torch.Tensor, str] = {}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Run the forward on symbols; nothing outside this thread and this module sees it."""
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.submodule_paths = {m: name for name, m in root.named_modules()}
+        for name, module in root.named_modules():
+            own = {**vars(module), **module._parameters, **module._buffers}
+            tensors = {v: k for k, v in own.items() if isinstance(v, torch.Tensor)}
+            for tensor, key in tensors.items():
+                self.tensors.setdefault(tensor, f"{name}.{key}" if name else key)
+            vars(module)[_INTERCEPTED] = self._caught(module)
+        forward = self._at_home(getattr(type(root), self.traced_func_name))
+        function, args = self.create_args_for_root(forward, True)
+        self.modes = _thread_modes()
+        with _Functions(self):
+            output = self.create_arg(function(*args))
+        if self.refusal is not None:  # the forward may have caught it
+            raise self.refusal
+        self.create_node("output", "output", (output,), {})
+        return self.graph
+
+    def refuse(self, why: str) -> None:
+        """Raise, and remember why."""
+        self.refusal = self.refusal or UntraceableError(why)
+        raise self.refusal
+
+    def _caught(self, module: nn.Module) -> Callable[..., Any]:
+        thread = threading.get_ident()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return module._call_impl(*args, **kwargs)
+            return self.call_module(module, module.forward, args, kwargs)
+
+        return call
+
+    def _at_home(self, function: Any) -> Any:
+        """A forward whose `type`, `callable` and functions named by torch.fx.wrap know symbols."""
+        if not inspect.isfunction(function):
+            return function
+        scope, names = function.__globals__, _names(function.__code__)
+        wrapped = [
+            name
+            for (_, name), where in _symbolic_trace._wrapped_fns_to_patch.items()
+            if where is scope and name in names
+        ]
+        new: dict[str, Any] = {name: self._whole(scope[name]) for name in wrapped if name in scope}
+        answers = {"type": type_as_known, "callable": callable_as_known}
+        new |= {k: v for k, v in answers.items() if k in names and k not in scope}
+        if not new:
+            return function
+        moved = types.FunctionType(
+            function.__code__,
+            {**scope, **new},
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        moved.__kwdefaults__ = function.__kwdefaults__
+        return moved
+
+    def _whole(self, function: Any) -> Callable[..., Any]:
+        """A function that is one node where it is given symbols."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(issubclass(type(leaf), Value) for leaf in pytree.tree_leaves((args, kwargs))):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if m is self.root:
+            self.refuse("it calls itself")
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        return Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), Value):
+            return a.node
+        if _is_real(a):
+            return self.create_tensor(a)
+        return super().create_arg(a)
+
+    def create_tensor(self, tensor: torch.Tensor) -> fx.Node:
+        """The node of a tensor that is no symbol."""
+        name = self.tensors.get(tensor)
+        if name is None:
+            self.refuse("it makes tensors that do not depend on its input")
+        assert name is not None
+        if name not in self.read:
+            self.read[name] = self.create_node("get_attr", name, (), {})
+        return self.read[name]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if not torch.is_grad_enabled():
-            raise UntraceableError("it switches gradients off, which a trace would lose")
+        for what, now, before in zip(_MODES, _thread_modes(), self.modes or (), strict=False):
+            if self.strict and now != before:
+                self.refuse(f"it {what}, which a trace would lose")
         return super().create_node(*args, **kwargs)
 
+    def function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of a function or method of torch returns."""
+        if function is torch._C._set_grad_enabled:
+            self.refuse(f"it {_MODES[0]}, which a trace would lose")
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if _is_real(leaf)]
+        if any(issubclass(type(leaf), Value) for leaf in leaves):
+            return self.record(function, args, kwargs)
+        if any(tensor in self.tensors for tensor in tensors):
+            args, kwargs = pytree.tree_map_only(_is_real, self._symbol, (args, kwargs))
+            return self.record(function, args, kwargs)
+        return self.compute(function, args, kwargs)
 
-def _refusing(what: str) -> Callable[..., Any]:
-    def enter(*args: Any) -> None:
-        raise UntraceableError(f"it uses {what}, which a trace would lose")
+    def _symbol(self, tensor: torch.Tensor) -> Any:
+        return Value(self.create_tensor(tensor), self)
 
-    return enter
+    def record(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A node for a call."""
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            return AttributeValue(args[0], function.__self__.__name__)
+        if name in ("__set__", "__delete__"):
+            self.refuse(f"it changes the {function.__self__.__name__} of a tensor")
+        if name in ("__bool__", "__len__", "__iter__", "__contains__", "__int__", "__float__"):
+            return getattr(type(args[0]), name)(*args)
+        if is_tensor_method_or_property(function) and name.startswith("__"):
+            plain = name.strip("_")
+            reverse = plain.startswith("r") and hasattr(operator, plain[1:])
+            target = getattr(operator, plain[1:] if reverse else plain, None)
+            if target is not None:
+                args = args[::-1] if reverse else args
+                return self.create_proxy("call_function", target, args, kwargs)
+        args, kwargs = pytree.tree_map_only(_is_real, self._symbol, (args, kwargs))
+        return Value.__torch_function__(function, (), args, kwargs)
+
+    def compute(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call that no symbol and no tensor of the module goes into."""
+        if _draws(str(getattr(function, "__name__", ""))):
+            self.refuse("it draws random numbers that steer it")
+        return function(*args, **kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("TraceError: it branches on a value, which cannot steer control flow here")
+        raise AssertionError("refuse raises")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        self.refuse("TraceError: it iterates over a value, whose length is not known")
+        raise AssertionError("refuse raises")
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node stands for one tensor for certain."""
+        return self.certain.is_tensor(node)
+
+    def is_tensor_given(self, node: fx.Node) -> bool:
+        """Whether the forward is given one tensor for certain."""
+        return False
+
+    def called(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls."""
+        return self.module.get_submodule(str(node.target))
+
+    def gives_tensor(self, module: nn.Module, node: fx.Node) -> bool:
+        """Whether a call of a module returns one tensor for certain."""
+        if module not in self.returns:
+            self.returns[module] = False  # while it is being asked
+            to_slot: Any = lambda argument: Slot(self.is_tensor(argument))  # noqa: E731
+            args, kwargs = fx.map_arg((node.args, node.kwargs), to_slot)
+            self.returns[module] = _returns_tensor(module, args, kwargs, self.returns)
+        return self.returns[module]
 
 
-@contextmanager
-def _undisturbed(module: nn.Module, strict: bool = True) -> Iterator[None]:
-    """Put back, and complain about, what running a forward does besides computing.
+def _is_real(value: Any) -> bool:
+    """Whether a value is a tensor, and no symbol that passes for one."""
+    return issubclass(type(value), torch.Tensor)
+
+
+class _Functions(TorchFunctionMode):
+    """Shows a tracer every call of a function or method of torch in this thread."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.tracer.function(func, args, kwargs or {})
+
+
+_MODES = (
+    "switches gradients off or on (no_grad, enable_grad)",
+    "uses inference_mode",
+    "uses autocast",
+    "uses saved_tensors_hooks",
+)
+
+
+def _thread_modes() -> tuple[Any, ...]:
+    """This thread's modes that a forward may switch, one for each of _MODES."""
+    nesting = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    inference = torch.is_inference_mode_enabled(), torch._C._is_fwd_grad_enabled()
+    return torch.is_grad_enabled(), inference, nesting, hooks
+
+
+@functools.cache
+def _draws(name: str) -> bool:
+    """Whether a function of torch draws random numbers."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names that a function's code uses, in the functions inside it too."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _undisturbed(
+    module: nn.Module, run: Callable[[], _Result], strict: bool = True, grad: bool = True
+) -> _Result:
+    """Run a trace, put back what it does besides computing, and complain about that.
 
     Unless strict, only about random numbers: the rest does not change what is computed.
     """
-    held: list[tuple[str, Any]] = [("", vars(m)) for m in module.modules()]
-    held += [(n, v) for _, own in held for n, v in own.items() if isinstance(v, (dict, list))]
-    before = [_contents(container) for _, container in held]
-    state = random.getstate(), torch.get_rng_state()
-    kinds: tuple[Any, ...] = (torch.autocast, torch.autograd.graph.saved_tensors_hooks)
-    kinds += (torch.no_grad, torch.enable_grad, torch.inference_mode)
-    contexts = {cls: cls.__enter__ for cls in kinds}
+    log = UndoLog()
     touched = ""
+    state = random.getstate()
     try:
-        for cls in contexts if strict else ():
-            cls.__enter__ = _refusing(cls.__name__)
-        with torch.set_grad_enabled(True):
-            yield
-    finally:
-        for cls, enter in contexts.items():
-            cls.__enter__ = enter
-        drew = random.getstate() != state[0] or not torch.equal(torch.get_rng_state(), state[1])
-        random.setstate(state[0])
-        torch.set_rng_state(state[1])
+        for m in module.modules():
+            log.module(m)
+        held: list[tuple[str, Any]] = [("", vars(m)) for m in module.modules()]
+        held += [(n, v) for _, own in held for n, v in own.items() if isinstance(v, (dict, list))]
+        before = [_contents(container) for _, container in held]
+        with torch.set_grad_enabled(grad):
+            result = run()
         for (name, container), old in zip(held, before, strict=True):
             new = _contents(container)
-            for key in {**old, **new}:
-                if new.get(key, _GONE) is not old.get(key, _GONE):
-                    touched = touched or (str(key) if name in _TABLES else name)
-            if isinstance(container, dict):
-                container.clear()
-                container.update(old)
-            else:
-                container[:] = old.values()
-    if strict and touched.startswith("_tensor_constant"):
-        raise UntraceableError("it makes tensors that do not depend on its input")
+            changed = [k for k in {**old, **new} if new.get(k, _GONE) is not old.get(k, _GONE)]
+            changed = [k for k in changed if k != _INTERCEPTED]
+            touched = touched or next((str(k) if name in _TABLES else name for k in changed), "")
+    finally:
+        try:
+            log.undo()
+        finally:
+            log.undo()
+        drew = random.getstate() != state
+        if drew:
+            random.setstate(state)
     if strict and touched:
         raise UntraceableError(f"it changes its attribute {touched}")
     if drew:
         raise UntraceableError("it draws random numbers that steer it")
+    return result
 
 
 def _contents(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
@@ -228,24 +381,59 @@ def trace(module: nn.Module, call: tuple[Any, Any] | None = None) -> tuple[fx.Gr
                 f"its forward takes an optional argument, {parameter.name}, that may steer it"
             )
     graphs = []
-    mode = module.training
     for training in (True, False):
-        module.training = training
-        try:
-            with _untraceable(), _undisturbed(module):
-                tracer = _Tracer(module) if call is None else _OneCall(module, *call)
-                graphs.append(tracer.trace(module))
-        finally:
-            module.training = mode
-    for graph in graphs:
-        for node in graph.nodes:
-            node.type = None
+        graph, other = (_graph(module, training, grad, call) for grad in (True, False))
+        if graph.python_code("self").src != other.python_code("self").src:
+            raise UntraceableError("it asks whether gradients are on (torch.is_grad_enabled)")
+        graphs.append(graph)
     first, second = (graph.python_code("self").src for graph in graphs)
     return tuple(graphs[: 1 if first == second else 2])
 
 
+def _graph(module: nn.Module, training: bool, grad: bool, call: tuple[Any, Any] | None) -> fx.Graph:
+    """The graph of a forward in one mode."""
+
+    def run() -> fx.Graph:
+        module.training = training
+        tracer = _Tracer(module) if call is None else _OneCall(module, *call)
+        graph = tracer.trace(module)
+        module.training = mode
+        return graph
+
+    mode = module.training
+    with _untraceable():
+        graph = _undisturbed(module, run, grad=grad)
+    for node in graph.nodes:
+        node.type = None
+    return graph
+
+
+def _returns_tensor(
+    module: nn.Module, args: Any, kwargs: Any, returns: dict[nn.Module, bool]
+) -> bool:
+    """Whether one call of a module returns one tensor for certain."""
+
+    def run() -> bool:
+        tracer = _OneCall(module, args, kwargs, returns)
+        graph = tracer.trace(module)
+        return tracer.is_tensor(next(iter(reversed(graph.nodes))).args[0])
+
+    try:
+        with _untraceable():
+            return _undisturbed(module, run)
+    except UntraceableError:
+        return False
+
+
+@dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor among the arguments of `read`."""
+    """Stands for a value among the arguments of `trace` and `read`.
+
+    Attributes:
+        tensor: whether it is one tensor for certain.
+    """
+
+    tensor: bool = True
 
 
 @dataclass(frozen=True)
@@ -266,18 +454,25 @@ class Reading:
 class _OneCall(_Tracer):
     """Traces one call: of its arguments only the slots are symbols, and all else is what it is."""
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        super().__init__(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        returns: dict[nn.Module, bool] | None = None,
+    ) -> None:
+        super().__init__(module, returns)
         self.call = args, kwargs
+        self.slots: dict[str, Slot] = {}
 
     def create_args_for_root(self, root_fn: Any, *rest: Any) -> tuple[Any, list[Any]]:
         def given(leaf: Any) -> Any:
             if not isinstance(leaf, Slot):
                 return leaf
-            names.append(f"x{len(names)}")
-            return self.create_proxy("placeholder", names[-1], (), {})
+            name = f"x{len(self.slots)}"
+            self.slots[name] = leaf
+            return self.create_proxy("placeholder", name, (), {})
 
-        names: list[str] = []
         args, kwargs = pytree.tree_map(given, self.call)
         return lambda: root_fn(self.root, *args, **kwargs), []
 
@@ -288,12 +483,14 @@ class _OneCall(_Tracer):
             return (obj[i] for i in range(parts))
         return super().iter(obj)
 
-    def is_tensor(self, node: fx.Node) -> bool:
-        return not is_number(node)
+    def is_tensor_given(self, node: fx.Node) -> bool:
+        return self.slots[str(node.target)].tensor
 
 
 class _Reader(_OneCall):
     """Follows one call; what does not come from a slot is computed."""
+
+    strict = False
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         super().__init__(module, args, kwargs)
@@ -303,22 +500,25 @@ class _Reader(_OneCall):
         self.copies: dict[torch.Tensor, torch.Tensor] = {}
         self.originals: dict[torch.Tensor, torch.Tensor] = {}
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if not isinstance(attr_val, torch.Tensor):
-            return attr_val
-        if attr_val not in self.copies:
-            # The forward runs for real on what is no symbol, and may work in place.
-            copy = attr_val.detach().clone().requires_grad_(attr_val.requires_grad)
-            self.copies[attr_val], self.originals[copy] = copy, attr_val
-        return self.copies[attr_val]
+    def function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(issubclass(type(leaf), Value) for leaf in leaves):
+            return self.record(function, args, kwargs)
+        args, kwargs = pytree.tree_map_only(_is_real, self._copy, (args, kwargs))
+        return self.compute(function, args, kwargs)
 
-    def create_arg(self, a: Any) -> Any:
-        if type(a) is _Value:
-            return a.node
-        if not isinstance(a, torch.Tensor):
-            return super().create_arg(a)
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for a tensor of the module, as the forward may work in place."""
+        if tensor not in self.tensors:
+            return tensor
+        if tensor not in self.copies:
+            copy = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            self.copies[tensor], self.originals[copy] = copy, tensor
+        return self.copies[tensor]
+
+    def create_tensor(self, tensor: torch.Tensor) -> fx.Node:
         name = f"constant_{len(self.constants)}"
-        self.constants[name] = self.originals.get(a, a)
+        self.constants[name] = self.originals.get(tensor, tensor)
         return self.create_node("get_attr", name, (), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -327,8 +527,8 @@ class _Reader(_OneCall):
         self.modules[proxy.node] = m
         return proxy
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        return fx.Tracer.create_node(self, *args, **kwargs)
+    def called(self, node: fx.Node) -> nn.Module:
+        return self.modules[node]
 
 
 def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
@@ -353,14 +553,14 @@ def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
     """
     if "forward" in vars(module):
         raise UntraceableError("its forward is set on the instance")
-    mode = module.training
-    module.training = True
-    try:
-        with _untraceable(), _undisturbed(module, strict=False):
-            reader = _Reader(module, args, kwargs)
-            return Reading(reader.trace(module), reader.modules, reader.constants)
-    finally:
-        module.training = mode
+
+    def run() -> Reading:
+        module.training = True
+        reader = _Reader(module, args, kwargs)
+        return Reading(reader.trace(module), reader.modules, reader.constants)
+
+    with _untraceable():
+        return _undisturbed(module, run, strict=False)
 
 
 def required(model: nn.Module) -> list[str]:
@@ -422,27 +622,6 @@ def tensor_args(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
-
-
-def is_query(node: fx.Node) -> bool:
-    """Whether a node asks for a shape or the like, and so makes no tensor."""
-    name = node.args[1] if node.target is getattr else node.target
-    return node.op in ("call_method", "call_function") and name in _SHAPE_QUERIES
-
-
-def is_number(node: fx.Node) -> bool:
-    """Whether a node's value comes from such questions alone."""
-    stack = [node]
-    seen = {node}
-    while stack:
-        node = stack.pop()
-        inputs = [] if node.op == "call_module" else node.all_input_nodes
-        if not is_query(node):
-            if not inputs:
-                return False
-            stack += [i for i in inputs if i not in seen]
-            seen.update(inputs)
-    return True
 
 
 def memory_roots(

@@ -14,10 +14,10 @@ from torch import fx, nn
 from fusedshape import rewriting
 from fusedshape.layers import kind_of
 from fusedshape.nn import ShapedChain
+from fusedshape.nodes import is_query
+from fusedshape.proxies import UntraceableError
 from fusedshape.tracing import (
-    UntraceableError,
     is_plain,
-    is_query,
     memory_roots,
     reachable_code,
     reached_by,

@@ -22,14 +22,14 @@ from torch.utils import _pytree as pytree
 
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.layers import features, kind_of
+from fusedshape.nodes import is_query
+from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec
 from fusedshape.theory.network import Node, Op, Wiring
 from fusedshape.tracing import (
     Slot,
-    UntraceableError,
     behind_norm,
     is_plain,
-    is_query,
     read,
     required,
 )

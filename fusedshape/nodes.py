@@ -1,0 +1,132 @@
+"""What the value of a traced node is: one tensor for certain, a number, or not known."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# What these return is no tensor.
+_SHAPE_QUERIES = {"size", "dim", "ndim", "shape", "numel", "nelement", "ndimension", "stride"}
+_SHAPE_QUERIES |= {"dtype", "device", "type", "is_contiguous", "element_size", "item"}
+# The attributes of a tensor that are tensors.
+_TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+_OPERATORS = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos"}
+_OPERATORS |= {f"i{name}" for name in _OPERATORS} | {"abs", "invert", "and_", "or_", "xor"}
+_OPERATORS |= {"lt", "le", "gt", "ge", "eq", "ne"}
+_CASTS = {"float", "double", "half", "bfloat16", "cpu", "cuda"}  # methods that are no operators
+# torch's modules that give more than one tensor, or none.
+_OTHER_MODULES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
+
+
+def is_query(node: fx.Node) -> bool:
+    """Whether a node asks for a shape or the like, and so makes no tensor."""
+    name = node.args[1] if node.target is getattr else node.target
+    return node.op in ("call_method", "call_function") and name in _SHAPE_QUERIES
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a node's value comes from such questions alone."""
+    stack = [node]
+    seen = {node}
+    while stack:
+        node = stack.pop()
+        inputs = [] if node.op == "call_module" else node.all_input_nodes
+        if not is_query(node):
+            if not inputs:
+                return False
+            stack += [i for i in inputs if i not in seen]
+            seen.update(inputs)
+    return True
+
+
+class Tensors:
+    """Which nodes of a graph stand for one tensor for certain.
+
+    Args:
+        placeholder: says it of a placeholder.
+        module: says it of a module's call that is given tensors, or is not torch's own.
+        called: the module that a call_module node calls.
+    """
+
+    def __init__(
+        self,
+        placeholder: Callable[[fx.Node], bool],
+        called: Callable[[fx.Node], nn.Module],
+        module: Callable[[nn.Module, fx.Node], bool] = lambda module, node: False,
+    ) -> None:
+        self._placeholder = placeholder
+        self._called = called
+        self._module = module
+        self._known: dict[fx.Node, bool] = {}
+
+    def is_tensor(self, node: Any) -> bool:
+        """Whether a node's value is one tensor for certain."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node not in self._known:
+            self._known[node] = False  # while it is being asked
+            self._known[node] = self._ask(node)
+        return self._known[node]
+
+    def _ask(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return self._placeholder(node)
+        if node.op == "get_attr":
+            return True
+        if node.op == "call_module":
+            return self._of_call(node)
+        if node.op not in ("call_method", "call_function") or is_query(node):
+            return False
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.target is getattr:
+            return node.args[1] in _TENSOR_ATTRIBUTES and self.is_tensor(node.args[0])
+        if node.target is operator.getitem:
+            whole = node.args[0]
+            if isinstance(whole, fx.Node) and isinstance(node.args[1], int):
+                parts = _returns(str(getattr(whole.target, "__name__", whole.target)))
+                if parts and parts <= {"Tensor", "Tensors"}:
+                    return True
+            return self.is_tensor(whole)
+        if getattr(operator, name, None) is node.target:
+            return name in _OPERATORS and self._takes_tensor(node)
+        if inspect.isfunction(node.target):
+            annotation = inspect.get_annotations(node.target).get("return")
+            if annotation in (Tensor, "Tensor", "torch.Tensor"):
+                return True
+            if not str(node.target.__module__).startswith("torch"):
+                return False
+        return _returns(name) == {"Tensor"}
+
+    def _takes_tensor(self, node: fx.Node) -> bool:
+        return any(self.is_tensor(argument) for argument in node.all_input_nodes)
+
+    def _of_call(self, node: fx.Node) -> bool:
+        module = self._called(node)
+        if type(module) is nn.Identity:
+            return self._takes_tensor(node)
+        file = str(inspect.unwrap(type(module).forward).__module__)
+        if file.startswith(("torch.nn.modules.", "fusedshape.nn")) and not isinstance(
+            module, (nn.Sequential, *_OTHER_MODULES)
+        ):
+            return not getattr(module, "return_indices", False)
+        return self._module(module, node)
+
+
+@functools.cache
+def _returns(name: str) -> frozenset[str]:
+    """What torch's operators of a name return: "Tensor", "Tensors" (several) or "other"."""
+    found = {"Tensor"} if name in _CASTS else set()
+    for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"):
+        if not any("Tensor" in str(argument.type) for argument in schema.arguments):
+            continue  # an operator on Python's numbers
+        kinds = {str(result.type) for result in schema.returns}
+        one = len(schema.returns) == 1 and kinds == {"Tensor"}
+        several = kinds and kinds <= {"Tensor", "List[Tensor]"}
+        found.add("Tensor" if one else "Tensors" if several else "other")
+    return frozenset(found)

@@ -1,0 +1,183 @@
+"""The values that flow through a forward while it is traced, and what they answer when asked."""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import sys
+import types
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from fusedshape.nodes import is_number
+
+
+class UntraceableError(Exception):
+    """Why a forward cannot be traced faithfully."""
+
+
+# torch's modules through which a forward asks, as through `torch` itself; the others ask for
+# their own purposes what a symbol is.
+_ASKS_FOR_OTHERS = ("torch.jit", "torch._jit_internal")
+_QUESTIONS = ("isinstance", "__class__", "getattr", "MATCH_CLASS")
+
+
+class Value(fx.Proxy):
+    """A proxy that keeps in-place arithmetic in place, and answers as a tensor would, or refuses.
+
+    Its tracer has `is_tensor(node)`, and `refuse(why)`, which remembers why before it raises, so
+    that a forward that catches the error is refused too.
+    """
+
+    def _in_place(self, name: str, other: Any) -> Any:
+        if is_number(self.node):
+            return NotImplemented
+        return self.tracer.create_proxy("call_method", name, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place("add_", other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place("sub_", other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place("mul_", other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place("div_", other)
+
+    def __bool__(self) -> bool:
+        asker = sys._getframe(1)
+        if _asserts(asker.f_code, asker.f_lasti):
+            line = linecache.getline(asker.f_code.co_filename, asker.f_lineno).strip()
+            message = line or f"an assertion in {asker.f_code.co_name}"
+            self.tracer.create_proxy("call_function", torch._assert, (self, message), {})
+            return True
+        return self.tracer.to_bool(self)
+
+    def _refuse(self, what: str) -> NoReturn:
+        self.tracer.refuse(what)  # type: ignore[attr-defined]
+        raise AssertionError("refuse raises")
+
+    def _is_tensor(self) -> bool:
+        return bool(self.tracer.is_tensor(self.node))  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        self._refuse("it asks for the length of a value (len)")
+
+    def __contains__(self, item: Any) -> bool:
+        self._refuse("it asks whether a value holds another (in)")
+
+    def __float__(self) -> float:
+        self._refuse("it takes a value as a number (float)")
+
+    def __int__(self) -> int:
+        self._refuse("it takes a value as a number (int)")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self._refuse("it copies a value (copy.deepcopy)")
+
+    # What tensors have, that nn.Parameter's isinstance asks for.
+    _is_param = False
+
+    def __getattr__(self, name: str) -> Any:
+        dunder = name.startswith("__") and name.endswith("__")
+        if not hasattr(torch.Tensor, name) and (dunder or self._is_tensor()):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        if not self._is_tensor() and _asks_whether(sys._getframe(1)):
+            self._refuse(f"it asks whether a value has the attribute {name} (hasattr)")
+        return AttributeValue(self, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance() asks here, after its own quick test has failed. So does torch's C++, which
+        # must never take a symbol for a tensor.
+        asker = sys._getframe(1)
+        by_abc = asker.f_globals.get("__name__") == "abc" and asker.f_back is not None
+        asker = asker.f_back if by_abc and asker.f_back is not None else asker
+        module = str(asker.f_globals.get("__name__"))
+        of_torch = module.startswith("torch.") and not module.startswith(_ASKS_FOR_OTHERS)
+        if of_torch or not (by_abc or _running(asker) in _QUESTIONS):
+            return type(self)
+        return self.kind()
+
+    def kind(self) -> type:
+        """The class of the value, as far as it is known."""
+        if not self._is_tensor():
+            self._refuse("it asks for the type of a value (isinstance)")
+        return torch.Tensor
+
+
+class AttributeValue(Value):
+    """An attribute of a value, which becomes a node only if it is not called."""
+
+    def __init__(self, root: Value, attr: str) -> None:
+        self.root = root
+        self.attr = attr
+        self.tracer = root.tracer
+        self._node: fx.Node | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node that gets the attribute."""
+        if self._node is None:
+            proxy = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
+            self._node = proxy.node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it as a method."""
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def type_as_known(*args: Any) -> Any:
+    """Python's `type`, which takes a value for what it stands for."""
+    (value, *rest) = args
+    return value.kind() if issubclass(type(value), Value) and not rest else type(*args)
+
+
+def callable_as_known(value: Any) -> bool:
+    """Python's `callable`, which takes a value for what it stands for."""
+    if issubclass(type(value), Value):
+        value.kind()
+        return False  # no tensor is
+    return callable(value)
+
+
+def _asserts(code: types.CodeType, at: int) -> bool:
+    """Whether the value that an instruction asks for is one that an assert statement demands."""
+    found = [i for i in dis.get_instructions(code) if i.opname not in ("TO_BOOL", "NOT_TAKEN")]
+    k, jump = next((k, i) for k, i in enumerate(found) if i.offset >= at)
+    if "JUMP" not in jump.opname or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return False
+    ahead = found[k + 1 :]
+    if jump.opname.endswith("IF_FALSE"):  # assert a and b
+        ahead = [i for i in ahead if i.offset == jump.argval]
+    raises = ahead[:1] and (ahead[0].opname, ahead[0].argval)
+    return bool(raises) and (raises[0] == "LOAD_ASSERTION_ERROR" or raises[1] is AssertionError)
+
+
+def _running(frame: types.FrameType) -> str:
+    """The name of what a frame is calling, or of the attribute it gets, or its instruction's."""
+    found = list(dis.get_instructions(frame.f_code))
+    at = next(k for k, instruction in enumerate(found) if instruction.offset == frame.f_lasti)
+    if not found[at].opname.startswith(("CALL", "PRECALL")):
+        by_name = found[at].opname in ("LOAD_ATTR", "LOAD_METHOD")
+        return str(found[at].argval) if by_name else found[at].opname
+    # Back over the instructions that push the arguments, to the one that pushes what is called.
+    missing = found[at].arg or 0
+    ahead = found[: at - 1] if found[at - 1].opname == "PRECALL" else found[:at]
+    for instruction in reversed(ahead):
+        if missing == 0 and instruction.opname != "PUSH_NULL":
+            return str(instruction.argval)
+        missing -= dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+    return ""
+
+
+def _asks_whether(frame: types.FrameType) -> bool:
+    """Whether it is hasattr, or getattr with a default, that asks for an attribute."""
+    called = _running(frame)
+    last = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+    return called == "hasattr" or (called == "getattr" and last.arg == 3)
