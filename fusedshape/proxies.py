@@ -86,7 +86,7 @@ class Value(fx.Proxy):
         dunder = name.startswith("__") and name.endswith("__")
         if not hasattr(torch.Tensor, name) and (dunder or self._is_tensor()):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if not self._is_tensor() and _asks_whether(sys._getframe(1)):
+        if _asks_whether(sys._getframe(1)) and not self._is_tensor():
             self._refuse(f"it asks whether a value has the attribute {name} (hasattr)")
         return AttributeValue(self, name)
 

@@ -66,6 +66,7 @@ class _Tracer(fx.Tracer):
         self.certain = Tensors(self.is_tensor_given, self.called, self.gives_tensor)
         self.refusal: UntraceableError | None = None
         self.modes: Any = None
+        self.asleep = False  # while another forward is traced
         self.read: dict[str, Any] = {}  # tensors of the module that were used
         self.tensors: dict[torch.Tensor, str] = {}
 
@@ -241,7 +242,11 @@ class _Tracer(fx.Tracer):
             self.returns[module] = False  # while it is being asked
             to_slot: Any = lambda argument: Slot(self.is_tensor(argument))  # noqa: E731
             args, kwargs = fx.map_arg((node.args, node.kwargs), to_slot)
-            self.returns[module] = _returns_tensor(module, args, kwargs, self.returns)
+            self.asleep = True
+            try:
+                self.returns[module] = _returns_tensor(module, args, kwargs, self.returns)
+            finally:
+                self.asleep = False
         return self.returns[module]
 
 
@@ -260,6 +265,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self.tracer.asleep:
+            return func(*args, **(kwargs or {}))
         return self.tracer.function(func, args, kwargs or {})
 
 
