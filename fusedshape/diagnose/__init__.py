@@ -59,9 +59,11 @@ def diagnose(
     from what was measured, and the row says so.
 
     A step is judged by what was measured just before it: it is off if it differs from theory by
-    more than 6 standard deviations of what its width explains. Those follow from the weights'
-    singular values and, for an activation, from Var[φ²] given the mean square before it (3/width
-    of ln q for He's ReLU, and 2/width more for Gaussian weights).
+    more than 6 standard deviations of what its width explains. Those follow from what random
+    weights of its shape may do (Gaussian ones, or orthogonal ones if they are) and, for an
+    activation, from Var[φ²] given the mean square before it (3/width of ln q for He's ReLU, and
+    2/width more for Gaussian weights). Weights are also judged by themselves: their scale, layer by
+    layer and added up, their rank, and whether a layer has them for itself.
 
     The model runs as it is, in its own mode, without gradients. Its state, hooks, mode and buffers
     and the random number generators are what they were afterwards.
@@ -160,8 +162,9 @@ class _Run:
                 self.steps, self.stats, mean, self.partings, strict=True
             )
         ]
-        distant, far = [m[-2] for m in mean], [m[-1] for m in mean]
-        case = Case(self.steps, rows, self.stats, distant, far, self.weights)
+        distant, far = [m[-6] for m in mean], [m[-5] for m in mean]
+        drifts = [(m[-4], m[-3], m[-2], m[-1]) for m in mean]
+        case = Case(self.steps, rows, self.stats, distant, far, drifts, self.weights)
         shown = [
             row
             for row, step in zip(rows, self.steps, strict=True)
@@ -198,7 +201,10 @@ def _numbers(step: Step, f: Forecast) -> tuple[float, ...]:
     off = offsets(actual, near, f.near_spread)
     far = offsets(actual, theory, f.spread)[0] if f.near is not None else math.nan
     distant = summary(f.distant)[1]
-    return *theory, *near, *f.spread, *off, f.slope, f.parting, distant, far
+    return (
+        *(*theory, *near, *f.spread, *off, f.slope, f.parting, distant, far),
+        *(*f.drift, f.drift_spread),
+    )
 
 
 def _layer(step: Step, stats: Stats, numbers: list[float], parting: float) -> Layer:

@@ -11,6 +11,7 @@ with aᵢ(q) = E[φ(√q z) hᵢ(z)] for the normalised Hermite polynomials hᵢ
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape import reference
+from fusedshape.diagnose.randomness import randomness, taps_alike
 from fusedshape.spec import ActSpec
 from fusedshape.theory.gaussian import Array, rule
 
 _TERMS = 20  # of the Hermite series; the rest of E[φ²] goes with the next power of c
 _PER_OCTAVE = 4  # values of q at which the series is computed, cubic interpolation between them
 _FAR = 60 * _PER_OCTAVE  # |log₂ q| up to which q is followed
-_SMALL = 128  # channels up to which tr(G²) is computed, not estimated
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -151,7 +152,8 @@ class Phi:
 
     def _series(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """aᵢ(q), and what is missing from Σ aᵢ² = E[φ²]."""
-        at = q.clamp(min=2.0 ** (-_FAR / _PER_OCTAVE)).log2() * _PER_OCTAVE
+        is_known = q.isfinite()
+        at = q.where(is_known, 1.0).clamp(min=2.0 ** (-_FAR / _PER_OCTAVE)).log2() * _PER_OCTAVE
         at = at.clamp(max=float(_FAR))
         low = at.min().floor().int().item() - 1
         high = at.max().floor().int().item() + 2
@@ -167,6 +169,7 @@ class Phi:
         )
         found = sum(w * table[i + d] for d, w in zip((-1, 0, 1, 2), weights, strict=True))
         assert isinstance(found, Tensor)
+        found = found.where(is_known.unsqueeze(-1), math.nan)
         return found[..., :-1], found[..., -1].clamp(min=0)
 
 
@@ -315,10 +318,12 @@ class Affine:
 
     Attributes:
         gain: the factor on q for inputs of random direction, ‖W‖² per output channel.
-        chance: Var of ln q_out / q_in for inputs of random direction; 0 for orthogonal weights.
+        chance: Var of ln q_out / q_in that random weights of this shape explain; 0 for orthogonal
+            ones.
         bias: mean square of the bias.
         fan: in and out channels of a group, as PyTorch's layout has them.
-        spreads: how far `gain` may be off for random weights of the right scale.
+        spread: standard deviation of ln gain of random weights of the right scale.
+        flaw: what makes the weights unlike random ones, in words; see `randomness`.
         taps: each tap's share of `gain`, (1, 1, *kernel); None for a linear layer.
         geometry: stride, padding, dilation, transposed, output_padding.
     """
@@ -328,8 +333,14 @@ class Affine:
     bias: float = 0.0
     fan: tuple[int, int] = (0, 0)
     spread: float = 0.0
+    flaw: str = ""
     taps: Tensor | None = None
     geometry: tuple[Any, ...] = ()
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether the rows or columns of its weights are orthonormal, up to a factor."""
+        return self.has_weights and self.spread == 0
 
     @property
     def has_weights(self) -> bool:
@@ -368,12 +379,14 @@ def matrix(weight: Tensor, bias: Tensor | None) -> Affine:
     """Look at the weights (in, out) of a linear layer."""
     w = weight.detach().float().t()
     energy = float(torch.linalg.vector_norm(w)) ** 2
+    seen = randomness(w.unsqueeze(0))
     return Affine(
         energy / len(w),
-        _chance(w.unsqueeze(0), energy),
+        seen.chance,
         _bias(bias),
         (w.shape[1], w.shape[0]),
-        math.sqrt(2 / w.numel()),
+        0.0 if seen.is_orthogonal else math.sqrt(2 / w.numel()),
+        seen.flaw,
     )
 
 
@@ -397,38 +410,34 @@ def convolution(
     used = w.flatten(3)[..., (taps > 0).flatten().to(w.device)]
     shares = taps / total if total > 0 else torch.full_like(taps, 1 / taps.numel())
     out = w.shape[0] * w.shape[1]
+    seen = [randomness(part) for part in (_phases(w, stride) if transposed else [used.flatten(2)])]
+    flaws = [s.flaw for s in seen if s.flaw]
+    if not transposed and not flaws:
+        # The taps of a transposed convolution may share one matrix: nearest-neighbour upsampling.
+        flaws = [taps_alike(used)]
     return Affine(
         total / out / phases,
-        _chance(used.flatten(2), total) / groups,
+        sum(s.chance for s in seen) / max(len(seen), 1),
         _bias(bias),
         (w.shape[2], w.shape[1] if transposed else out),
-        math.sqrt(2 / max(used.numel(), 1)),
+        0.0 if all(s.is_orthogonal for s in seen) else math.sqrt(2 / max(used.numel(), 1)),
+        flaws[0] if flaws else "",
         shares[None, None],
         (tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding)),
     )
 
 
+def _phases(w: Tensor, stride: Sequence[int]) -> list[Tensor]:
+    """Weights (groups, out, in · taps) of a transposed convolution that feed the same outputs."""
+    found = []
+    for start in itertools.product(*(range(s) for s in stride)):
+        steps = tuple(slice(a, None, s) for a, s in zip(start, stride, strict=True))
+        part = w[(slice(None),) * 3 + steps].flatten(3)
+        used = part[..., part.square().sum((0, 1, 2)) > 0]
+        if used.numel():
+            found.append(used.flatten(2))
+    return found
+
+
 def _bias(bias: Tensor | None) -> float:
     return 0.0 if bias is None else float(bias.detach().double().square().mean())
-
-
-def _chance(w: Tensor, energy: float) -> float:
-    """Var of |Wx|² relative to its mean, for x uniform on a sphere; w is (groups, out, in).
-
-    2/(in + 2) · (in · tr(G²)/tr(G)² − 1) with G = WᵀW, whose tr(G) is the energy ‖W‖², and whose
-    tr(G²) = E|vG|² is estimated with random signs v where W is large, to 4 % for Gaussian W.
-    """
-    groups, out, n = w.shape
-    trace = energy / groups
-    if not 0 < trace < math.inf:
-        return 0.0
-    if min(out, n) <= _SMALL:
-        gram = w @ w.mT if out < n else w.mT @ w
-        squared = gram.square().sum((1, 2)).mean().item()
-    else:
-        generator = torch.Generator().manual_seed(0)
-        # As rows: BLAS is several times slower at a wide matrix times a few columns.
-        size = groups, max(4, 2**14 // n), n
-        signs = 2 * torch.randint(0, 2, size, generator=generator).to(w) - 1
-        squared = (signs @ w.mT @ w).square().sum(2).mean().item()
-    return 2 / (n + 2) * max(n * squared / trace**2 - 1, 0.0)

@@ -90,6 +90,9 @@ class Forecast:
         slope: C′(1) of a nonlinear step.
         parting: how much two inputs that are close are apart, relative to the input.
         distant: kernel of two inputs whose c was 0.
+        drift: what weights, biases and activations add to ln q, from the input on, because their
+            own scale differs from what it should be.
+        drift_spread: standard deviation of that, for random weights of the right scale.
     """
 
     kernel: Tensor | None = None
@@ -99,6 +102,8 @@ class Forecast:
     slope: float = math.nan
     parting: float = 1.0
     distant: Tensor | None = None
+    drift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    drift_spread: float = 0.0
 
 
 def summary(kernel: Tensor | None) -> tuple[float, float]:
@@ -133,7 +138,10 @@ def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float])
         if made is None or not _fits(made, here):
             own = math.nan if step.op == "dropout" else partings[number]
             apart = _mean([f.parting for f in before], 1.0) if math.isnan(own) else own
-            found.append(Forecast(here, parting=apart, distant=_distant(before, here)))
+            f = Forecast(here, parting=apart, distant=_distant(before, here))
+            if step.op not in ("input", "norm") and before:
+                f.drift, f.drift_spread = _mixed(before, [1 / len(before)] * len(before))
+            found.append(f)
             actual.append(here)
             continue
         near = apply(step, [actual[i] for i in step.inputs], weights)
@@ -155,6 +163,7 @@ def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float])
         elif len(before) > 1:
             shares = _shares(step, kernels)
             f.parting = sum(s * g.parting for s, g in zip(shares, before, strict=True))
+        f.drift, f.drift_spread = _drift(step, before, kernels, summary(made)[0], weights)
         found.append(f)
         actual.append(near if here is None else here)
     return found
@@ -247,6 +256,44 @@ def _spread(
             cross = sum(4 * a * b for a, b in itertools.combinations(shares, 2)) / width
             own = cross, cross * (1 - min(1.0, c_out * c_out))
     return math.hypot(ln_q, math.sqrt(own[0])), math.hypot(c, math.sqrt(own[1]))
+
+
+def _drift(
+    step: Step,
+    before: Sequence[Forecast],
+    kernels: Sequence[Tensor | None],
+    q: float,
+    weights: Contract,
+) -> tuple[tuple[float, float, float], float]:
+    """What differs in scale up to a step, and how much of it chance explains; see `Forecast`."""
+    shares = _shares(step, kernels) if len(before) > 1 else [1.0]
+    (of_weights, of_biases, of_phis), spread = _mixed(before, shares)
+    if step.phi is not None:
+        before_q, c = summary(kernels[0])
+        growth = step.phi.growth(before_q, c)[0] if before_q > 0 and math.isfinite(c) else 1.0
+        own = math.log(step.phi.q(1.0)) if weights.keeping and step.phi.keeps_q else 0.0
+        return (of_weights * growth, of_biases * growth, of_phis * growth + own), spread * growth
+    if step.affine is not None:
+        gain, want = step.affine.gain, weights.gain
+        if step.affine.has_weights and 0 < gain < math.inf and want > 0:
+            of_weights += math.log(gain / want)
+            spread = math.hypot(spread, step.affine.spread)
+        if step.affine.bias and not weights.read and q > 0:
+            of_biases += math.log(max(1 + (step.affine.bias - weights.bias) / q, 1e-3))
+            own = weights.bias / q * math.sqrt(2 / max(step.channels, 1))
+            spread = math.hypot(spread, own)
+    return (of_weights, of_biases, of_phis), spread
+
+
+def _mixed(
+    before: Sequence[Forecast], shares: Sequence[float]
+) -> tuple[tuple[float, float, float], float]:
+    """The drift of a sum whose parts have these shares in q."""
+    parts = [
+        math.fsum(s * f.drift[i] for s, f in zip(shares, before, strict=True)) for i in range(3)
+    ]
+    spread = math.fsum(s * f.drift_spread for s, f in zip(shares, before, strict=True))
+    return (parts[0], parts[1], parts[2]), spread
 
 
 def _mean(values: Sequence[float], default: float) -> float:

@@ -65,6 +65,7 @@ class Step:
         weights: wᵢ of a sum, or the channels of each input of a concat.
         phi: the function of a nonlinear step.
         affine: what the theory must know of an affine step's weights.
+        weight: where an affine step's weight lies in memory; None if it is no parameter itself.
         move: how a step that only moves values acts on kernels of locations; None if unknown.
         note: why its value is not predicted.
         value: what `Measure` gave; None where the value was never used.
@@ -78,6 +79,7 @@ class Step:
     weights: tuple[float, ...] = ()
     phi: Phi | None = None
     affine: Affine | None = None
+    weight: tuple[int, int, int] | None = None
     move: Callable[[Tensor], Tensor] | None = None
     note: str = ""
     value: Any = None
@@ -130,6 +132,7 @@ class Tape(TorchDispatchMode):
         self.steps: list[Step] = []
         self.outputs: list[int] = []
         self._signals = WeakTensorKeyDictionary()
+        self._random = WeakTensorKeyDictionary()  # what random numbers decide on
         self._names = {module: name for name, module in self.model.named_modules()}
         self._stack: list[nn.Module] = []
         self._quiet = 0
@@ -212,12 +215,16 @@ class Tape(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         in_place = name.endswith("_")
         name = name.rstrip("_") if in_place else name
-        if self._quiet or name in _NEW:
+        if self._quiet:
             return func(*args, **kwargs)
         tensors = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, Tensor)]
         tracked = [t for t in tensors if self._get(t) is not None]
-        if not tracked:
+        if not tracked or name in _NEW:
+            is_random = torch.Tag.nondeterministic_seeded in func.tags or self._is_random(tensors)
             out = func(*args, **kwargs)
+            if is_random:
+                for t in _tensors(args[0] if in_place else out):
+                    self._random[t] = True
             if name == "embedding":
                 self._emit(out, Step("input", path=self._here(name), name=name), -1)
             return out
@@ -265,15 +272,18 @@ class Tape(TorchDispatchMode):
             return lambda out: self._set(out, source)
         if name == "convolution" and self._is_fixed_average(args[1]):
             return self._restart("pool", "filter", tracked, "")
+        if "dropout" in name or name == "rrelu_with_noise":
+            return self._restart("dropout", name, tracked, "")
         if name == "convolution" and x is args[0] and len(tracked) == 1:
             affine = self._affine(convolution, args[1], args[2], *args[3:9])
-            return self._layer("conv", affine, x, 1, 1)
+            return self._layer("conv", affine, args[1], x, 1, 1)
         if name in ("addmm", "mm", "linear") and len(tracked) == 1:
             bias, data, weight = args[:3] if name == "addmm" else (None, *args[:2])
             if name == "linear":
                 bias, weight = (args[2] if len(args) > 2 else None), weight.t()
             if data is x:
-                return self._layer("linear", self._affine(matrix, weight, bias), x, -1, -1)
+                affine = self._affine(matrix, weight, bias)
+                return self._layer("linear", affine, weight, x, -1, -1)
         if name in ("add", "sub") and len(args) == 2 and len(tracked) == len(tensors) == 2:
             alpha = kwargs.get("alpha", 1) * (-1 if name == "sub" else 1)
             if tensors[0].shape == tensors[1].shape:
@@ -303,13 +313,19 @@ class Tape(TorchDispatchMode):
     # Operations.
 
     def _layer(
-        self, name: str, affine: Affine, x: Tensor, dim: int, dim_out: int
+        self, name: str, affine: Affine, weight: Tensor, x: Tensor, dim: int, dim_out: int
     ) -> Callable[[Any], None]:
         taken = self._take(x, dim)
         inputs = () if taken is None else (taken,)
         step = Step("affine", inputs, self._here(name), name, affine=affine)
         step.move = affine.over(x.shape[2:])
+        at = weight.untyped_storage().data_ptr()
+        if at in self._own:
+            step.weight = at, int(weight.storage_offset()), weight.numel()
         return lambda out: self._emit(out, step, dim_out)
+
+    def _is_random(self, tensors: Sequence[Tensor]) -> bool:
+        return bool(self._random) and any(t in self._random for t in tensors)
 
     def _is_fixed_average(self, weight: Tensor) -> bool:
         """Whether a convolution only averages neighbours, by numbers that are no parameters."""
@@ -334,10 +350,11 @@ class Tape(TorchDispatchMode):
         path = self._here(kind)
         if kind == "conv":
             if x.ndim == 2:
-                return self._layer("linear", self._affine(matrix, args[1].t(), None), x, -1, -1)
+                affine = self._affine(matrix, args[1].t(), None)
+                return self._layer("linear", affine, args[1], x, -1, -1)
             zeros = [0] * (x.ndim - 2)
             affine = self._affine(convolution, args[1], None, *args[2:5], False, zeros, 1)
-            return self._layer("conv", affine, x, 1, 1)
+            return self._layer("conv", affine, args[1], x, 1, 1)
         bias = args[1]
         taken = self._take(x, None if bias is None else args[2])
         dim = self._dim_like(x)
@@ -388,6 +405,8 @@ class Tape(TorchDispatchMode):
         tensors: list[Tensor],
         tracked: list[Tensor],
     ) -> Callable[[Any], None]:
+        if self._is_random([t for t in tensors if self._get(t) is None]):
+            return self._restart("dropout", "noise" if name == "add" else "dropout", tracked, "")
         others = [t for t in tensors if self._get(t) is None and t.numel() != 1]
         if name == "add" and len(others) == 1 and len(tracked) == 1:
             return self._shifted(tracked[0], others[0])

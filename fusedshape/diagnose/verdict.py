@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusedshape.diagnose.layers import Affine
 from fusedshape.diagnose.measure import Stats
-from fusedshape.diagnose.predict import LEAST_LN_Q, SIGMAS, Contract
+from fusedshape.diagnose.predict import SIGMAS, Contract
 from fusedshape.diagnose.report import Finding, Layer
 from fusedshape.diagnose.tape import Step
 
@@ -29,6 +30,9 @@ CAUSES = {
     "saturated": "an activation that is flat where its inputs are",
     "dead": "a layer whose output does not depend on the input",
     "width": "too few channels for this depth, or for this layer",
+    "low rank": "weights that act on fewer directions than random ones of their shape",
+    "shared weights": "one weight in several layers, which theory takes to be independent",
+    "dropout": "random numbers in the forward pass: dropout, stochastic depth, noise",
     "weights not random": "weights that depend on the data, as after training",
 }
 
@@ -36,8 +40,13 @@ _ALIKE = 0.97  # c from which on inputs cannot be told apart
 _CHAOTIC = 30.0  # product of C′(1) from which on inputs that are close have nothing in common
 _DRIFT = math.log(10)  # standard deviation of ln q from which on chance decides on q
 _FLAT = 0.3  # more of an activation's inputs on its flat parts than at q = 1
+_LEAST_GAIN = 2 * math.log(1.06)  # weights so much too large or too small pass, one layer alone
+_LEAST_DRIFT = math.log(1.5)  # but not if they add up to this factor on q
+_REPEATS = 4  # uses of one module: their chances add up to at most twice those of independent ones
 # What other causes bring about, further on.
 _SYMPTOMS = ("weights not random", "wrong depth")
+# Causes that say of themselves how they change q.
+_SCALES = {"weight scale", "init layout", "biases", "plain activation", "un-normalised sum"}
 _CARRIERS = ("reshape", "pool", "dropout")
 
 
@@ -51,6 +60,7 @@ class Case:
         stats: measurements over all batches.
         distant: predicted c of two inputs whose c was 0.
         far: ln of measured over predicted q, both from the input on, in standard deviations.
+        drifts: `Forecast.drift`, and its standard deviation.
         weights: what the weights should be.
     """
 
@@ -59,6 +69,7 @@ class Case:
     stats: Sequence[Stats]
     distant: Sequence[float]
     far: Sequence[float]
+    drifts: Sequence[tuple[float, float, float, float]]
     weights: Contract
 
     def users(self, i: int) -> Iterator[Step]:
@@ -93,8 +104,12 @@ def findings(case: Case) -> tuple[Finding, ...]:
     """What is wrong, the earliest first; one finding for each cause."""
     found: dict[str, list[tuple[int, str]]] = {}
     unmixed = case.unmixed
-    for i, cause, text in [*_local(case, unmixed), *_activated_sums(case, unmixed), *_global(case)]:
+    judged = (_local(case, unmixed), _activated_sums(case, unmixed), _shared(case), _global(case))
+    for i, cause, text in itertools.chain(*judged):
         found.setdefault(cause, []).append((i, text))
+    if not found.keys() & _SCALES:
+        for i, cause, text in _added_up(case):
+            found.setdefault(cause, []).append((i, text))
     if not found:
         for i, cause, text in _drift(case):
             found.setdefault(cause, []).append((i, text))
@@ -115,7 +130,8 @@ _Found = Iterator[tuple[int, str, str]]
 def _local(case: Case, unmixed: Sequence[int]) -> _Found:
     for i, (step, row) in enumerate(zip(case.steps, case.rows, strict=True)):
         if math.isinf(row.q_measured) or (case.stats[i].q_means and math.isnan(row.q_measured)):
-            yield i, "non-finite", "it holds inf or nan; look at the step before"
+            where = "look at the data" if step.op == "input" else "look at the step before"
+            yield i, "non-finite", f"it holds inf or nan; {where}"
             return
         if step.op in ("input", "norm") and any(u.op != "norm" for u in case.users(i)):
             yield from _start(case, i)
@@ -125,6 +141,15 @@ def _local(case: Case, unmixed: Sequence[int]) -> _Found:
                 "BatchNorm",
                 f"{step.name} undoes what shaped activations set up; build the model without it "
                 "(convert(..., strip_batchnorm=True) takes BatchNorm out)",
+            )
+        if step.op == "dropout":
+            q_before = case.rows[step.inputs[0]].q_measured if step.inputs else math.nan
+            yield (
+                i,
+                "dropout",
+                f"it draws random numbers ({step.name}), and q went from {q_before:.3g} to "
+                f"{row.q_measured:.3g}; theory knows of none, so call model.eval() first, or build "
+                "the model without it",
             )
         if step.affine is not None:
             yield from _weights(case, i, step.affine)
@@ -171,6 +196,8 @@ def _start(case: Case, i: int) -> _Found:
             "input data",
             f"its mean square q is {q:.3g}, not 1; standardise the inputs, or {advice}",
         )
+    elif row.c_quantiles[0] > 1 - 1e-6 and not stats.empty:
+        yield i, "input data", "its inputs are all the same; pass different ones"
     elif row.c_measured > _ALIKE and not stats.empty:
         yield (
             i,
@@ -182,13 +209,20 @@ def _start(case: Case, i: int) -> _Found:
 
 def _weights(case: Case, i: int, affine: Affine) -> _Found:
     """The weights by themselves, and what they did to q."""
-    want = case.weights.gain
+    want, off = case.weights.gain, 0.0
     if affine.has_weights:
         if affine.gain == 0:
             yield i, "dead", "all its weights are zero; initialise them (fusedshape.init.suo_)"
             return
+        if affine.flaw:
+            yield (
+                i,
+                "low rank",
+                f"{affine.flaw}; draw them anew (fusedshape.init.suo_), or diagnose the model as "
+                "it is initialised",
+            )
         off = math.log(affine.gain / want) if want > 0 else math.inf
-        if abs(off) > LEAST_LN_Q + SIGMAS * affine.spread:
+        if abs(off) > _LEAST_GAIN + SIGMAS * affine.spread:
             yield i, *_scale(affine, case.weights)
             return
     step, row = case.steps[i], case.rows[i]
@@ -201,7 +235,9 @@ def _weights(case: Case, i: int, affine: Affine) -> _Found:
             f"its biases have mean square {affine.bias:.3g}, against {case.weights.bias:.3g} in "
             "theory; set them to zero at the start (fusedshape.init.init_module_)",
         )
-    elif affine.has_weights and _is_off(row):
+        return
+    row = _at_own_scale(row, off)
+    if affine.has_weights and not affine.flaw and _is_off(row):
         yield (
             i,
             "weights not random",
@@ -224,11 +260,13 @@ def _scale(affine: Affine, weights: Contract) -> tuple[str, str]:
     is_like = abs(math.log(gain / nearest)) < 0.02 + SIGMAS * affine.spread
     advice = "use fusedshape.init.suo_, or convert(..., init='suo')"
     if is_like and nearest == swapped:
+        how = "were drawn as if they were [in, out], as the dks package does"
+        if affine.is_orthogonal and in_channels < out_channels:
+            how = f"keep norms, not q, as delta_orthogonal does, or {how}"
         return (
             "init layout",
             f"{seen}, which is {in_channels}/{out_channels} of what it should be: weights "
-            "[out, in] were drawn as if they were [in, out], as the dks package does, or so as to "
-            f"keep norms, not q; {advice}",
+            f"[out, in] {how}; {advice}",
         )
     if is_like and nearest == 1 / 3:
         return "weight scale", f"{seen}, not by {want:.3g}: PyTorch's default weights; {advice}"
@@ -358,6 +396,61 @@ def _global(case: Case) -> _Found:
         )
 
 
+def _shared(case: Case) -> _Found:
+    """Weights that a value meets more than once."""
+    uses: dict[tuple[int, int, int], list[int]] = {}
+    behind: list[int] = []  # bit sets of the steps that a step comes from
+    for i, step in enumerate(case.steps):
+        behind.append(0)
+        for j in step.inputs:
+            behind[i] |= behind[j] | 1 << j
+        if step.weight is not None:
+            places = uses.setdefault(step.weight, [])
+            # Side by side, as for several inputs, they are one layer.
+            if not places or behind[i] >> places[-1] & 1:
+                places.append(i)
+    for places in uses.values():
+        paths = dict.fromkeys(case.rows[i].path for i in places)
+        if len(places) > (1 if len(paths) > 1 else _REPEATS):
+            others = f", as at {next(iter(paths))!r}" if len(paths) > 1 else ""
+            for i in places[1:]:
+                yield (
+                    i,
+                    "shared weights",
+                    f"it has the weight of a layer before it{others}, {len(places)} times in all; "
+                    "theory takes layers to be independent, so what chance does to one adds up; "
+                    "give each layer a weight of its own",
+                )
+
+
+def _added_up(case: Case) -> _Found:
+    """Scales that are each nearly right, but all wrong in one direction."""
+    for i, (*parts, spread) in enumerate(case.drifts):
+        total = math.fsum(parts)
+        if not abs(total) > _LEAST_DRIFT + SIGMAS * spread:
+            continue
+        kinds = ("weights", "biases", "activations")
+        largest = max(range(3), key=lambda k: abs(parts[k]))
+        affine = [s.affine for s in case.steps[: i + 1] if s.affine and s.affine.has_weights]
+        gains = [a.gain for a in affine if a.gain > 0]
+        detail = ""
+        if largest == 0 and gains and case.weights.gain > 0:
+            logs = [math.log(g / case.weights.gain) for g in gains]
+            detail = f" (gain {math.exp(0.5 * math.fsum(logs) / len(logs)):.3g} on average)"
+        yield (
+            i,
+            ("weight scale", "biases", "plain activation")[largest],
+            f"small differences in scale add up: up to here, {kinds[largest]}{detail} alone "
+            f"multiply q by {math.exp(total):.3g}; "
+            + (
+                "use fusedshape.init.suo_",
+                "set the biases to zero at the start (fusedshape.init.init_module_)",
+                "transform the activations: fusedshape.convert(model)",
+            )[largest],
+        )
+        return
+
+
 def _drift(case: Case) -> _Found:
     """Every step by itself looks right, but they add up."""
     for i, far in enumerate(case.far):
@@ -370,6 +463,12 @@ def _drift(case: Case) -> _Found:
                 "scale add up; use fusedshape.init.suo_",
             )
             return
+
+
+def _at_own_scale(row: Layer, off: float) -> Layer:
+    """As if theory had known by how much ln of the weights' gain differs from what it should be."""
+    whole = math.log(row.q_measured / row.q_near) if row.q_measured > 0 < row.q_near else 0.0
+    return replace(row, q_off=row.q_off * (whole - off) / whole) if whole else row
 
 
 def _is_off(row: Layer) -> bool:
