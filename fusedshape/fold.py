@@ -15,7 +15,7 @@ from fusedshape.layers import Kind, features, kind_of
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
 from fusedshape.nodes import is_number, is_query
 from fusedshape.proxies import UntraceableError
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, is_half
 from fusedshape.tracing import (
     Slot,
     is_plain,
@@ -335,6 +335,7 @@ class _Folding:
         self.model = model
         self.flat = flat
         self.keep_delta = keep_delta
+        self.half = any(is_half(p.dtype) for p in model.parameters())
         self.graph = fx.Graph()
         self.values: dict[fx.Node, _Value] = {}
         self.plain: dict[fx.Node, fx.Node] = {}  # what self._plain has written already
@@ -514,6 +515,8 @@ class _Folding:
             terms = [(i, u, 1.0) for i, u, _ in terms]
             total = terms[0][1]
         for _, u, c in terms[1:]:
+            if c != 1 and self.half:  # torch's CPU kernel rounds alpha to the dtype
+                u, c = self._affine(u, c, 0.0), 1.0
             total = self.graph.call_function(torch.add, (total, u), {"alpha": c} if c != 1 else {})
         return _Value(total, factor, shift)
 
@@ -582,8 +585,12 @@ class _Folding:
         return _Value(shifted, value.scale)
 
     def _affine(self, node: fx.Node, scale: float, shift: float) -> fx.Node:
+        # torch's CPU kernel rounds a number that it adds to the tensor's dtype first, too.
+        given, in_float = node, bool(self.half and shift)
+        if in_float:
+            node = self.graph.call_method("float", (node,))
         if scale != 1:
             node = self.graph.call_function(torch.mul, (node, scale))
         if shift:
             node = self.graph.call_function(torch.add, (node, shift))
-        return node
+        return self.graph.call_method("type_as", (node, given)) if in_float else node

@@ -16,6 +16,7 @@ from fusedshape.init import init_module_
 from fusedshape.layers import FusedLayer
 from fusedshape.ops.dispatch import Backend
 from fusedshape.ops.engine import Engine
+from fusedshape.reference import add_scaled
 from fusedshape.spec import ActSpec
 from fusedshape.validate import real, shown
 
@@ -482,7 +483,7 @@ class NormalizedSum(nn.Module):
                 shapes = ", ".join(str(tuple(b.shape)) for b in branches)
                 raise ValueError(f"NormalizedSum: branches must have one shape, got {shapes}")
             if w != 0:
-                total = u * w if total is None else torch.add(total, u, alpha=w)
+                total = u * w if total is None else add_scaled(total, u, w)
         assert total is not None
         return total
 
@@ -531,6 +532,9 @@ class PerLocationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) → (N, C + 1, *spatial), or (N, C, *spatial) with "off"."""
+        # In float32 or better, without a branch on the dtype that torch.fx could not follow.
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))
         if self.homog_mode != "off":
             h = torch.full_like(x[:, :1], self.homog_scale)
             if self.homog_mode == "avg_q":
@@ -538,7 +542,7 @@ class PerLocationNorm(nn.Module):
                 h = (h.flatten(1) * rms).reshape_as(h)
             x = torch.cat([x, h], 1)
         scale = x.square().mean(1, keepdim=True).sqrt()
-        return x / scale.where(scale > 0, 1.0)
+        return (x / scale.where(scale > 0, 1.0)).to(dtype)
 
     def extra_repr(self) -> str:
         """The arguments."""

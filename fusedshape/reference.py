@@ -14,12 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape.activations import get_activation
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, is_half, saves_output
 
 
 def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a result of `dtype` is computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def add_scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Compute a + scale · b and round once.
+
+    On the CPU, torch.add rounds its alpha to the tensors' dtype. In half precision that is another
+    scale than backward applies, so float32 is computed in.
+    """
+    if a.is_cpu and is_half(a.dtype) and a.dtype == b.dtype:
+        return torch.add(a.float(), b, alpha=scale).to(a.dtype)
+    return torch.add(a, b, alpha=scale)
 
 
 def _channel_view(bias: Tensor, ndim: int, dim: int) -> Tensor:
@@ -37,10 +48,11 @@ def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Ten
     """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once."""
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
     v = get_activation(spec.activation).value(u, spec.negative_slope)
-    return _rounded(spec.output_scale * (v + spec.output_shift), x.dtype)
+    return rounded(spec.output_scale * (v + spec.output_shift), x.dtype)
 
 
-def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers in `dtype`."""
     # Where an autograd node returns what `to` hands through, torch 2.11 compiles gradients of zero.
     return y if y.dtype == dtype else y.to(dtype)
 
@@ -77,24 +89,32 @@ def shaped_act(x: Tensor, spec: ActSpec) -> Tensor:
     return bias_act(x, None, spec)
 
 
-def act_grad(grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec, dim: int) -> Tensor:
+def act_grad(
+    grad: Tensor,
+    saved: Tensor,
+    bias: Tensor | None,
+    spec: ActSpec,
+    dim: int,
+    from_output: bool | None = None,
+) -> Tensor:
     """Gradient with respect to x + b, from the tensor that `spec` saves; differentiable again.
 
     Args:
         grad: gradient with respect to the output.
-        saved: the output where ``spec.saves_output``, else x (without the bias).
+        saved: the output if `from_output`, else x (without the bias).
         bias: used only where the input is saved.
         spec: the constants.
         dim: the channel dimension.
+        from_output: what `saved` is; None for what `spec` saves in saved's dtype.
 
     Returns:
         Tensor of grad's dtype, with saved's shape and strides.
     """
-    if spec.saves_output:
-        from_output = get_activation(spec.activation).d1_from_output
-        assert from_output is not None
+    if saves_output(spec, saved.dtype) if from_output is None else from_output:
+        read_off = get_activation(spec.activation).d1_from_output
+        assert read_off is not None
         v = saved.to(opmath_dtype(saved.dtype)) * (1 / spec.output_scale) - spec.output_shift
-        slope = from_output(v, spec.negative_slope)
+        slope = read_off(v, spec.negative_slope)
     else:
         u = spec.input_scale * _with_bias(saved, bias, dim) + spec.input_shift
         slope = get_activation(spec.activation).d1(u, spec.negative_slope)

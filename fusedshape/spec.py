@@ -71,13 +71,18 @@ class ActSpec:
         # can that of a flat one whose constant branch is γδ instead of an exact zero.
         flat = row.name == "relu" or (row.has_slope and self.negative_slope == 0)
         readable = self.negative_slope >= 0 and not (flat and self.output_shift != 0)
-        object.__setattr__(self, "saves_output", row.saves == "output" and readable)
+        saves_output = row.saves == "output" and readable
+        object.__setattr__(self, "saves_output", saves_output)
+        in_half = saves_output and row.homogeneous and self.output_shift == 0
+        object.__setattr__(self, "saves_output_in_half", in_half)
         object.__setattr__(self, "text", json.dumps([self.activation, *self.kernel_args[1:]]))
 
     #: The constants as kernels take them.
     kernel_args: KernelArgs = field(init=False, repr=False, compare=False)
-    #: Whether backward works from the output; if not, it needs the input.
+    #: Whether backward works from the output in float32 and float64; if not, from the input.
     saves_output: bool = field(init=False, repr=False, compare=False)
+    #: The same in bfloat16 and float16; see `saves_output`.
+    saves_output_in_half: bool = field(init=False, repr=False, compare=False)
     #: The constants as a string, exact; see `static`.
     text: str = field(init=False, repr=False, compare=False)
 
@@ -132,6 +137,33 @@ class ActSpec:
         if not isinstance(data, dict):
             raise ValueError(f"ActSpec: expected a JSON object, got {quoted(data)}")
         return cls.from_dict(data)
+
+
+def saves_output(spec: ActSpec, dtype: torch.dtype) -> bool:
+    """Whether backward of a layer in `dtype` works from its output; if not, from its input.
+
+    An output in half precision is off by up to 2⁻⁹ (bfloat16) or 2⁻¹² (float16) of itself. Where φ
+    saturates, and where δ moves a kink away from 0, φ′ cannot be read off that. It can be where it
+    depends on nothing but the sign of φ and δ = 0, since rounding keeps signs: relu, leaky_relu.
+
+    Args:
+        spec: the constants.
+        dtype: of the layer's input and output.
+
+    Example:
+        >>> leaky, tanh = ActSpec("leaky_relu", negative_slope=0.5), ActSpec("tanh")
+        >>> saves_output(leaky, torch.bfloat16), saves_output(tanh, torch.bfloat16)
+        (True, False)
+        >>> saves_output(tanh, torch.float32)
+        True
+    """
+    # A function of two attributes: Dynamo calls no method of the specs that `static` makes.
+    return spec.saves_output_in_half if is_half(dtype) else spec.saves_output
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether `dtype` is bfloat16 or float16."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def static(spec: ActSpec) -> ActSpec:

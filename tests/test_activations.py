@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.activations import Activation
+from fusedshape.ops import shaped_act
+from fusedshape.spec import saves_output
 
 ROWS = list(ACTIVATIONS.values())
 SLOPE = 0.37
@@ -129,3 +131,19 @@ def test_what_can_be_read_off_the_output() -> None:
     assert not ActSpec("leaky_relu", output_shift=0.5).saves_output
     assert not ActSpec("leaky_relu", negative_slope=-0.1).saves_output, "it has no inverse"
     assert not ActSpec("swish").saves_output
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_can_be_read_off_a_rounded_output(dtype: torch.dtype) -> None:
+    leaky = ActSpec("leaky_relu", 1.3, 0.2, negative_slope=0.1, output_scale=-2.0)
+    assert saves_output(leaky, dtype)
+    assert saves_output(ActSpec("relu"), dtype)
+    for spec in (*SPECS, *map(ActSpec, ACTIVATIONS)):
+        piecewise = spec.activation in ("relu", "leaky_relu") and spec.output_shift == 0
+        assert saves_output(spec, dtype) == (piecewise and spec.saves_output)
+        assert saves_output(spec, torch.float32) == spec.saves_output
+    # Why: the side of every number that the output can hold is that of the argument.
+    u = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    u = torch.cat([u, 2.0**-12 * u])
+    y = shaped_act(u, leaky).double() / leaky.output_scale
+    assert torch.equal(y > 0, leaky.input_scale * u.double() + leaky.input_shift > 0)

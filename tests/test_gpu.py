@@ -28,6 +28,7 @@ from fusedshape.cli import main
 from fusedshape.models import vanilla_convnet
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
 from fusedshape.ops.engine import ATEN, DIRECTIONS, Before, Direction, engines_for, problem_of
+from fusedshape.spec import saves_output
 from fusedshape.train import Data, TrainConfig
 from fusedshape.train.loop import fit
 from fusedshape.tuning import command, measuring
@@ -76,8 +77,10 @@ def test_bias_act_against_float64(spec: ActSpec, dtype: torch.dtype, layout: str
     y, dx, dbias = step(x, bias, grad, spec)
     truth = reference.bias_act(x.double(), bias.double(), spec)
     assert_as_good_as(y, reference.bias_act(x, bias, spec), truth)
-    saved = y if spec.saves_output else x
-    truth_dx = reference.act_grad(grad.double(), saved.double(), bias.double(), spec, 1)
+    from_output = saves_output(spec, dtype)
+    saved = y if from_output else x
+    wide = grad.double(), saved.double(), bias.double()
+    truth_dx = reference.act_grad(*wide, spec, 1, from_output)
     assert_as_good_as(dx, reference.act_grad(grad, saved, bias, spec, 1), truth_dx)
     total = reference.channel_sum(truth_dx, 1)
     slack = truth_dx.abs().sum((0, 2, 3)) * torch.finfo(dtype).eps
@@ -346,7 +349,7 @@ def test_every_activation_at_the_end_of_a_kernel(spec: ActSpec, kind: str) -> No
     problem = problem_of(z, torch.empty(shape, dtype=HALF, device="cuda"), spec, geometry)
     given = operands(problem, ATEN, z.device)
     kernels, bias = given.before.kernels, draw(24, dtype=HALF, seed=1)
-    saved = kernels.bias_act(z, bias, spec, 1) if spec.saves_output else z
+    saved = kernels.bias_act(z, bias, spec, 1) if saves_output(spec, HALF) else z
     # Backward starts from what was saved, so that all are on the same side of a kink.
     given = given._replace(spec=spec, before=Before(saved, bias, spec, kernels, True))
     triton = engines_for("triton", given.x, given.weight, spec, geometry).fprop

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from fusedshape import ActSpec, native, reference
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
+from fusedshape.spec import saves_output
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LEAKY = shaped("leaky_relu")
@@ -55,8 +56,10 @@ def test_bias_act_against_float64(spec: ActSpec, dtype: torch.dtype, backend: st
     got = eager_grads(lambda x, b: bias_act(x, b, spec, backend=backend), grad, x, bias)
     truth = reference.bias_act(x.double(), bias.double(), spec)
     assert_as_good_as(got[0], reference.bias_act(x, bias, spec), truth)
-    saved = got[0] if spec.saves_output else x  # the truth of dx is that of what was saved
-    dx = reference.act_grad(grad.double(), saved.double(), bias.double(), spec, 1)
+    # the truth of dx is that of what was saved
+    from_output = saves_output(spec, dtype)
+    saved = got[0] if from_output else x
+    dx = reference.act_grad(grad.double(), saved.double(), bias.double(), spec, 1, from_output)
     assert_as_good_as(got[1], reference.act_grad(grad, saved, bias, spec, 1), dx)
     total = reference.channel_sum(got[1].double(), 1)
     spread = dx.abs().sum((0, 2, 3)) * torch.finfo(dtype).eps
@@ -310,7 +313,7 @@ def test_opcheck(case: tuple[Tensor, Tensor | None, int], spec: ActSpec, backend
     torch.library.opcheck(getattr(ops, f"{backend}_bias_act_").default, dense, test_utils=checks)
     for bias_grad in (True, False):
         grad = torch.ones(()).to(x.dtype).expand(x.shape)
-        grad_args = (grad, *dense, spec.saves_output, bias_grad)
+        grad_args = (grad, *dense, saves_output(spec, x.dtype), bias_grad)
         op = getattr(ops, f"{backend}_act_grad").default
         torch.library.opcheck(op, grad_args, test_utils=checks)
         torch.library.opcheck(
@@ -330,7 +333,7 @@ def test_act_grad_in_place(
     if backend == "triton" and x.dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter rounds bfloat16 wrongly")
     saved, ops = torch.empty_like(x).copy_(x), torch.ops.fusedshape
-    args = (bias, dim, *spec.kernel_args, spec.saves_output, True)
+    args = (bias, dim, *spec.kernel_args, saves_output(spec, x.dtype), True)
     grad = torch.empty_like(saved).copy_(draw(*x.shape, seed=1))
     want = getattr(ops, f"{backend}_act_grad")(grad, saved, *args)
     memory = grad.data_ptr()

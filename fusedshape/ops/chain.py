@@ -34,7 +34,7 @@ from fusedshape.ops.engine import (
     forward_engine,
 )
 from fusedshape.ops.layer import Step, composed
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, saves_output
 
 
 class ChainLayer(NamedTuple):
@@ -216,7 +216,7 @@ class Chain(torch.autograd.Function):
             assert weight is not None
             own = engines_for(asked, y, weight, spec, geometry, chained=i > 0)
             engines.append(own)
-            if spec.saves_output:
+            if saves_output(spec, y.dtype):
                 y = own.fprop.fprop_act(y, weight, bias, spec, geometry, kernels)
                 saved.append(y)
             else:
@@ -272,7 +272,7 @@ def _input(before: Before | None, geometry: Geometry | None, x: Tensor) -> Tenso
     if before is None:
         return x
     saved, bias, spec, kernels, _ = before
-    if spec.saves_output:
+    if saves_output(spec, saved.dtype):
         return saved
     return kernels.bias_act(saved, bias, spec, channel_dim(saved, geometry))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusedshape import native, reference
 from fusedshape.ops import schema
 from fusedshape.ops.checks import transformed
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, saves_output
 
 Backend = Literal["auto", "reference", "native", "triton"]
 
@@ -110,7 +110,8 @@ class _Library:
         dim: int,
         bias_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        args = (grad, saved, bias, dim, *spec.kernel_args, spec.saves_output, bias_grad)
+        save_output = saves_output(spec, saved.dtype)
+        args = (grad, saved, bias, dim, *spec.kernel_args, save_output, bias_grad)
         dx, total = self._act_grad(*args)
         return dx, total if bias_grad else None
 
@@ -123,7 +124,8 @@ class _Library:
         dim: int,
         bias_grad: bool,
     ) -> Tensor | None:
-        args = (grad, saved, bias, dim, *spec.kernel_args, spec.saves_output, bias_grad)
+        save_output = saves_output(spec, saved.dtype)
+        args = (grad, saved, bias, dim, *spec.kernel_args, save_output, bias_grad)
         total = self._act_grad_(*args)
         return total if bias_grad else None
 

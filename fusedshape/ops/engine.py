@@ -23,8 +23,8 @@ from fusedshape.activations import get_activation
 from fusedshape.ops import dispatch, schema
 from fusedshape.ops.checks import Geometry, channels_last, is_channels_last
 from fusedshape.ops.dispatch import Kernels
-from fusedshape.reference import own_weight
-from fusedshape.spec import ActSpec
+from fusedshape.reference import own_weight, rounded
+from fusedshape.spec import ActSpec, is_half, saves_output
 
 Engine = Literal["auto", "aten", "triton", "native"]
 #: "dgrad_act" is a dgrad that goes on through the activation of the layer before.
@@ -71,7 +71,8 @@ class Before(NamedTuple):
     """The layer before, as dgrad's epilogue wants it.
 
     Attributes:
-        saved: its output where ``spec.saves_output``, else its pre-activation without the bias.
+        saved: its output where `spec` saves that in its dtype, else its pre-activation without the
+            bias.
         bias: used only where the pre-activation was saved.
         spec: its constants.
         kernels: who runs its pointwise pass, where that is one by itself.
@@ -113,23 +114,37 @@ def joined_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
         >>> joined_spec(ActSpec("relu", input_scale=5.0), 0.6).input_scale
         4.0
     """
-    return _joined_spec(residual_weight, spec.activation, *spec.kernel_args[1:])
+    return _scaled_spec(residual_weight, True, spec.activation, *spec.kernel_args[1:])
 
 
-def _joined_spec(residual_weight: float, activation: str, *constants: float) -> ActSpec:
-    return _cached_joined_spec(residual_weight, activation, constants)
+def residual_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
+    """`joined_spec` with w/√(1 − w²) in γ: its gradient is that of the residual.
+
+    Where backward works from an output, only in half precision, whose sign alone counts.
+
+    Example:
+        >>> joined = residual_spec(ActSpec("relu", input_scale=5.0), 0.6)
+        >>> joined.input_scale, joined.output_scale
+        (4.0, 0.75)
+    """
+    return _scaled_spec(residual_weight, False, spec.activation, *spec.kernel_args[1:])
+
+
+def _scaled_spec(residual_weight: float, own: bool, activation: str, *constants: float) -> ActSpec:
+    return _cached_scaled_spec(residual_weight, own, activation, constants)
 
 
 # As _is_amd.
-_joined_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_scaled_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(1024)
-def _cached_joined_spec(
-    residual_weight: float, activation: str, constants: tuple[float, ...]
+def _cached_scaled_spec(
+    residual_weight: float, own: bool, activation: str, constants: tuple[float, ...]
 ) -> ActSpec:
     slope, input_scale, input_shift, output_shift, output_scale = constants
     input_scale *= own_weight(residual_weight)
+    output_scale *= 1.0 if own else share(residual_weight)
     return ActSpec(activation, input_scale, input_shift, output_shift, output_scale, slope)
 
 
@@ -148,7 +163,10 @@ class LayerEngine(Protocol):
         geometry: Geometry | None,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
-        """Return the product alone, x ⋆ W, or with a shortcut x ⋆ W + w/√(1 − w²)·r."""
+        """Return the product alone, x ⋆ W, or with a shortcut x ⋆ W + w/√(1 − w²)·r.
+
+        The sum may come in float32 where the product does not.
+        """
 
     def fprop_act(
         self,
@@ -212,6 +230,8 @@ class _Aten:
         else:
             z = torch.convolution(x, weight, None, *geometry)
         if shortcut is not None:
+            if z.is_cpu and is_half(z.dtype):  # torch's CPU kernel would round alpha to z's dtype
+                z = z.float()
             # Where torch's own ops write in place, torch 2.11 compiles gradients of zero.
             add = z.add if torch.compiler.is_compiling() else z.add_
             z = add(shortcut.residual, alpha=share(shortcut.weight))
@@ -227,14 +247,14 @@ class _Aten:
         kernels: Kernels,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
-        y = self.fprop(x, weight, geometry, shortcut)
         if shortcut is not None:
             spec = joined_spec(spec, shortcut.weight)
+        y = self.fprop(x, weight, geometry, shortcut)
         dim = channel_dim(y, geometry)
         if torch.compiler.is_compiling() and kernels.name == "reference":  # as in fprop
-            return kernels.bias_act(y, bias, spec, dim)
-        kernels.bias_act_(y, bias, spec, dim)
-        return y
+            return rounded(kernels.bias_act(y, wide(bias, y), spec, dim), x.dtype)
+        kernels.bias_act_(y, wide(bias, y), spec, dim)
+        return rounded(y, x.dtype)
 
     def dgrad(
         self,
@@ -360,8 +380,9 @@ class _Kernels:
             operands: tuple[Tensor | None, Tensor | None] = None, None
         else:
             spec = before.spec
-            operands = _dense(before.saved, geometry), None if spec.saves_output else before.bias
-            epilogue = (*spec.kernel_args, spec.saves_output, before.bias_grad)
+            from_output = saves_output(spec, dz.dtype)
+            operands = _dense(before.saved, geometry), None if from_output else before.bias
+            epilogue = (*spec.kernel_args, from_output, before.bias_grad)
         dx, sums = self._dgrad(dz, weight, *operands, size, *_sizes(geometry), *epilogue)
         return dx.view(x.shape), sums if before is not None and before.bias_grad else None
 
@@ -403,6 +424,11 @@ def _like_input(y: Tensor, x: Tensor) -> Tensor:
 
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def wide(bias: Tensor | None, z: Tensor) -> Tensor | None:
+    """The bias, in float32 where z is."""
+    return bias if bias is None or z.dtype != torch.float32 else bias.float()
 
 
 def channel_dim(x: Tensor, geometry: Geometry | None) -> int:
@@ -632,7 +658,7 @@ def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | No
         dilation=dilation,
         groups=1 if geometry is None else geometry[5],
         activation=spec.activation,
-        saves_output=spec.saves_output,
+        saves_output=saves_output(spec, x.dtype),
     )
 
 
@@ -716,7 +742,7 @@ def engines_for(
     if not _remembers or x.device.type != "cpu" or torch.compiler.is_compiling():
         return Engines(*_engines(directions, asked, x, weight, spec, geometry))
     sizes = None if geometry is None else (*map(tuple, geometry[:3]), geometry[5])
-    layer = asked, chained, spec.activation, spec.saves_output
+    layer = asked, chained, spec.activation, saves_output(spec, x.dtype)
     key = (*layer, x.dtype, x.shape, x.stride(), weight.shape, sizes)
     found = _remembered.get(key)
     if found is None:

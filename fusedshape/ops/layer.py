@@ -19,7 +19,7 @@ from fusedshape.ops.engine import (
     forward_engine,
 )
 from fusedshape.ops.pointwise import act_grad, remember
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, saves_output
 
 
 class Step(NamedTuple):
@@ -75,7 +75,8 @@ class LayerAct(torch.autograd.Function):
         kernels: Kernels,
         engines: Engines,
     ) -> Tensor:
-        if spec.saves_output:
+        from_output = saves_output(spec, x.dtype)
+        if from_output:
             y = saved = engines.fprop.fprop_act(x, weight, bias, spec, geometry, kernels)
         else:
             saved = engines.fprop.fprop(x, weight, geometry)
@@ -84,13 +85,13 @@ class LayerAct(torch.autograd.Function):
         ctx.geometry = geometry
         ctx.engines = engines
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, saved, None if spec.saves_output else bias)
+        ctx.save_for_backward(x, weight, saved, None if from_output else bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias = ctx.saved_tensors
-        if torch.is_grad_enabled() and not ctx.spec.saves_output:
+        if torch.is_grad_enabled() and not saves_output(ctx.spec, x.dtype):
             # What was saved has no graph to differentiate again.
             saved = ATEN.fprop(x, weight, ctx.geometry)
         dz, dbias = act_grad(ctx, grads[0], saved, bias, bias_index=2)

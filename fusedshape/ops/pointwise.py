@@ -17,7 +17,7 @@ from fusedshape.ops.checks import (
     transformed,
 )
 from fusedshape.ops.dispatch import Backend, Kernels, choose
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, saves_output
 
 
 def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor:
@@ -105,7 +105,7 @@ class BiasAct(torch.autograd.Function):
     ) -> Tensor:
         y = kernels.bias_act(x, bias, spec, dim)
         remember(ctx, spec, dim, kernels)
-        ctx.save_for_backward(*((y, None) if spec.saves_output else (x, bias)))
+        ctx.save_for_backward(*((y, None) if saves_output(spec, x.dtype) else (x, bias)))
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -139,3 +139,13 @@ def act_grad(
     if dbias is not None and dbias.dtype != ctx.bias_dtype:
         dbias = dbias.to(ctx.bias_dtype)
     return dx, dbias
+
+
+def act_grad_alone(
+    ctx: Any, grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec
+) -> Tensor:
+    """The gradient of x + b alone, with constants other than those that `ctx` remembers."""
+    if plain_backward(grad):
+        return reference.act_grad(grad, saved, bias, spec, ctx.dim)
+    dx, _ = ctx.kernels.act_grad(grad, saved, bias, spec, ctx.dim, False)
+    return dx

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import reference
-from fusedshape.ops.checks import node, transformed
+from fusedshape.ops.checks import Geometry, node, transformed
 from fusedshape.ops.engine import (
     ATEN,
     Engines,
@@ -18,10 +18,13 @@ from fusedshape.ops.engine import (
     forward_engine,
     is_apart,
     joined_spec,
+    residual_spec,
     share,
+    wide,
 )
 from fusedshape.ops.layer import Step, composed, product_grads
-from fusedshape.ops.pointwise import BiasAct, act_grad, remember
+from fusedshape.ops.pointwise import BiasAct, act_grad, act_grad_alone, remember
+from fusedshape.spec import is_half, saves_output
 
 
 def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, step: Step) -> Tensor:
@@ -42,18 +45,47 @@ def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, ste
         engine = forward_engine(asked, x, weight, spec, geometry)
         return engine.fprop_act(x, weight, bias, spec, geometry, kernels, shortcut)
     engines = engines_for(asked, x, weight, spec, geometry)
-    if spec.saves_output:
-        return node(Joined)(x, weight, bias, *shortcut, step, engines)
-    z = node(Joined)(x, weight, None, *shortcut, step, engines)
+    if saves_output(spec, x.dtype) or is_half(x.dtype):
+        return node(JoinedAct)(x, weight, bias, *shortcut, step, engines)
+    z = node(Joined)(x, weight, *shortcut, geometry, engines)
     dim = channel_dim(z, geometry)
     return node(BiasAct)(z, bias, joined_spec(spec, shortcut.weight), dim, kernels)
 
 
 class Joined(torch.autograd.Function):
-    """A layer and its residual; with the activation where backward can read φ′ off the output.
+    """A product and its residual: what the activation then saves.
 
-    Else the sum that the activation is to be applied to: that is what it then saves, and its second
-    derivative needs no tensor more.
+    As a node by itself it needs no tensor more for a second derivative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        residual_weight: float,
+        geometry: Geometry | None,
+        engines: Engines,
+    ) -> Tensor:
+        ctx.geometry = geometry
+        ctx.engines = engines
+        ctx.share = share(residual_weight)
+        ctx.save_for_backward(x, weight)
+        return engines.fprop.fprop(x, weight, geometry, Shortcut(residual, residual_weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dz = grads[0]
+        dx, dweight = product_grads(ctx, dz, *ctx.saved_tensors)
+        dresidual = dz * ctx.share if ctx.needs_input_grad[2] else None
+        return dx, dweight, dresidual, None, None, None
+
+
+class JoinedAct(torch.autograd.Function):
+    """A layer, its residual and its activation, where backward works from y or in half precision.
+
+    In half precision the sum is not rounded before φ̂, nor dz before it becomes the residual's.
     """
 
     @staticmethod
@@ -70,24 +102,39 @@ class Joined(torch.autograd.Function):
         spec, geometry, kernels, _ = step
         engine = engines.fprop
         shortcut = Shortcut(residual, residual_weight)
-        if spec.saves_output:
+        own_spec = joined_spec(spec, residual_weight)
+        if saves_output(spec, x.dtype):
             y = engine.fprop_act(x, weight, bias, spec, geometry, kernels, shortcut)
+            rest: tuple[Tensor | None, ...] = y, None, None
         else:
-            y = engine.fprop(x, weight, geometry, shortcut)
-        remember(ctx, joined_spec(spec, residual_weight), channel_dim(y, geometry), kernels)
+            z = engine.fprop(x, weight, geometry, shortcut)
+            y = kernels.bias_act(z, wide(bias, z), own_spec, channel_dim(z, geometry))
+            y = reference.rounded(y, x.dtype)
+            # The residual, too, because what a second derivative goes through is computed again.
+            rest = reference.rounded(z, x.dtype), bias, residual
+        remember(ctx, own_spec, channel_dim(y, geometry), kernels)
         ctx.geometry = geometry
         ctx.engines = engines
-        ctx.share = share(residual_weight)
+        ctx.residual_weight = residual_weight
+        ctx.residual_spec = residual_spec(spec, residual_weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, y if spec.saves_output else None)
+        ctx.save_for_backward(x, weight, *rest)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved = ctx.saved_tensors
-        dz, dbias = grads[0], None
-        if saved is not None:
-            dz, dbias = act_grad(ctx, dz, saved, None, bias_index=2)
+        x, weight, saved, bias, residual = ctx.saved_tensors
+        if torch.is_grad_enabled() and residual is not None:
+            # What was saved has no graph to differentiate again.
+            shortcut = Shortcut(residual, ctx.residual_weight)
+            z = ATEN.fprop(x, weight, ctx.geometry, shortcut)
+            saved = reference.rounded(z, x.dtype)
+        dz, dbias = act_grad(ctx, grads[0], saved, bias, bias_index=2)
         dx, dweight = product_grads(ctx, dz, x, weight)
-        dresidual = dz * ctx.share if ctx.needs_input_grad[3] else None
+        dresidual = None
+        if ctx.needs_input_grad[3]:
+            if is_half(dz.dtype):  # dz has been rounded
+                dresidual = act_grad_alone(ctx, grads[0], saved, bias, ctx.residual_spec)
+            else:
+                dresidual = dz * share(ctx.residual_weight)
         return dx, dweight, dbias, dresidual, None, None, None

@@ -13,7 +13,7 @@ from fusedshape.activations import ACTIVATIONS
 from fusedshape.ops import dispatch, engine
 from fusedshape.ops.checks import Geometry
 from fusedshape.ops.engine import Before, Direction, LayerEngine, Problem, channel_dim
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, saves_output
 
 
 class Settings(NamedTuple):
@@ -138,9 +138,11 @@ def spec_of(problem: Problem) -> ActSpec:
         ActSpec(problem.activation, negative_slope=slope),
         ActSpec(problem.activation, output_shift=0.125, negative_slope=-slope),
     ):
-        if spec.saves_output == problem.saves_output:
+        if saves_output(spec, problem.dtype) == problem.saves_output:
             return spec
-    raise ValueError(f"no {problem.activation} has saves_output={problem.saves_output}")
+    raise ValueError(
+        f"no {problem.activation} has saves_output={problem.saves_output} in {problem.dtype}"
+    )
 
 
 def geometry_of(problem: Problem) -> Geometry | None:
@@ -188,6 +190,6 @@ def operands(problem: Problem, base: LayerEngine, device: torch.device) -> Opera
     dim = channel_dim(z, geometry)
     before_bias = vector(problem.input[dim])
     x = kernels.bias_act(z, before_bias, spec, dim)
-    before = Before(x if spec.saves_output else z, before_bias, spec, kernels, True)
+    before = Before(x if saves_output(spec, z.dtype) else z, before_bias, spec, kernels, True)
     dz = normal(base.fprop(x, weight, geometry))
     return Operands(x, weight, vector(problem.weight[0]), spec, geometry, before, dz)

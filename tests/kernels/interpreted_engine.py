@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedshape import ShapedChain, ShapedConv2d, reference
 from fusedshape.ops import ChainLayer, conv_act, conv_chain, dispatch, linear_act
 from fusedshape.ops.engine import Direction, Problem, install_chooser
+from fusedshape.spec import saves_output
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -255,7 +256,7 @@ def test_opcheck(kind: int | str, spec: Any) -> None:
     y = check(ops.triton_conv_act, x, weight, bias, None, 0.0, *sizes, *spec.kernel_args)
     check(ops.triton_conv_act, x, weight, None, z, 0.6, *sizes, *spec.kernel_args)
     assert_close([y], [reference.bias_act(z.double(), bias.double(), spec)], F32)
-    epilogue = (*spec.kernel_args, spec.saves_output, True)
+    epilogue = (*spec.kernel_args, saves_output(spec, x.dtype), True)
     check(ops.triton_conv_dgrad, z, weight, x, before, x.shape, *sizes, *epilogue)
     check(ops.triton_conv_dgrad, z, weight, None, None, x.shape, *sizes, *epilogue[:-1], False)
     check(ops.triton_conv_wgrad, z, x, weight.shape, *sizes)
