@@ -27,6 +27,7 @@ from fusedshape.ops import (
 )
 from fusedshape.shortcuts import reweight_shortcuts
 from fusedshape.spec import ActSpec
+from fusedshape.tap import tap
 from fusedshape.unfuse import fuse, unfuse
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "linear_act",
     "reweight_shortcuts",
     "shaped_act",
+    "tap",
     "theory",
     "tuning",
     "unfuse",

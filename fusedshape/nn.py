@@ -53,6 +53,9 @@ class ShapedActivation(nn.Module):
         return str(self.spec)
 
 
+_IDENTITY = ActSpec("leaky_relu", negative_slope=1.0)
+
+
 class _Shaped(FusedLayer):
     """What the shaped twins of nn.Conv*d and nn.Linear share."""
 
@@ -127,6 +130,21 @@ class _Shaped(FusedLayer):
         plain.__dict__.update({k: v for k, v in self.__dict__.items() if k not in own})
         return plain
 
+    def pre_activation(self, x: Tensor) -> Tensor:
+        """What the activation is applied to, x ⋆ W + b, by the layer's own engine.
+
+        Example:
+            >>> layer = ShapedLinear(4, 2, spec=ActSpec("relu"))
+            >>> x = torch.ones(3, 4)
+            >>> y = ops.shaped_act(layer.pre_activation(x), layer.spec)
+            >>> bool(torch.allclose(y, layer(x)))
+            True
+        """
+        return self._computed(x, _IDENTITY)
+
+    def _computed(self, x: Tensor, spec: ActSpec) -> Tensor:
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
         """Draw weights as the constants assume them: scaled uniform orthogonal, biases zero.
 
@@ -163,11 +181,14 @@ class _ShapedConv(_Shaped):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) or (C, *spatial) → convolution, bias and activation."""
+        return self._computed(x, self.spec)
+
+    def _computed(self, x: Tensor, spec: ActSpec) -> Tensor:
         return ops.conv_act(
             x,
             self.weight,
             self.bias,
-            self.spec,
+            spec,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -230,9 +251,11 @@ class ShapedLinear(_Shaped):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) → (..., out_features)."""
-        return ops.linear_act(
-            x, self.weight, self.bias, self.spec, backend=self.backend, engine=self.engine
-        )
+        return self._computed(x, self.spec)
+
+    def _computed(self, x: Tensor, spec: ActSpec) -> Tensor:
+        options: Any = {"backend": self.backend, "engine": self.engine}
+        return ops.linear_act(x, self.weight, self.bias, spec, **options)
 
 
 #: The fused class of each plain one.

@@ -314,7 +314,9 @@ def _wrappers(calls: Calls) -> list[Any]:
         if isinstance(module, Unfused) and calls.names[module]:
             layer, activation = module.layer, module.activation
             ours = type(layer) in SHAPED and type(activation) is ShapedActivation
-            hooks = any(getattr(part, name) for part in module.children() for name in _MOVED)
+            outer = _watched(module) or bool(module._forward_pre_hooks)
+            hooks = _watched(layer) or (outer and bool(layer._forward_pre_hooks))
+            hooks = hooks or any(getattr(activation, name) for name in _MOVED)
             alone = held[layer] == held[activation] == 1
             if ours and alone and not hooks and "forward" not in vars(layer):
                 found.append(module)

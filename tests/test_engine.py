@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -338,6 +339,13 @@ def test_apart() -> None:
         _ = 1 / 0
     assert not engine._apart
     torch.testing.assert_close(got, want)
+
+
+def test_apart_holds_for_its_thread_alone() -> None:
+    with engine.apart(), ThreadPoolExecutor(1) as pool:
+        assert engine.is_apart()
+        assert not pool.submit(engine.is_apart).result()
+    assert not engine.is_apart()
 
 
 class Recorder(TorchDispatchMode):

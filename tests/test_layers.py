@@ -25,7 +25,7 @@ LAYERS = [
     {"tuning"},
     {"machine"},
     {"convert", "diagnose", "fold"},
-    {"shortcuts", "unfuse"},
+    {"shortcuts", "tap", "unfuse"},
     {"models"},
     {"train"},
     {"bench"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
@@ -341,7 +342,7 @@ class _Kernels:
         kernels: Kernels,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
-        if _apart and shortcut is None:
+        if is_apart() and shortcut is None:
             y = self.fprop(x, weight, geometry)
             kernels.bias_act_(y, bias, spec, channel_dim(y, geometry))
             return y
@@ -456,7 +457,7 @@ _chooser: Chooser | None = None
 _remembers = True
 _remembered: dict[Any, Engines] = {}
 _REMEMBERED = 4096
-_apart = False
+_apart: set[int] = set()  # threads
 
 
 def install_chooser(chooser: Chooser | None, steady: bool = True) -> Chooser | None:
@@ -496,29 +497,31 @@ def forget_choices() -> None:
 def apart() -> Iterator[None]:
     """Let every engine leave its product in memory and run the activation after it, for a while.
 
-    For those who look at the tensors in between. A layer with a residual takes torch's product, and
-    makes the normalised sum by itself.
+    For those who look at the tensors in between; it holds for the thread that asks. A layer with a
+    residual takes torch's product, and makes the normalised sum by itself.
 
     Example:
         >>> with apart():
         ...     pass
     """
-    global _apart
-    previous, _apart = _apart, True
+    thread = threading.get_ident()
+    outer = thread in _apart
+    _apart.add(thread)
     try:
         yield
     finally:
-        _apart = previous
+        if not outer:
+            _apart.discard(thread)
 
 
 def is_apart() -> bool:
-    """Whether `apart` holds.
+    """Whether `apart` holds, in this thread.
 
     Example:
         >>> is_apart()
         False
     """
-    return _apart
+    return bool(_apart) and threading.get_ident() in _apart
 
 
 def choose_engine(
