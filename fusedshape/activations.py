@@ -38,6 +38,7 @@ class Activation:
         has_slope: whether `negative_slope` means anything to φ.
         homogeneous: φ(cu) = c·φ(u) for c > 0.
         smooth: φ′ is continuous, so that C″(1) is finite.
+        exported: φ, to rounding, in operators of the older ONNX exporter; None where `value` is.
     """
 
     name: str
@@ -51,15 +52,12 @@ class Activation:
     has_slope: bool = False
     homogeneous: bool = False
     smooth: bool = True
+    exported: Phi | None = None
 
 
 def _exp_neg(u: Tensor) -> Tensor:
     # Clamped, so that the branch `where` discards can never turn into 0·inf in autograd.
     return u.clamp(max=0).exp()
-
-
-def _expm1_neg(u: Tensor) -> Tensor:
-    return u.clamp(max=0).expm1()
 
 
 # Steps by torch's own backwards, whose derivative is zeros: that of a comparison is None, and then
@@ -75,6 +73,18 @@ def _leaky_d1(u: Tensor, a: float) -> Tensor:
 def _softplus(u: Tensor, a: float) -> Tensor:
     # F.softplus is linear beyond its threshold, an error of 2e-9 that the solver would see.
     return torch.logaddexp(u, torch.zeros_like(u))
+
+
+def _softplus_exported(u: Tensor, a: float) -> Tensor:
+    return u.relu() + (-u.abs()).exp().log1p()
+
+
+def _asinh_exported(u: Tensor, a: float) -> Tensor:
+    s = u.abs()
+    t = s.clamp(max=1e9)  # beyond, the square may overflow, and the root is s
+    return u.sign() * (
+        (t + (t.square() + 1).sqrt()).log() + (s / t.clamp(min=1)).clamp(min=1).log()
+    )
 
 
 def _sech2(u: Tensor) -> Tensor:
@@ -184,11 +194,12 @@ _ROWS = (
         d2=lambda u, a: _logistic_d1(u),
         saves="output",
         d1_from_output=lambda v, a: -torch.expm1(-v.clamp(min=0)),
+        exported=_softplus_exported,
     ),
     Activation(
         "elu",
         5,
-        value=lambda u, a: torch.where(u > 0, u, _expm1_neg(u)),
+        value=lambda u, a: F.elu(u),
         d1=lambda u, a: torch.where(u > 0, 1.0, _exp_neg(u)),
         d2=lambda u, a: torch.where(u > 0, 0.0, _exp_neg(u)),
         saves="output",
@@ -198,7 +209,7 @@ _ROWS = (
     Activation(
         "selu",
         6,
-        value=lambda u, a: SELU_SCALE * torch.where(u > 0, u, SELU_ALPHA * _expm1_neg(u)),
+        value=lambda u, a: F.selu(u),
         d1=lambda u, a: SELU_SCALE * torch.where(u > 0, 1.0, SELU_ALPHA * _exp_neg(u)),
         d2=lambda u, a: SELU_SCALE * torch.where(u > 0, 0.0, SELU_ALPHA * _exp_neg(u)),
         saves="output",
@@ -235,6 +246,7 @@ _ROWS = (
         d2=lambda u, a: -u * (1 + u * u).pow(-1.5),
         saves="output",
         d1_from_output=lambda v, a: v.cosh().reciprocal(),
+        exported=_asinh_exported,
     ),
     Activation(
         "swish",
@@ -252,6 +264,7 @@ _ROWS = (
         d1=lambda u, a: _normal_cdf(u) + u * _normal_pdf(u),
         d2=lambda u, a: _normal_pdf(u) * (2 - u * u),
         saves="input",
+        exported=lambda u, a: u * (0.5 * (1 + torch.erf(u * math.sqrt(0.5)))),
     ),
     Activation(
         "erf",

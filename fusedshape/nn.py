@@ -1,7 +1,7 @@
 """Modules: drop-ins whose parameters and state_dict keys are the plain ones'."""
 
-from __future__ import annotations
-
+# No annotations from __future__ here: torch.fx writes a forward's own into its code, and what it
+# is to import by strings it cannot pickle.
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,10 @@ from typing_extensions import Self
 
 from fusedshape import ops
 from fusedshape.init import init_module_
-from fusedshape.layers import FusedLayer
+from fusedshape.layers import FusedLayer, Kind, kind_of
 from fusedshape.ops.dispatch import Backend
 from fusedshape.ops.engine import Engine
+from fusedshape.ops.stock import shape_of
 from fusedshape.reference import add_scaled
 from fusedshape.spec import ActSpec
 from fusedshape.validate import real, shown
@@ -52,6 +53,17 @@ class ShapedActivation(nn.Module):
         """The constants."""
         return str(self.spec)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(_unscriptable(self))
+
+
+def _unscriptable(module: nn.Module) -> str:
+    return (
+        f"torch.jit.script: {type(module).__name__} runs operators that TorchScript does not know; "
+        "take torch.jit.trace, or script what fusedshape.fold or fusedshape.unfuse makes of the "
+        "model"
+    )
+
 
 _IDENTITY = ActSpec("leaky_relu", negative_slope=1.0)
 
@@ -79,6 +91,9 @@ class _Shaped(FusedLayer):
         self.backend = backend
         self.engine = engine
         self.reset_parameters()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(_unscriptable(self))
 
     @classmethod
     def from_plain(
@@ -360,20 +375,20 @@ def chain_rows(children: Mapping[str, nn.Module | None]) -> list[list[str]]:
         [['0', '1'], ['2'], ['3']]
     """
     rows: list[list[str]] = []
-    kind = 0  # dimensions of the weights in the row that is open; 0 where none is
+    last: Kind | None = None  # of the layers in the row that is open; None where none is
     for name, module in children.items():
         assert module is not None
         if why_not_chained(module):
             if type(module) is not nn.Identity or _is_watched(module):
                 rows.append([name])
-                kind = 0
+                last = None
             continue
-        layer: Any = module
-        if layer.weight.ndim == kind:
+        kind = kind_of(module)
+        if kind is last:
             rows[-1].append(name)
         else:
             rows.append([name])
-        kind = layer.weight.ndim
+        last = kind
     return rows
 
 
@@ -500,11 +515,12 @@ class NormalizedSum(nn.Module):
             raise ValueError(
                 f"NormalizedSum: got {len(branches)} branches for {len(self.weights)} weights"
             )
+        shapes = [shape_of(u) for u in branches if isinstance(u, Tensor)]  # no proxies
+        if any(shape != shapes[0] for shape in shapes):
+            listed = ", ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(f"NormalizedSum: branches must have one shape, got {listed}")
         total: Tensor | None = None
         for u, w in zip(branches, self.weights, strict=True):
-            if u.shape != branches[0].shape:
-                shapes = ", ".join(str(tuple(b.shape)) for b in branches)
-                raise ValueError(f"NormalizedSum: branches must have one shape, got {shapes}")
             if w != 0:
                 total = u * w if total is None else add_scaled(total, u, w)
         assert total is not None

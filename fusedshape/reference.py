@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedshape.activations import get_activation
+from fusedshape.activations import Phi, get_activation
 from fusedshape.spec import ActSpec, is_half, saves_output
 
 
@@ -44,10 +44,15 @@ def _with_bias(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
     return x if bias is None else x + _channel_view(bias.to(x.dtype), x.ndim, dim)
 
 
-def bias_act(x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1) -> Tensor:
-    """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once."""
+def bias_act(
+    x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1, phi: Phi | None = None
+) -> Tensor:
+    """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once.
+
+    `phi` is φ in other operators than the table's.
+    """
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
-    v = get_activation(spec.activation).value(u, spec.negative_slope)
+    v = (phi or get_activation(spec.activation).value)(u, spec.negative_slope)
     return rounded(spec.output_scale * (v + spec.output_shift), x.dtype)
 
 

@@ -30,6 +30,7 @@ _SUM_METHODS = ("add", "add_")
 _SCALINGS = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "mul_", "div", "div_")
 # Names under which torch, torch.nn.functional and Tensor know a nonlinear layer.
 _NONLINEAR = {*FUNCTIONAL.values(), "erf", "sin", "cos", "square", "atan", "asinh", "softmax"}
+_NONLINEAR |= {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
 _NONLINEAR |= {name + "_" for name in _NONLINEAR}
 _WITH_SKIPS_INSIDE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 

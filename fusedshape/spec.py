@@ -86,6 +86,10 @@ class ActSpec:
     #: The constants as a string, exact; see `static`.
     text: str = field(init=False, repr=False, compare=False)
 
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        # torch.fx takes no object as an argument: its code says how to make this one.
+        return tracer.create_node("call_function", from_text, (self.text,), {})
+
     @property
     def row(self) -> Activation:
         """The row of the activation table."""
@@ -172,16 +176,22 @@ def static(spec: ActSpec) -> ActSpec:
     Dynamo makes an input of every float that it has seen with two values, and its autograd.Function
     support fails on those. A string it compares and keeps, so the spec is rebuilt from one.
     """
-    return _from_text(spec.text) if torch.compiler.is_compiling() else spec
+    return from_text(spec.text) if torch.compiler.is_compiling() else spec
 
 
-def _from_text(text: str) -> ActSpec:
+def from_text(text: str) -> ActSpec:
+    """The spec whose `ActSpec.text` is given.
+
+    Example:
+        >>> from_text(ActSpec("relu", output_scale=2.0).text).output_scale
+        2.0
+    """
     activation, *numbers = json.loads(text)
     return ActSpec(activation, **dict(zip(CONSTANTS, numbers, strict=True)))
 
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
-_from_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+from_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 CONSTANTS = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")

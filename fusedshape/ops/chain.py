@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
+from fusedshape.ops import stock
 from fusedshape.ops.checks import (
     Geometry,
     Size,
@@ -108,6 +110,13 @@ def conv_chain(x: Tensor, layers: Sequence[ChainLayer], *, max_length: int | Non
         raise ValueError(
             f"conv_chain: max_length={max_length!r} must be a positive integer or None"
         )
+    for layer in layers:
+        if not isinstance(layer, ChainLayer):
+            kind = type(layer).__name__
+            raise TypeError(f"conv_chain: layers must be ChainLayers, got {kind}")
+    tensors = [x, *(t for layer in layers for t in layer[:2])]
+    if has_torch_function(tensors) or stock.looked_into(*tensors):
+        return stock.instead_of(conv_chain, tensors, x, layers, max_length=max_length)
     check_tensor("conv_chain", "x", x)
     n = _spatial(layers[0])
     unbatched = n > 0 and x.ndim == n + 1
@@ -135,8 +144,6 @@ def conv_chain(x: Tensor, layers: Sequence[ChainLayer], *, max_length: int | Non
 
 
 def _spatial(layer: ChainLayer) -> int:
-    if not isinstance(layer, ChainLayer):
-        raise TypeError(f"conv_chain: layers must be ChainLayers, got {type(layer).__name__}")
     check_tensor("conv_chain", "weight", layer.weight)
     return layer.weight.ndim - 2
 

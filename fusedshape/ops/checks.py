@@ -29,11 +29,14 @@ def transformed() -> bool:
     """Whether plain PyTorch must serve: torch.func transforms, forward-mode AD, torch.export.
 
     They look inside Functions, and an export keeps no backward of them: what it made would leave
-    out their gradients without a word. Without gradients it takes the kernels.
+    out their gradients without a word. Without gradients it takes the kernels, but for ONNX, which
+    has none of ours.
     """
     # Dynamo guards the level because it is read here.
     return (
-        _functorch() or forward_ad._current_level >= 0 or (_exporting() and torch.is_grad_enabled())
+        _functorch()
+        or forward_ad._current_level >= 0
+        or (_exporting() and (torch.is_grad_enabled() or _to_onnx()))
     )
 
 
@@ -45,11 +48,16 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def _to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 # What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it. It
 # enters transforms while it traces, and compiles anew under others; torch 2.11 takes all that it
 # traces for an export.
 _functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain_backward(grad: Tensor) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
+from fusedshape.ops import stock
 from fusedshape.ops.checks import (
     Geometry,
     Size,
@@ -97,6 +101,20 @@ def conv_act(
         >>> conv_act(x, weight, None, spec, padding=1, residual=x, residual_weight=0.6)[0, 0, 0]
         tensor([ 7.6000, 10.8000, 10.8000,  7.6000])
     """
+    tensors = x, weight, bias, residual
+    if has_torch_function_variadic(*tensors) or stock.looked_into(*tensors):
+        how: dict[str, Any] = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "padding_mode": padding_mode,
+            "backend": backend,
+            "engine": engine,
+            "residual": residual,
+            "residual_weight": residual_weight,
+        }
+        return stock.instead_of(conv_act, tensors, x, weight, bias, spec, **how)
     spec = check_spec("conv_act", spec)
     x, weight = match("conv_act", x, weight)
     if x.ndim == weight.ndim - 1:

@@ -166,9 +166,16 @@ def choose(backend: str, x: Tensor) -> Kernels:
 def refuse_transforms(what: str, name: str) -> None:
     """Raise where `transformed` and `name` means kernels."""
     if name in schema.KERNEL_BACKENDS and transformed():
+        refuse(what, name)
+
+
+def refuse(what: str, name: str) -> None:
+    """Raise if `name` means kernels, where plain PyTorch must serve."""
+    if name in schema.KERNEL_BACKENDS:
         raise ValueError(
-            f"{what} {name!r} cannot run under torch.func transforms, forward-mode AD or, unless "
-            f"under torch.no_grad, torch.export; with {what}='auto' plain PyTorch serves them"
+            f"{what} {name!r} cannot run under torch.func transforms, forward-mode AD, "
+            "torch.jit.trace or, unless under torch.no_grad, torch.export, nor on tensors of other "
+            f"classes; with {what}='auto' plain PyTorch serves them"
         )
 
 

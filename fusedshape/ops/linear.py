@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from fusedshape.ops import stock
 from fusedshape.ops.checks import (
     check_bias,
     check_linear,
@@ -62,6 +66,15 @@ def linear_act(
         >>> linear_act(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([1.0]), spec)
         tensor([[8.]])
     """
+    tensors = x, weight, bias, residual
+    if has_torch_function_variadic(*tensors) or stock.looked_into(*tensors):
+        how: dict[str, Any] = {
+            "backend": backend,
+            "engine": engine,
+            "residual": residual,
+            "residual_weight": residual_weight,
+        }
+        return stock.instead_of(linear_act, tensors, x, weight, bias, spec, **how)
     spec = check_spec("linear_act", spec)
     x, weight = match("linear_act", x, weight)
     check_linear("linear_act", x.shape, weight)

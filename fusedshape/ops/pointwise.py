@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from fusedshape import reference
+from fusedshape.ops import stock
 from fusedshape.ops.checks import (
     check_bias,
     check_spec,
@@ -45,6 +47,8 @@ def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor
         >>> shaped_act(torch.tensor([-1.0, 3.0]), spec)
         tensor([-1.,  6.])
     """
+    if has_torch_function_unary(x) or stock.looked_into(x):
+        return stock.instead_of(shaped_act, (x,), x, spec, backend=backend)
     check_tensor("shaped_act", "x", x)
     spec = check_spec("shaped_act", spec)
     kernels = choose(backend, x)
@@ -82,6 +86,8 @@ def bias_act(
         >>> bias_act(torch.zeros(1, 2), torch.tensor([-1.0, 3.0]), spec)
         tensor([[0., 6.]])
     """
+    if has_torch_function_variadic(x, bias) or stock.looked_into(x, bias):
+        return stock.instead_of(bias_act, (x, bias), x, bias, spec, dim=dim, backend=backend)
     check_tensor("bias_act", "x", x)
     spec = check_spec("bias_act", spec)
     if bias is None:
