@@ -24,6 +24,8 @@ from fusedshape.ops.checks import (
     check_bias,
     check_linear,
     check_residual,
+    check_spec,
+    check_tensor,
     conv_geometry,
     match,
 )
@@ -101,6 +103,7 @@ def shape_of(x: Tensor) -> torch.Size:
 
 def shaped_act(x: Tensor, spec: ActSpec, *, backend: str = "auto") -> Tensor:
     """φ̂(x)."""
+    check_tensor("shaped_act", "x", x)
     return bias_act(x, None, spec, dim=0, backend=backend)
 
 
@@ -108,6 +111,8 @@ def bias_act(
     x: Tensor, bias: Tensor | None, spec: ActSpec, *, dim: int = 1, backend: str = "auto"
 ) -> Tensor:
     """φ̂(x + b)."""
+    check_tensor("bias_act", "x", _checked(x))
+    check_spec("bias_act", spec)
     if _is_expanded(x) or _is_expanded(bias):
         raise RuntimeError(
             "bias_act: torch's ExpandedWeights have no sum of a tensor and a bias; use conv_act or "
@@ -115,6 +120,9 @@ def bias_act(
         )
     _refuse_kernels(x, backend)
     if bias is not None:
+        if not -x.ndim <= dim < x.ndim:
+            shape = tuple(shape_of(x))
+            raise IndexError(f"bias_act: dim={dim} is out of range for x of shape {shape}")
         with untraced():
             check_bias("bias_act", bias, x, x.shape[dim], "x has {} channels along dim")
     return reference.bias_act(x, bias, spec, dim, _phi(spec))
@@ -145,6 +153,7 @@ def conv_act(
     residual_weight: float | None = None,
 ) -> Tensor:
     """φ̂(√(1 − w²)·(x ⋆ W + b) + w·r)."""
+    check_spec("conv_act", spec)
     sizes = stride, padding, dilation, groups, padding_mode
     with untraced():
         w, b = _checked(weight), _checked(bias)
@@ -173,6 +182,7 @@ def linear_act(
     residual_weight: float | None = None,
 ) -> Tensor:
     """φ̂(√(1 − w²)·(x Wᵀ + b) + w·r)."""
+    check_spec("linear_act", spec)
     with untraced():
         w, b = _checked(weight), _checked(bias)
         match("linear_act", x, w)
