@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fusedshape.activations import Phi, get_activation
 from fusedshape.spec import ActSpec, is_half, saves_output
@@ -28,6 +29,8 @@ def add_scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     On the CPU, torch.add rounds its alpha to the tensors' dtype. In half precision that is another
     scale than backward applies, so float32 is computed in.
     """
+    if has_torch_function_variadic(a, b):  # proxies have no dtype
+        return handle_torch_function(add_scaled, (a, b), a, b, scale)
     if a.is_cpu and is_half(a.dtype) and a.dtype == b.dtype:
         return torch.add(a.float(), b, alpha=scale).to(a.dtype)
     return torch.add(a, b, alpha=scale)
