@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
+import signal
 import subprocess
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from fusedshape.files import distrust, read_bytes, replacing, sweep, user_cache
+
+logger = logging.getLogger("fusedshape.native")
 
 _FLAGS = (
     "-std=c++17",
@@ -30,6 +36,8 @@ _FLAGS = (
     "-shared",
 )
 _DIGEST_SIZE = hashlib.sha256().digest_size
+#: Bytes that a library may have.
+_LIMIT = 256 << 20
 
 _loaded = False
 _reason = "fusedshape.native.load() has not been called"
@@ -45,7 +53,7 @@ def _sources() -> Path:
 def _cpu_info() -> dict[str, str]:
     """What the kernel says of the first CPU; empty where it says nothing."""
     try:
-        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
     except OSError:
         return {}
     fields = (line.partition(":") for line in first.splitlines())
@@ -91,11 +99,19 @@ def _file_name() -> str:
 
 def _directories() -> tuple[Path, Path]:
     package = Path(__file__).resolve().parent / "_native"
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as in some containers
-        return package, package
-    return package, cache / "fusedshape"
+    cache = user_cache()
+    # A user may have no home, as in some containers.
+    return package, package if cache is None else cache / "fusedshape"
+
+
+def _distrust(path: Path) -> str | None:
+    """Why a library, or its folder, may be somebody else's work; None if it cannot be.
+
+    Above the package nothing is looked at: who can write there can change this very file.
+    """
+    package, _ = _directories()
+    inside = package == path or package in path.parents
+    return distrust(path, below=package.parent if inside else None)
 
 
 def library_path() -> Path:
@@ -103,7 +119,8 @@ def library_path() -> Path:
 
     The name carries a hash of all three, so that a library that is stale, or was built for another
     CPU, is never found. The directory is ``fusedshape/_native`` where that can be written, else
-    ``fusedshape`` in the user's cache directory (``$XDG_CACHE_HOME`` or ``~/.cache``).
+    ``fusedshape`` in the user's cache directory (``$XDG_CACHE_HOME`` or ``~/.cache``). A library
+    that users other than this one and root may have written is passed over.
 
     Returns:
         The path; the file need not exist.
@@ -118,10 +135,20 @@ def library_path() -> Path:
     name = _file_name()
     package, cache = _directories()
     for directory in (package, cache):
-        if (directory / name).is_file():
+        if os.path.isfile(directory / name) and _distrust(directory / name) is None:
             return directory / name
     writable = os.access(package if package.is_dir() else package.parent, os.W_OK)
-    return (package if writable else cache) / name
+    return (package if writable and _distrust(package) is None else cache) / name
+
+
+def _refused() -> str | None:
+    """Why a library that is there is passed over; None if none is there, or it is ours."""
+    for directory in _directories():
+        path = directory / _file_name()
+        reason = _distrust(path) if os.path.isfile(path) else None
+        if reason is not None:
+            return f"{reason}; what others may have written is not loaded, run `fusedshape build`"
+    return None
 
 
 def build(verbose: bool = False, force: bool = False) -> Path:
@@ -142,19 +169,31 @@ def build(verbose: bool = False, force: bool = False) -> Path:
         RuntimeError: there is no compiler, or it failed; its output is part of the message.
         FileNotFoundError: the installation has no csrc directory.
         OSError: the library cannot be written.
+        PermissionError: others may write where it would be.
 
     Example:
         >>> build().is_file()  # doctest: +SKIP
         True
     """
     path = library_path()
-    if not force and _problem(path) is None:
+    if not force and _problem(path) is None and _distrust(path) is None:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    reason = _distrust(path.parent)
+    if reason is not None:
+        raise PermissionError(f"{reason}; nothing is built where others may write")
+    sweep(path.parent)
+    with replacing(path) as temporary:
+        _run(_command(temporary), verbose)
+        content = temporary.read_bytes()
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
+        temporary.chmod(0o755)
+    return path
+
+
+def _command(library: Path) -> list[str]:
     torch_root = Path(torch.__file__).parent
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    command = [
+    return [
         *shlex.split(os.environ.get("CXX") or "g++"),
         *_FLAGS,
         *(f"cpu/{source.name}" for source in sorted((_sources() / "cpu").glob("*.cpp"))),
@@ -162,38 +201,51 @@ def build(verbose: bool = False, force: bool = False) -> Path:
         f"-L{torch_root / 'lib'}",
         "-ltorch_cpu",
         "-o",
-        temporary,
+        str(library),
     ]
-    try:
-        _run(command, verbose)
-        content = Path(temporary).read_bytes()
-        Path(temporary).write_bytes(content + hashlib.sha256(content).digest())
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
 
 
 def _run(command: list[str], verbose: bool) -> None:
     if verbose:
         print(shlex.join(command), flush=True)
     try:
-        done = subprocess.run(
-            command, cwd=_sources(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        code, said = _finished(command)
     except OSError as error:
         raise RuntimeError(
             f"cannot run the C++ compiler {command[0]!r} ({error.strerror}); install "
             "one (Debian and Ubuntu: apt install g++; conda: gxx_linux-64) or set CXX to yours"
         ) from None
-    if verbose and done.stdout:
-        print(done.stdout, flush=True)
-    if done.returncode:
+    if verbose and said:
+        print(said, flush=True)
+    if code:
         raise RuntimeError(
-            f"the C++ compiler failed (exit status {done.returncode}); another can be "
-            f"named by CXX\n{shlex.join(command)}\n{done.stdout}"
+            f"the C++ compiler failed (exit status {code}); another can be "
+            f"named by CXX\n{shlex.join(command)}\n{said}"
         )
+
+
+def _finished(command: list[str]) -> tuple[int, str]:
+    """Run the compiler; its exit status and what it said. Interrupted, it clears up and is gone."""
+    with subprocess.Popen(
+        command,
+        cwd=_sources(),
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=os.name == "posix",
+    ) as process:
+        try:
+            said = process.communicate()[0]
+        except BaseException:
+            # g++ is a driver of several programs, each of which has files to remove.
+            with suppress(ProcessLookupError):
+                if os.name == "posix":
+                    os.killpg(process.pid, signal.SIGTERM)
+                else:
+                    process.terminate()
+            raise
+    return process.returncode, said
 
 
 def _problem(path: Path) -> str | None:
@@ -202,8 +254,8 @@ def _problem(path: Path) -> str | None:
     The digest at its end is looked at first, since dlopen dies on some damaged files.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        content = read_bytes(path, _LIMIT)
+    except (OSError, ValueError) as error:
         built = "not built yet" if isinstance(error, FileNotFoundError) else str(error)
         return f"{built}; run `fusedshape build` or fusedshape.native.build()"
     if hashlib.sha256(content[:-_DIGEST_SIZE]).digest() != content[-_DIGEST_SIZE:]:
@@ -227,6 +279,10 @@ def load() -> None:
     try:
         path = library_path()
         problem = _problem(path)
+        refused = None if problem is None and _distrust(path) is None else _refused()
+        if refused is not None:
+            problem = refused
+            logger.warning("CPU tensors are computed without csrc: %s", refused)
         if problem is None:
             torch.ops.load_library(path)
     except Exception as error:

@@ -1082,7 +1082,7 @@ def test_two_revisions_are_measured_in_turns(
     shown = capsys.readouterr().err
     assert "one: no case matches" in shown
     assert "changes that are not committed belong to no revision" in shown
-    assert main(["bench", "compare", "one", "two", "--case", "stop"]) == 130
+    assert main(["bench", "compare", "one", "two", "--case", "stop"]) == 143
     done = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 1
     git(repository, "rm", "fusedshape/bench/command.py")

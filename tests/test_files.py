@@ -49,7 +49,7 @@ BAD_TEXT: dict[str, tuple[bytes, str]] = {
     "too large a float": (b'{"lr": 1e999}', "lr=inf"),
     "a key twice": (b'{"lr": 1, "lr": 2}', "'lr' is there twice"),
     "thousands of digits": (b'{"seed": ' + b"9" * 5000 + b"}", "out of range"),
-    "2**64": (b'{"seed": 18446744073709551616}', "'18446744073709551616' is out of range"),
+    "10**309": (b'{"seed": 1' + b"0" * 309 + b"}", "out of range"),
     "UTF-16": ('{"lr": 1}'.encode("utf-16"), "UTF-16"),
     "UTF-32": ('{"lr": 1}'.encode("utf-32"), "UTF-32"),
     "a byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
@@ -168,7 +168,7 @@ def test_the_command_says_it_in_one_line(
 JSON = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-(2**1023) + 1, 2**1023 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -339,7 +339,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     rng = random.Random(0)
     left = 0
-    for _ in range(4):
+    for _ in range(2):
         writer = [sys.executable, "-c", WRITER, str(path)]
         with subprocess.Popen(writer, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

@@ -13,7 +13,7 @@ from fusedshape.files.disk import (
 from fusedshape.files.leftovers import sweep
 from fusedshape.files.schema import expect, quoted
 from fusedshape.files.text import parse_json, read_json, write_json, write_text
-from fusedshape.files.trust import distrust
+from fusedshape.files.trust import distrust, user_cache
 
 __all__ = [
     "ContentError",
@@ -28,6 +28,7 @@ __all__ = [
     "replacing",
     "save_checkpoint",
     "sweep",
+    "user_cache",
     "write_bytes",
     "write_json",
     "write_text",

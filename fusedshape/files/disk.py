@@ -57,14 +57,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int, *, own: bool = False) -
     return content
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace a file in one piece; see `replacing`."""
-    with replacing(path, len(content)) as file:
+    with replacing(path, len(content), sync=sync) as file:
         file.write_bytes(content)
 
 
 @contextmanager
-def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+def replacing(path: Path, size: int | None = None, *, sync: bool = True) -> Iterator[Path]:
     """A file to write, which takes the place of `path` in one piece when the body ends.
 
     Whoever reads `path` sees the old file or the new one, also when the process is killed or the
@@ -74,6 +74,8 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     Args:
         path: the file to replace; need not exist.
         size: bytes that the body will write, for the message; None if unknown.
+        sync: wait for the disk. Without it the file may be damaged where the machine stops, which
+            will do for what carries a checksum and can be made anew.
 
     Raises:
         OSError: the file cannot be written; names `path`, the reason, and what room there is.
@@ -85,10 +87,12 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         made = True
         yield temporary
-        _sync(temporary)
+        if sync:
+            _sync(temporary)
         os.replace(temporary, path)
-        with suppress(OSError):  # not every file system can; the file itself is safe
-            _sync(path.parent)
+        if sync:
+            with suppress(OSError):  # not every file system can; the file itself is safe
+                _sync(path.parent)
     except OSError as error:
         raise _cannot_write(error, path, size) from None
     finally:

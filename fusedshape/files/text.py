@@ -14,8 +14,8 @@ from fusedshape.files.schema import quoted
 
 #: Bytes of a file, and lists and objects within each other.
 SIZE, DEPTH = 64 << 20, 64
-#: Integers lie within what 64 bits hold.
-_INTEGER = 2**63
+#: Integers are below this, so that each has a float.
+_INTEGER = 2**1023
 _OUTSIDE_STRINGS = bytes(set(range(256)) - set(b'"[]{}'))
 _MARKS = {
     b"\xef\xbb\xbf": "UTF-8 with a byte order mark",
@@ -45,7 +45,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
     """The data of a JSON text.
 
     What Python's json lets pass and nobody means is refused: NaN and infinity (1e999 too), a key
-    that is there twice, integers beyond 64 bits, and nesting deeper than 64.
+    that is there twice, integers that no float holds, and nesting deeper than 64.
 
     Args:
         text: JSON in UTF-8 without a byte order mark.
@@ -94,27 +94,28 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ContentError(f"{source} cannot be read as JSON: too deep from here") from None
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, sync: bool = True) -> None:
     """Write JSON in one piece.
 
     Args:
         path: the file.
         data: JSON data; NaN and infinity are refused.
+        sync: as of `fusedshape.files.replacing`.
 
     Raises:
         ValueError: a number that JSON does not know.
         OSError: the file cannot be written.
     """
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n", sync=sync)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     """Write a text in UTF-8 in one piece.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), sync=sync)
 
 
 def _depth(content: bytes) -> int:
@@ -166,6 +167,6 @@ def _parsed(text: str) -> Any:
 
 def _integer(text: str) -> int:
     # Before int(), which refuses thousands of digits in words of its own.
-    if len(text) > 20 or not -_INTEGER <= int(text) < _INTEGER:
+    if len(text) > 310 or not -_INTEGER <= int(text) < _INTEGER:
         raise ContentError(f"the integer {quoted(text)} is out of range")
     return int(text)

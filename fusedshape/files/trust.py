@@ -48,6 +48,19 @@ def distrust(path: Path, below: Path | None = None) -> str | None:
     return None
 
 
+def user_cache() -> Path | None:
+    """The folder for what this user can compute anew: ``$XDG_CACHE_HOME``, else ``~/.cache``.
+
+    A relative ``$XDG_CACHE_HOME`` does not count, as its specification says. None for a user who
+    has no home.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named and os.path.isabs(named):
+        return Path(named)
+    home = os.path.expanduser("~/.cache")
+    return None if home.startswith("~") else Path(home)
+
+
 def stranger(found: os.stat_result) -> str | None:
     """What makes a file another's, given what `os.stat` says of it; None if it is ours."""
     if os.name != "posix":

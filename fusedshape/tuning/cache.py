@@ -1,8 +1,8 @@
 """Measurements on disk: one file each, found by a hash of all they depend on.
 
-A file is written under another name and then renamed, so that whoever reads sees all of it or none,
-and no process takes another's files away. What cannot be read, or was made for something else, is
-treated as absent; the first such file is named in a warning.
+A file is replaced in one piece, so that whoever reads sees all of it or none, and no process takes
+another's files away. What cannot be read, is damaged, or was made for something else is treated as
+absent; the first such file is named in a warning. A folder that others may write is not used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from typing import Any
 import torch
 
 from fusedshape import native
+from fusedshape.files import distrust, read_json, sweep, user_cache, write_json
 from fusedshape.ops import dispatch
 
 logger = logging.getLogger("fusedshape.tuning")
 
 #: Counts up whenever files, keys, or the rules of measuring change their meaning.
-FORMAT = 2
+FORMAT = 3
+#: Bytes of one measurement.
+_LIMIT = 1 << 20
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -91,6 +94,7 @@ class Cache:
         self.folder = root / _digest(self.environment)
         #: Whether everything could be written so far.
         self.writable = True
+        self._swept = False
         self._told = False
         self._missed = False
 
@@ -101,6 +105,10 @@ class Cache:
     def get(self, key: Mapping[str, Any]) -> Record | None:
         """The record of `key`; None if there is none that can be used."""
         path = self.path(key)
+        reason = self.refused()
+        if reason is not None:
+            self._tell(self.folder.parent, reason, "name another place in FUSEDSHAPE_CACHE")
+            return None
         try:
             own, record = self._read(path)
             if own != _plain(key):
@@ -119,29 +127,45 @@ class Cache:
 
     def put(self, key: Mapping[str, Any], record: Record) -> None:
         """Write a record in one piece. Where that cannot be, say so once and go on."""
-        content = {
+        content: dict[str, Any] = {
+            "format": FORMAT,
             "environment": self.environment,
             "key": dict(key),
             "record": dataclasses.asdict(record),
         }
-        text = json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False)
         if not self.writable:
             return
+        reason = self.refused()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text + "\n")
-                os.replace(temporary, self.path(key))
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            if reason is None:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                reason = self.refused()  # somebody may have made it first
+            if reason is None:
+                self._sweep()
+                path = self.path(key)
+                if os.path.lexists(path) and not path.is_file():
+                    path.unlink()  # a pipe or the like, in a folder that is all ours
+                write_json(path, content | {"sha256": _digest(content)}, sync=False)
         except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
             self.writable = False
-            logger.warning("tuning results cannot be kept in %s: %s", self.folder, error.strerror)
+            logger.warning("tuning results cannot be kept in %s: %s", self.folder, reason)
+
+    def refused(self) -> str | None:
+        """Why nothing that lies there is believed; None if this user alone may write there."""
+        return distrust(self.folder)
+
+    def _sweep(self) -> None:
+        if not self._swept:
+            self._swept = True
+            for folder in self.folder.parent.glob("*"):
+                sweep(folder)
 
     def count(self) -> int:
         """How many records can be used; none where nobody may look."""
+        if self.refused() is not None:
+            return 0
         try:
             return sum(self._is_valid(path) for path in self.folder.glob("*.json"))
         except OSError:
@@ -155,9 +179,11 @@ class Cache:
         return path == self.path(key)
 
     def _read(self, path: Path) -> tuple[dict[str, Any], Record]:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, limit=_LIMIT, own=True)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"it has not the format {FORMAT}")
+        if data.pop("sha256", None) != _digest(data):
+            raise ValueError("its checksum is not that of its content")
         if data.get("environment") != _plain(self.environment):
             raise ValueError("it is of another device or version")
         key = data.get("key")
@@ -165,11 +191,11 @@ class Cache:
             raise ValueError("it has no key")
         return key, Record.from_json(data.get("record"))
 
-    def _tell(self, path: Path, problem: str) -> None:
+    def _tell(self, path: Path, problem: str, way: str = "`fusedshape tune` measures anew") -> None:
         level = logging.DEBUG if self._told else logging.WARNING
         self._told = True
-        line = " ".join(problem.split())
-        logger.log(level, "ignoring %s: %s; `fusedshape tune` measures anew", path, line)
+        line = " ".join(problem.split()).removeprefix(f"{path} ")
+        logger.log(level, "ignoring %s: %s; %s", path, line, way)
 
 
 def _plain(data: Mapping[str, Any]) -> Any:
@@ -185,7 +211,8 @@ def _digest(data: Mapping[str, Any]) -> str:
 def cache_directory() -> Path:
     """Where measurements lie, for all devices and versions; need not exist.
 
-    Below the directory for temporary files, for a user who has no home.
+    Below the directory for temporary files, for a user who has no home. A relative path in
+    ``$FUSEDSHAPE_CACHE`` is returned as it is, and nothing is kept there.
 
     Example:
         >>> cache_directory().name
@@ -193,11 +220,9 @@ def cache_directory() -> Path:
     """
     own = os.environ.get("FUSEDSHAPE_CACHE")
     if own:
-        return Path(own).expanduser() / "tuning"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):
-        cache = tempfile.gettempdir()
-    return Path(cache) / "fusedshape" / "tuning"
+        return Path(os.path.expanduser(own)) / "tuning"
+    cache = user_cache() or Path(tempfile.gettempdir())
+    return cache / "fusedshape" / "tuning"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

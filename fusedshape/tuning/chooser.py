@@ -203,7 +203,7 @@ def _measured(direction: Direction, problem: Problem, device: torch.device) -> R
 def _adopt(problem: Problem, device: torch.device, record: Record) -> str | None:
     try:
         return adopt(record, device)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # of a file that others may have written: nothing it holds may raise
         logger.warning("a measurement of %s cannot be used: %s", problem, error)
         return None
 
@@ -234,15 +234,19 @@ def _may_measure(device: torch.device) -> bool:
 def status() -> Mapping[str, Any]:
     """The mode, where measurements lie, and how many can be used on this machine's first device.
 
+    In place of a folder that others may have written stands what is wrong with it.
+
     Example:
         >>> sorted(status())
         ['tuning', 'tuning_cache', 'tuning_entries']
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    cache = cache_of(device)
+    reason = cache.refused()
     return {
         "tuning": current_mode(),
-        "tuning_cache": str(cache_directory()),
-        "tuning_entries": cache_of(device).count(),
+        "tuning_cache": str(cache_directory()) if reason is None else f"no: {reason}",
+        "tuning_entries": cache.count(),
     }
 
 

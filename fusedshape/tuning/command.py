@@ -117,9 +117,11 @@ def run(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Non
             print(json.dumps(_as_json(rows), indent=1) if args.json else text(rows, kept))
         torch.backends.cudnn.benchmark = before
     if not kept:
+        reason = chooser.cache_of(device).refused()
         raise RuntimeError(
-            f"not all of it could be kept in {cache_directory()}; make room there, or name another "
-            "place in FUSEDSHAPE_CACHE"
+            f"not all of it could be kept in {cache_directory()}"
+            + (f", for {reason}; " if reason else "; make room there, or ")
+            + "name another place in FUSEDSHAPE_CACHE"
         )
 
 
