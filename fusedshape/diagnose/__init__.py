@@ -7,17 +7,14 @@ expects, with the maps of `layers`; `verdict` judges, and `report` holds and sho
 from __future__ import annotations
 
 import math
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fusedshape.diagnose.kept import kept
 from fusedshape.diagnose.layers import Affine
 from fusedshape.diagnose.measure import Stats, parted, sample
 from fusedshape.diagnose.predict import (
@@ -65,8 +62,12 @@ def diagnose(
     2/width more for Gaussian weights). Weights are also judged by themselves: their scale, layer by
     layer and added up, their rank, and whether a layer has them for itself.
 
-    The model runs as it is, in its own mode, without gradients. Its state, hooks, mode and buffers
-    and the random number generators are what they were afterwards.
+    The model runs as it is, in its own mode, without gradients. Afterwards it and the random number
+    generators are what they were, after an error or Ctrl-C too: parameters, buffers, gradients,
+    requires_grad, mode, hooks and attributes with the containers, tensors, arrays and objects in
+    them. Buffers and arrays are copied for that, and of parameters only those that the forward
+    writes to. What could not be put back is said in `Diagnosis.notes`; what classes, extension
+    types or files hold is not looked at.
 
     Args:
         model: the model, initialised and not trained yet.
@@ -103,7 +104,7 @@ def diagnose(
     runs: list[_Run] = []
     notes: dict[str, None] = {}
     total = 0
-    with _kept(model), torch.no_grad():
+    with kept(model) as lost, torch.no_grad():
         for number, (args, kwargs, size) in enumerate(_batches(data, batches)):
             args, kwargs = _moved(model, args), _moved(model, kwargs)
             tape = _run(model, args, kwargs, size, sample, known)
@@ -121,6 +122,7 @@ def diagnose(
             total += size
     if not runs:
         raise ValueError("diagnose: data hold no batch")
+    notes |= dict.fromkeys(f"not as it was before: {what}" for what in lost)
     return runs[0].diagnosis(tuple(notes), total)
 
 
@@ -361,36 +363,3 @@ def _parting(first: list[Step], second: list[Step]) -> str:
         if a.key != b.key:
             return b.path
     return (first + second)[-1].path
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Put the model and the random number generators back as they were."""
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    # What torch.jit made keeps its attributes elsewhere, and has no way to add any.
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    attributes = [(m, dict(vars(m))) for m in modules]
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (table, dict(table)) for m in modules for table in (m._parameters, m._buffers, m._modules)
-    ]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()
-    # What is compiled hides its operations; but do not import Dynamo for nothing.
-    eager = torch.compiler.set_stance if "torch._dynamo" in sys.modules else nullcontext
-    try:
-        with torch.random.fork_rng(devices=list(devices)), eager("force_eager"):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for table, old in tables:
-            table.clear()
-            table.update(old)
-        for module, values in attributes:
-            vars(module).clear()
-            vars(module).update(values)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                # Torch does not count what batch_norm does to its statistics.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)

@@ -1,0 +1,247 @@
+"""`kept`: a model and the random number generators are afterwards what they were, whatever runs.
+
+Numbers of parameters are copied when an operation is about to write to them, and not before, so
+that a model that writes to none costs no memory. Buffers are copied at once: batch_norm writes to
+them without saying so.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedshape.undo import UndoLog
+
+_DEEP = 4  # containers and objects in each other that are looked into
+_FOREIGN = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[list[str]]:
+    """Put a model and the random number generators back as they were, Ctrl-C included.
+
+    Args:
+        model: of its modules are restored: class, attributes, hooks and mode; parameters and
+            buffers, their numbers, gradients and requires_grad; and what attributes hold of
+            containers, tensors, arrays, generators and objects with a __dict__. Objects without
+            one, and what belongs to classes or other modules of Python, are not.
+
+    Yields:
+        What could not be put back; complete after the block.
+    """
+    log, lost = UndoLog(), list[str]()
+    sums: list[tuple[str, Tensor, complex]] = []
+    guard = _Guard(log)
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    # Compiled code hides its operations; but do not import Dynamo for nothing.
+    eager = torch.compiler.set_stance if "torch._dynamo" in sys.modules else nullcontext
+    try:
+        _save(model, log, guard, sums)
+        with torch.random.fork_rng(devices=list(devices)), eager("force_eager"), guard:
+            yield lost
+    except BaseException as error:
+        _undo(log, sums, lost)
+        if lost:
+            note = f"not as it was before: {'; '.join(lost)}"
+            setattr(error, "__notes__", [*getattr(error, "__notes__", ()), note])  # noqa: B010
+        raise
+    _undo(log, sums, lost)
+
+
+def _undo(log: UndoLog, sums: list[tuple[str, Tensor, complex]], lost: list[str]) -> None:
+    try:
+        log.undo()
+    finally:
+        log.undo()  # the rest, should Ctrl-C have come between two steps
+        lost += log.failed
+        for name, tensor, before in sums:
+            if not _same(_sum(tensor), before):
+                lost.append(f"{name!r} was written to past PyTorch, as through NumPy")
+
+
+class _Guard(TorchDispatchMode):
+    """Saves tensors whose memory an operation is about to write to."""
+
+    def __init__(self, log: UndoLog) -> None:
+        super().__init__()
+        self.log = log
+        self.watched: dict[int, list[tuple[str, Tensor]]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports Dynamo, seconds of it
+
+    def watch(self, tensor: Tensor, name: str) -> None:
+        """Save this one's numbers when they are written to."""
+        address = _address(tensor)
+        if address:
+            self.watched.setdefault(address, []).append((name, tensor.detach()))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, after its targets have been saved."""
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    given = args[i] if i < len(args) else kwargs.get(argument.name)
+                    for target in _tensors(given):
+                        for name, tensor in self.watched.pop(_address(target), ()):
+                            self.log.tensor(tensor, name)
+        return func(*args, **kwargs)
+
+
+def _save(
+    model: nn.Module, log: UndoLog, guard: _Guard, sums: list[tuple[str, Tensor, complex]]
+) -> None:
+    """Save all there is to save; `sums` become those of what is only watched."""
+    python, numpy = random.getstate(), np.random.get_state()
+    log.save("the state of random", lambda: random.setstate(python))
+    log.save("the state of numpy.random", lambda: np.random.set_state(numpy))
+    for name, buffer in model.named_buffers():
+        _save_numbers(buffer.detach(), name, log)
+        _save_place(buffer, name, log)
+    for name, parameter in model.named_parameters():
+        guard.watch(parameter, name)
+        sums.append((name, parameter.detach(), _sum(parameter.detach())))
+        if parameter.grad is not None:
+            guard.watch(parameter.grad, f"the gradient of {name}")
+        _save_place(parameter, name, log)
+    seen: set[int] = {id(t) for t in (*model.parameters(), *model.buffers())}
+    for path, module in model.named_modules():
+        # What torch.jit made keeps its attributes elsewhere, and has no way to add any.
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for key, value in vars(module).items():
+            if not key.endswith("_hooks"):
+                _save_value(value, f"{path}.{key}".lstrip("."), log, guard, seen, 0)
+        log.module(module, path)
+
+
+def _save_value(
+    value: Any, name: str, log: UndoLog, guard: _Guard, seen: set[int], depth: int
+) -> None:
+    """Save what an attribute holds, and what that holds."""
+    if id(value) in seen or depth > _DEEP or isinstance(value, (nn.Module, *_FOREIGN)):
+        return
+    seen.add(id(value))
+    inner: list[Any] = []
+    if isinstance(value, Tensor):
+        guard.watch(value, name)
+    elif isinstance(value, (dict, list)):
+        log.contents(value, name)
+        inner = list(value.values() if isinstance(value, dict) else value)
+    elif isinstance(value, (set, deque, bytearray)):
+        log.save(name, _refilling(value))
+        inner = [] if isinstance(value, bytearray) else list(value)
+    elif isinstance(value, (tuple, frozenset)):
+        inner = list(value)
+    elif isinstance(value, np.ndarray):
+        array = value.copy()
+        log.save(name, lambda: _write_array(value, array))
+    elif isinstance(value, torch.Generator):
+        log.generator(value)
+    elif isinstance(value, random.Random):
+        state = value.getstate()
+        log.save(name, lambda: value.setstate(state))
+    elif isinstance(value, np.random.Generator):
+        bits, drawn = value.bit_generator, value.bit_generator.state
+        log.save(name, lambda: setattr(bits, "state", drawn))
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        log.contents(vars(value), name)
+        inner = list(vars(value).values())
+    for part in inner:
+        _save_value(part, name, log, guard, seen, depth + 1)
+
+
+def _save_numbers(tensor: Tensor, name: str, log: UndoLog) -> None:
+    numbers = tensor.clone()
+
+    def put_back() -> None:
+        # A write counts as one even if nothing changes, which a pending backward refuses.
+        if not torch.equal(tensor, numbers):
+            with torch.no_grad():
+                tensor.copy_(numbers)
+
+    log.save(name, put_back)
+
+
+def _save_place(tensor: Tensor, name: str, log: UndoLog) -> None:
+    """Save in which memory a tensor lies, whether it requires grad, and its gradient."""
+    data, requires_grad = tensor.detach(), tensor.requires_grad
+    place = _place(tensor)
+    grad = tensor.grad if tensor.is_leaf else None
+
+    def put_back() -> None:
+        if _place(tensor) != place:
+            tensor.data = data
+        if tensor.is_leaf:
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+    log.save(name, put_back)
+
+
+def _refilling(value: set[Any] | deque[Any] | bytearray) -> Callable[[], None]:
+    held = value.copy()
+
+    def put_back() -> None:
+        value.clear()
+        if isinstance(value, set):
+            value.update(held)
+        else:
+            value.extend(held)
+
+    return put_back
+
+
+def _write_array(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
+    if array.shape != numbers.shape or array.tobytes() != numbers.tobytes():
+        array[...] = numbers
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its memory begins; 0 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where and how it lies in memory."""
+    where = _address(tensor)
+    if not where:
+        return tensor.dtype, tensor.device, tensor.shape
+    return where, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _sum(tensor: Tensor) -> complex:
+    """A number that changes if the tensor does."""
+    if tensor.is_meta or tensor.is_quantized:
+        return 0.0
+    wide = torch.float64 if tensor.is_floating_point() else None
+    return complex(tensor.sum(dtype=wide).item())
+
+
+def _same(a: complex, b: complex) -> bool:
+    return a == b or (math.isnan(a.real) and math.isnan(b.real))
