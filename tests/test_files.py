@@ -418,3 +418,22 @@ def test_a_checkpoint_is_a_file_of_torch(tmp_path: Path) -> None:
         files.load_checkpoint(path, "a test", 2, 1 << 20)
     with pytest.raises(ContentError, match=r"c\.pt has .* bytes; at most 1,000"):
         files.load_checkpoint(path, "a test", 3, 1000)
+
+
+@POSIX
+def test_figures_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    files.save_figure(figure, tmp_path / "a")
+    files.save_figure(figure, tmp_path / "b.svg")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    before = (tmp_path / "b.svg").read_text()
+    assert "<svg" in before
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left .*b\.svg"):
+        files.save_figure(figure, tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_text() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.svg"]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fusedshape.bench.records import Record, Row
 from fusedshape.bench.text import OTHERS, is_ours
+from fusedshape.files import save_figure
 from fusedshape.machine import headline
 
 #: The candidates that are drawn, each in its colour in every picture.
@@ -69,7 +70,7 @@ def plot(record: Record, folder: Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             written.append(folder / f"{name}.png")
             about = {"Description": headline(record)}
-            figure.savefig(written[-1], dpi=110, metadata=about)
+            save_figure(figure, written[-1], dpi=110, metadata=about)
     if not written:
         raise ValueError(
             "plot: the record has no layer, network or series that is ok, so nothing to draw"

@@ -23,6 +23,7 @@ from fusedshape.bench.cases import Case, Setting
 from fusedshape.bench.providers import Problem
 from fusedshape.bench.records import Record, Row
 from fusedshape.bench.suites import SUITES, Suite
+from fusedshape.files import sweep
 from fusedshape.interrupts import terminable
 from fusedshape.timing import (
     Candidate,
@@ -149,6 +150,7 @@ class _Run:
         """Run what there is time for, and is not in the record yet."""
         if self.out is not None:
             records.demand_writable(self.out)
+            sweep(self.out.parent)
         # Of products only: some dtypes have slow ones on a CPU.
         products = ("conv_act", "linear_act", "chain", "net")
         dtypes = {c.parameters["dtype"] for c in self.cases if c.group in products}

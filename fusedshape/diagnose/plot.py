@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusedshape.files import save_figure
+
 if TYPE_CHECKING:
     from fusedshape.diagnose.report import Diagnosis
 
@@ -62,7 +64,7 @@ def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
                 axes.axvline(at, color="C3", lw=1, ls="--", label=label)
     top.legend(fontsize=8)
     bottom.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _known(value: float, op: str) -> float:

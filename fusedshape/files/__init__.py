@@ -10,6 +10,7 @@ from fusedshape.files.disk import (
     replacing,
     write_bytes,
 )
+from fusedshape.files.figure import save_figure
 from fusedshape.files.leftovers import sweep
 from fusedshape.files.schema import expect, quoted
 from fusedshape.files.text import parse_json, read_json, write_json, write_text
@@ -27,6 +28,7 @@ __all__ = [
     "read_json",
     "replacing",
     "save_checkpoint",
+    "save_figure",
     "sweep",
     "user_cache",
     "write_bytes",

@@ -30,10 +30,10 @@ WHOLE = ("depth", "width", "epochs", "batch_size", "seed", "threads")
 TARGETS = ("zeta", "eta", "tau", "sigma_b")
 OPTIONAL = ("depth", "zeta", "eta", "tau", "sigma_b", "threads")
 LIMITS: dict[str, tuple[float, float]] = {
-    "depth": (1, math.inf),
-    "width": (1, math.inf),
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
+    "depth": (1, 2**31 - 1),
+    "width": (1, 2**31 - 1),
+    "epochs": (1, 2**31 - 1),
+    "batch_size": (1, 2**31 - 1),
     "seed": (0, 2**32 - 1),
     "threads": (1, 1024),
     "lr": (1e-12, math.inf),

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from fusedshape.files import save_figure
+
 Result = Mapping[str, Any]
 
 
@@ -45,7 +47,7 @@ def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title
     _accuracy_axis(accuracies, percent)
     accuracies.set(xlabel="epoch")
     accuracies.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_depths(
@@ -76,7 +78,7 @@ def plot_depths(
     axes.minorticks_off()
     _accuracy_axis(axes, percent)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def _accuracy_axis(axes: Any, percent: Any) -> None:

@@ -17,7 +17,9 @@ counts by its bucket, the next power of two, so that 33 to 64 images are one cas
 
 They lie below ``$FUSEDSHAPE_CACHE``, else ``fusedshape`` in the user's cache directory
 (``$XDG_CACHE_HOME`` or ``~/.cache``), one file each, in a directory for each device and set of
-versions. All of it can be deleted at any time.
+versions. All of it can be deleted at any time. The path must be absolute, and nobody but you and
+root may be able to write there (`chmod go-w`): else nothing is read or kept, and the log and
+``fusedshape info`` say why.
 """
 
 from __future__ import annotations
