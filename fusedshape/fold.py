@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from fusedshape.faithful import differs, inputs_for, leaving_no_trace
 from fusedshape.layers import Kind, features, kind_of
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
 from fusedshape.nodes import is_number, is_query
@@ -68,10 +70,12 @@ _MAX_MODULES: tuple[type[Any], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _MAX_MODULES += (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 _AVERAGE_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# float64's roundings by which a folded model may differ: δ and φ nearly cancel, layer by layer.
+_ROUNDINGS = 1e8
 _SUMS = (operator.add, torch.add, "add")
 
 
-def fold(model: nn.Module, *, keep_delta: bool = False) -> fx.GraphModule:
+def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> fx.GraphModule:
     r"""Make a new model of stock torch modules that computes the same, to rounding.
 
     For deployment: the result needs no fusedshape, pickles, compiles, and exports through
@@ -97,13 +101,17 @@ def fold(model: nn.Module, *, keep_delta: bool = False) -> fx.GraphModule:
         model: as `fusedshape.convert` leaves it, or built of `fusedshape.nn`. Optional arguments of
             its forward keep their defaults.
         keep_delta: add δ explicitly before zero-padded convolutions, which then keep their padding.
+        example: an input of the model, or a tuple of them; default: small random ones that fit its
+            first layers, if any do. A copy in float64 is folded and compared with the model's on
+            it.
 
     Returns:
         A torch.fx.GraphModule.
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: a forward that cannot be traced, or hooks, which would be lost.
+        ValueError: a forward that cannot be traced, hooks, which would be lost, or a folded model
+            that does not compute the same.
 
     Example:
         >>> from fusedshape.nn import ShapedLinear
@@ -121,10 +129,40 @@ def fold(model: nn.Module, *, keep_delta: bool = False) -> fx.GraphModule:
             )
     if is_plain(model) and not isinstance(model, ShapedChain):
         model = nn.Sequential(model).train(model.training)
+    _compare(model, keep_delta, example)
+    return _folded(model, keep_delta)
+
+
+def _folded(model: nn.Module, keep_delta: bool) -> fx.GraphModule:
     flat = fx.Graph()
     flat.output(_inline(flat, model, "", list(map(flat.placeholder, required(model))), {}))
     _out_of_place(flat, model)
     return _Folding(model, flat, keep_delta).result()
+
+
+def _compare(model: nn.Module, keep_delta: bool, example: Any) -> None:
+    """Raise if a copy in float64, folded, does not compute what it computed before."""
+    args = inputs_for(model, example)
+    if args is None:
+        return
+    twin = copy.deepcopy(model).double().eval()
+    args = pytree.tree_map_only(_is_float, Tensor.double, args)
+    try:
+        wanted = leaving_no_trace(twin, lambda: twin(*args))
+    except Exception:  # a forward that wants another dtype
+        return
+    with torch.no_grad():
+        difference = differs(_folded(twin, keep_delta)(*args), wanted, _ROUNDINGS)
+    if difference:
+        raise ValueError(
+            f"fold: {type(model).__name__} cannot be followed: folded, it gives {difference}. It "
+            "takes a decision that a trace does not see, for instance by the type of a value in a "
+            "helper; make that a decision of the constructor"
+        )
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _name(path: str, module: nn.Module) -> str:

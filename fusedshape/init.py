@@ -236,37 +236,9 @@ def init_module_(
         >>> layer.bias.abs().sum().item()
         0.0
     """
-    kind = kind_of(module)
-    if kind is None:
-        raise TypeError(
-            f"init_module_: needs a linear or convolution layer, got {type(module).__name__}"
-        )
-    if method not in get_args(Method):
-        known = ", ".join(get_args(Method))
-        raise ValueError(f"init_module_: unknown method {method!r}; known: {known}")
-    if not 0 <= real("init_module_", "bias_std", bias_std) < math.inf:
-        raise ValueError(f"init_module_: bias_std={bias_std} must be finite and not negative")
-    if "weight" not in module._parameters:
-        raise ValueError(
-            f"init_module_: the weight of this {type(module).__name__} is computed from other "
-            "tensors (weight_norm or another parametrisation); initialise it before adding those"
-        )
+    check_init(module, method, gain, bias_std)
     layer: Any = module
-    if nn.parameter.is_lazy(layer.weight):
-        raise ValueError(
-            f"init_module_: the weight of this {type(module).__name__} has no shape yet; run the "
-            "model once before initialising it"
-        )
-    groups = layer.groups if kind.dimensions else 1
-    transposed = kind.transposed
-    stride: tuple[int, ...] = layer.stride if transposed else (1,)
-    if transposed:
-        pairs = zip(layer.stride, layer.dilation, strict=True)
-        if method != "delta_orthogonal" and any(s > 1 and d > 1 for s, d in pairs):
-            raise ValueError(
-                f"init_module_: a transposed convolution of stride {layer.stride} and dilation "
-                f"{layer.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
-            )
+    groups, transposed, stride = _geometry(layer)
     if method == "delta_orthogonal":
         delta_orthogonal_(
             layer.weight, groups=groups, transposed=transposed, gain=gain, generator=generator
@@ -288,6 +260,57 @@ def init_module_(
                 bias.copy_(_normal(bias.shape, bias, generator) * bias_std)
             else:
                 bias.zero_()
+
+
+def check_init(
+    module: nn.Module, method: Method = "suo", gain: float = 1.0, bias_std: float = 0.0
+) -> None:
+    """Raise what `init_module_` would, and write nothing."""
+    kind = kind_of(module)
+    if kind is None:
+        raise TypeError(
+            f"init_module_: needs a linear or convolution layer, got {type(module).__name__}"
+        )
+    if method not in get_args(Method):
+        known = ", ".join(get_args(Method))
+        raise ValueError(f"init_module_: unknown method {method!r}; known: {known}")
+    if not 0 <= real("init_module_", "bias_std", bias_std) < math.inf:
+        raise ValueError(f"init_module_: bias_std={bias_std} must be finite and not negative")
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"init_module_: the weight of this {type(module).__name__} is computed from other "
+            "tensors (weight_norm or another parametrisation); initialise it before adding those"
+        )
+    layer: Any = module
+    if nn.parameter.is_lazy(layer.weight):
+        raise ValueError(
+            f"init_module_: the weight of this {type(module).__name__} has no shape yet; run the "
+            "model once before initialising it"
+        )
+    groups, transposed, stride = _geometry(layer)
+    if transposed:
+        pairs = zip(layer.stride, layer.dilation, strict=True)
+        if method != "delta_orthogonal" and any(s > 1 and d > 1 for s, d in pairs):
+            raise ValueError(
+                f"init_module_: a transposed convolution of stride {layer.stride} and dilation "
+                f"{layer.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
+            )
+    name, weight = f"{method}_", layer.weight
+    _check(name, weight, gain)
+    strides = [1] * (weight.ndim - 2)
+    if method != "delta_orthogonal":
+        strides = list(_strides(name, weight, stride, transposed))
+    if method in ("suo", "delta_orthogonal"):
+        _centre(name, weight, strides)
+    next(_groups(name, weight, groups, transposed), None)
+
+
+def _geometry(layer: Any) -> tuple[int, bool, tuple[int, ...]]:
+    """Groups of a layer, whether it is transposed, and then its stride."""
+    kind = kind_of(layer)
+    assert kind is not None
+    groups = layer.groups if kind.dimensions else 1
+    return groups, kind.transposed, layer.stride if kind.transposed else (1,)
 
 
 def _fill_centre(

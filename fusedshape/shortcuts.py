@@ -17,10 +17,12 @@ from torch import Tensor, fx, nn
 from fusedshape import rewriting
 from fusedshape.convert.calls import FUNCTIONAL, Calls
 from fusedshape.convert.report import Change
+from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
 from fusedshape.nodes import is_query
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_args
+from fusedshape.undo import UndoLog, all_or_nothing
 from fusedshape.validate import real
 
 ShortcutWeight = float | Mapping[str, float]
@@ -151,6 +153,23 @@ def reweight_shortcuts(
                 f"reweight_shortcuts: {path or 'the model'!r} is a {type(module).__name__}: its "
                 "constants were solved for the sums as they are; reweight first, then convert"
             )
+
+    def change(log: UndoLog) -> ShortcutReport:
+        for path, module in model.named_modules():
+            log.module(module, path)
+        return _reweighted(model, weights, filter_fn, drop_unused, dry_run)
+
+    return all_or_nothing(change)
+
+
+def _reweighted(
+    model: nn.Module,
+    weights: _Weights,
+    filter_fn: Callable[[str, nn.Module], bool] | None,
+    drop_unused: bool,
+    dry_run: bool,
+) -> ShortcutReport:
+    """Change a model that has been saved."""
     plan = _Plan(model, weights, filter_fn or (lambda path, module: True))
     unmatched = weights.unmatched()
     if unmatched:
@@ -160,14 +179,15 @@ def reweight_shortcuts(
         )
     if not plan.changes:
         raise ValueError("reweight_shortcuts: found no sum x + f(x) in the model's forwards")
-    if not dry_run:
-        plan.apply(drop_unused)
-    return ShortcutReport(
+    report = ShortcutReport(
         dry_run=dry_run,
         changes=tuple(plan.changes),
         unused=tuple(plan.calls.names[module] for module in plan.unused),
         counts={"reweighted": 0, "removed": 0, "left": 0, **plan.counts},
     )
+    if not dry_run:
+        plan.apply(drop_unused)
+    return report
 
 
 class _Weights:
@@ -225,6 +245,7 @@ class _Plan:
         self, model: nn.Module, weights: _Weights, filter_fn: Callable[[str, nn.Module], bool]
     ) -> None:
         self.calls = Calls(model, (), None)
+        self._compare()
         self.weights = weights
         self.wanted = filter_fn
         self.depths: dict[nn.Module, int] = {}
@@ -242,6 +263,19 @@ class _Plan:
                 self._plan_module(module, path)
         after = self._called()
         self.unused = [m for m in self.calls.names if m in called and m not in after]
+
+    def _compare(self) -> None:
+        """Raise where a traced forward is not the model's own, if an input can be made."""
+        args = inputs_for(self.calls.model)
+        found = None if args is None else unfaithful(self.calls.model, self.calls.graphs, args)
+        if found is not None:
+            module, difference = found
+            raise ValueError(
+                f"reweight_shortcuts: {self.calls.describe(module)} cannot be followed: traced, "
+                f"its forward gives {difference}. It takes a decision that a trace does not see, "
+                "for instance by the type of a value in a helper; make that a decision of the "
+                "constructor"
+            )
 
     def _called(self) -> set[nn.Module]:
         """Modules that some forward calls, or may."""

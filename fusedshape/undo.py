@@ -17,7 +17,7 @@ write never happened or happened in part:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,6 +164,36 @@ def why_not_written(tensor: Tensor) -> str:
     if tensor.numel() and tensor.device.type == "cpu" and _is_read_only(tensor.data_ptr()):
         return "its memory is read-only (a file that was mapped for reading?)"
     return ""
+
+
+def overlapping(
+    named: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """Neighbours in memory, among named tensors, that share some of it and are not one tensor."""
+    spans = []
+    for name, tensor in named:
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
+            pairs = zip(tensor.stride(), tensor.shape, strict=True)
+            last = sum(stride * (size - 1) for stride, size in pairs)
+            start = tensor.data_ptr()
+            end = start + (last + 1) * tensor.element_size()
+            spans.append((str(tensor.device), start, end, name, tensor))
+    furthest: Any = None
+    for span in sorted(spans, key=lambda span: span[:3]):
+        device, start, end, name, tensor = span
+        inside = furthest is not None and furthest[0] == device and start < furthest[2]
+        if inside and furthest[4] is not tensor:
+            yield furthest[3:], (name, tensor)
+        if furthest is None or (device, end) > (furthest[0], furthest[2]):
+            furthest = span
+
+
+def generator_of(device: torch.device) -> Generator:
+    """The generator that a device's random numbers come from by default."""
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
 
 
 def _is_read_only(address: int) -> bool:

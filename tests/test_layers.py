@@ -20,7 +20,7 @@ LAYERS = [
     {"reference", "native", "timing", "tracing"},
     {"kernels", "theory"},
     {"ops"},
-    {"init", "rewriting"},
+    {"init", "rewriting", "faithful"},
     {"nn"},
     {"tuning"},
     {"machine"},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interrupting import interrupted_at, state
 from torch import Tensor, nn
 
 from fusedshape.undo import UndoLog, all_or_nothing, why_not_written
@@ -15,22 +15,6 @@ from fusedshape.undo import UndoLog, all_or_nothing, why_not_written
 
 class Noisy(nn.Linear):
     """Another class to swap to."""
-
-
-def state(model: nn.Module) -> list[Any]:
-    """Everything that a change may touch."""
-    found: list[Any] = []
-    for name, module in model.named_modules():
-        found += [name, id(module), type(module)]
-        for key, value in vars(module).items():
-            held = value if isinstance(value, (dict, list)) else ()
-            found += [key, id(value)]
-            found += [
-                (k, id(v)) for k, v in (held.items() if isinstance(held, dict) else enumerate(held))
-            ]
-    for name, tensor in model.state_dict().items():
-        found += [name, tensor.numpy().tobytes()]
-    return [*found, torch.get_rng_state().numpy().tobytes()]
 
 
 def change(log: UndoLog, model: nn.Sequential) -> None:
@@ -50,30 +34,6 @@ def change(log: UndoLog, model: nn.Sequential) -> None:
     del model[2].bias
     model[2].notes.append(3)
     model.zero_grad_hooks = {}  # type: ignore[assignment]
-
-
-def interrupted_at(step: int, function: Any, code_of: Any) -> bool:
-    """Whether a function was still running at its step-th line, where Ctrl-C is pretended."""
-    left = [step]
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        if not code_of(frame.f_code):
-            return None
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
 
 
 def make() -> nn.Sequential:

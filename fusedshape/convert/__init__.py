@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Generator, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +22,7 @@ from fusedshape.convert.calls import Calls, refuse_wrapped
 from fusedshape.convert.fusion import Fusion
 from fusedshape.convert.plan import Constants, Plan
 from fusedshape.convert.report import Change, Report
+from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.init import Method
 from fusedshape.layers import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
@@ -29,6 +30,7 @@ from fusedshape.ops.dispatch import Backend, why_not
 from fusedshape.rewriting import Rewritten
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import behind_norm
+from fusedshape.undo import UndoLog, all_or_nothing
 
 __all__ = ["Change", "Report", "convert"]
 
@@ -60,6 +62,7 @@ def convert(
     dry_run: bool = False,
     backend: Backend = "auto",
     chain: bool | int = False,
+    example: Any = None,
 ) -> Report:
     r"""Make a model a shaped vanilla network, in place: activations, fused layers, initialisation.
 
@@ -116,6 +119,9 @@ def convert(
         chain: whether nn.Sequential containers that hold fused layers in a row become
             `fusedshape.nn.ShapedChain`, in place; a number is the layers of one autograd node at
             most. The report says which layers are in a row, and why others are not.
+        example: an input of the model, or a tuple of them; default: small random ones that fit its
+            first layers. The traced forwards are run on it, compared with the model's own, and
+            refused where they differ; the report says if no input was found.
 
     Returns:
         What was done, row by row; print it.
@@ -146,19 +152,47 @@ def convert(
         reason = None if backend == "auto" else why_not(backend, device)
         if reason is not None:
             raise reason
-    calls = Calls(model, tuple(replace), filter_fn, _stripped(model))
-    calls.check(strict=on_untraceable == "error")
-    fusion = Fusion(calls, fuse)
-    wired = theory.trace_wiring(model, strip_batchnorm=strip_batchnorm)
-    constants = _constants(
-        method, activation, depth, subnet_max, zeta, eta, tau, clamp, sigma_b, spec, wired
-    )
-    more = _drifts(wired) + _grows(wired, constants.spec)
-    constants = dataclasses.replace(constants, notes=constants.notes + more)
-    plan = Plan(calls, fusion, constants, init, backend, chain)
-    if not dry_run:
-        plan.apply(generator)
-    return plan.report(dry_run)
+
+    def change(log: UndoLog) -> Report:
+        for path, module in model.named_modules():
+            log.module(module, path)
+        calls = Calls(model, tuple(replace), filter_fn, _stripped(model))
+        calls.check(strict=on_untraceable == "error")
+        unchecked = _compare(calls, example)
+        fusion = Fusion(calls, fuse)
+        wired = theory.trace_wiring(model, strip_batchnorm=strip_batchnorm)
+        constants = _constants(
+            method, activation, depth, subnet_max, zeta, eta, tau, clamp, sigma_b, spec, wired
+        )
+        more = _drifts(wired) + _grows(wired, constants.spec)
+        constants = dataclasses.replace(constants, notes=constants.notes + more + unchecked)
+        plan = Plan(calls, fusion, constants, init, backend, chain)
+        report = plan.report(dry_run)
+        if not dry_run:
+            plan.apply(log, generator)
+        return report
+
+    return all_or_nothing(change)
+
+
+def _compare(calls: Calls, example: Any) -> tuple[str, ...]:
+    """Raise where a traced forward is not the model's own; a note if no input was found."""
+    args = inputs_for(calls.model, example)
+    if args is None:
+        return (
+            "no input was found on which to compare the traced forwards with the model's own; "
+            "pass example=",
+        )
+    graphs = {m: g for m, g in calls.graphs.items() if m not in calls.stripped}
+    found = unfaithful(calls.model, graphs, args)
+    if found is not None:
+        module, difference = found
+        raise ValueError(
+            f"convert: {calls.describe(module)} cannot be followed: traced, its forward gives "
+            f"{difference}. It takes a decision that a trace does not see, for instance by the "
+            "type of a value in a helper; make that a decision of the constructor"
+        )
+    return ()
 
 
 def _refuse(

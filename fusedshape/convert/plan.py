@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Generator, Tensor, fx, nn
+from torch import Generator, fx, nn
 from torch.nn.utils import parametrize
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
 from fusedshape.convert.fusion import HOOKS, Fusion
 from fusedshape.convert.report import Change, Report
-from fusedshape.init import Method, init_module_
+from fusedshape.init import Method, check_init, init_module_
 from fusedshape.layers import features, kind_of
 from fusedshape.nn import (
     SHAPED,
@@ -28,6 +27,7 @@ from fusedshape.ops.dispatch import Backend
 from fusedshape.rewriting import source, subclass
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import write_out_of_place
+from fusedshape.undo import UndoLog, generator_of, overlapping, why_not_written
 
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
@@ -222,6 +222,7 @@ class Plan:
             method, why = _suited(module, self.init)
             others[why] += 1
             self.layers.append((module, method))
+        self._check_init()
         self.counts["initialised"] = len(self.layers)
         self.counts["skipped"] = sum(row.now == row.was for row in self.rows)
         self.notes += [
@@ -234,19 +235,40 @@ class Plan:
                 "bias=True to have one)"
             )
 
-    def apply(self, generator: Generator | None) -> None:
-        """Change the model; if initialising fails, put its weights back and raise."""
-        saved: list[tuple[Tensor, Tensor]] = []
-        try:
-            for module, method in self.layers:
-                saved += [(p, p.detach().clone()) for p in module.parameters(recurse=False)]
-                gain, bias_std = self.constants.gain, self.constants.bias_std
-                init_module_(module, method, gain, bias_std, generator)
-        except Exception:
-            with torch.no_grad():
-                for parameter, value in reversed(saved):
-                    parameter.copy_(value)
-            raise
+    def _check_init(self) -> None:
+        """Raise where a layer could not be initialised, naming it."""
+        for module, method in self.layers:
+            where = f"convert: cannot initialise {self.calls.describe(module)}"
+            try:
+                check_init(module, method, self.constants.gain, self.constants.bias_std)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{where}: {error}") from None
+            for name, parameter in module._parameters.items():
+                why = "" if parameter is None else why_not_written(parameter)
+                if why:
+                    raise ValueError(
+                        f"{where}: its {name} cannot be written, {why}; pass init=None, or give "
+                        "it memory of its own"
+                    )
+        drawn = {p for module, _ in self.layers for p in module.parameters(recurse=False)}
+        model = self.calls.model
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        for (name, one), (other_name, other) in overlapping(tensors):
+            if one in drawn or other in drawn:
+                raise ValueError(
+                    f"convert: cannot initialise {name!r} and {other_name!r}, which share memory "
+                    "but are not one parameter; make them one nn.Parameter, or pass init=None"
+                )
+
+    def apply(self, log: UndoLog, generator: Generator | None) -> None:
+        """Change the model, whose modules the log has saved already."""
+        for module, _ in self.layers:
+            for name, parameter in module.named_parameters(recurse=False):
+                log.tensor(parameter, f"the {name} of {self.calls.describe(module)}")
+                log.generator(generator or generator_of(parameter.device))
+        for module, method in self.layers:
+            gain, bias_std = self.constants.gain, self.constants.bias_std
+            init_module_(module, method, gain, bias_std, generator)
         for parent in (*self.calls.names, *self.swaps.values()):
             for name, child in parent._modules.items():
                 if child in self.swaps:

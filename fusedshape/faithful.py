@@ -1,0 +1,211 @@
+"""Whether what was traced computes what the model computes, on an input where one can be made."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fusedshape.layers import features, kind_of
+from fusedshape.tracing import required
+from fusedshape.undo import UndoLog, generator_of
+
+_Result = TypeVar("_Result")
+_SIZES = (8, 16, 32, 64, 224)  # of images, tried from the smallest
+_SAMPLES = 2
+# Two runs of the same operations differ by rounding only where their order may change.
+_ROUNDINGS = 16
+
+
+def leaving_no_trace(model: nn.Module, run: Callable[[], _Result]) -> _Result:
+    """Run something of a model without gradients or hooks, and put back all that it changes.
+
+    Numbers of parameters and buffers, attributes, modes, hooks and random states are put back.
+    """
+    log = UndoLog()
+    state = random.getstate()
+    try:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        for device in {torch.device("cpu"), *(tensor.device for _, tensor in tensors)}:
+            log.generator(generator_of(device))
+        for name, tensor in tensors:
+            log.tensor(tensor, name)
+        log.save("the state of Python's random", lambda: random.setstate(state))
+        for name, module in model.named_modules():
+            log.module(module, name)
+            for own, hooks in vars(module).items():
+                if own.endswith("_hooks") and isinstance(hooks, dict):
+                    hooks.clear()
+        with torch.no_grad():
+            return run()
+    finally:
+        try:
+            log.undo()
+        finally:
+            log.undo()
+
+
+def inputs_for(model: nn.Module, example: Any = None) -> tuple[Any, ...] | None:
+    """Arguments with which a model runs: those given, or small random ones that fit its layers.
+
+    Args:
+        model: the model; all is left as it was.
+        example: an input, or a tuple of them.
+
+    Returns:
+        The arguments, None if none were found. They are drawn from a generator of their own.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        return None
+    if example is not None:
+        return example if isinstance(example, tuple) else (example,)
+    number = len(required(model))
+    for found in _candidates(model):
+        given = (found,) * number
+        try:
+            leaving_no_trace(model, lambda: model.eval()(*pytree.tree_map(_copy, given)))  # noqa: B023
+        except Exception:
+            continue
+        return given
+    return None
+
+
+def _candidates(model: nn.Module) -> Iterator[Tensor]:
+    """Inputs that may fit a model, by what its first layers take."""
+    generator = torch.Generator().manual_seed(0)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def normal(*shape: int) -> Tensor:
+        made = torch.randn(_SAMPLES, *shape, generator=generator, dtype=torch.float64)
+        return made.to(like.device, like.dtype)
+
+    layers = [m for m in model.modules() if kind_of(m) is not None or isinstance(m, nn.Embedding)]
+    for layer in layers[:2]:
+        if isinstance(layer, nn.Embedding):
+            yield torch.arange(2 * _SAMPLES, device=like.device).view(_SAMPLES, 2) % (
+                layer.num_embeddings
+            )
+            continue
+        kind = kind_of(layer)
+        assert kind is not None
+        channels = features(layer)[0]
+        if kind.dimensions:
+            yield from (normal(channels, *[size] * kind.dimensions) for size in _SIZES)
+        else:
+            yield normal(channels)
+            yield normal(4, channels)
+    if not layers:
+        yield normal(8)
+        yield normal(8, 8, 8)
+
+
+def unfaithful(
+    model: nn.Module,
+    graphs: Mapping[nn.Module, Sequence[fx.Graph]],
+    args: tuple[Any, ...],
+) -> tuple[nn.Module, str] | None:
+    """The first module whose graphs do not compute what it computes in one run of the model.
+
+    Args:
+        model: the model; all is left as it was.
+        graphs: of modules of it: training's and evaluation's, or one for both.
+        args: what to call the model with.
+
+    Returns:
+        The module, and how its graph differs; None if none does.
+    """
+    for module, (given, kwargs) in _calls(model, graphs, args).items():
+        for training in (True, False):
+            graph = graphs[module][0 if training else -1]
+            try:
+                wanted = _run(module, type(module).forward, given, kwargs, training)
+            except Exception:  # it does not run in this mode
+                continue
+            try:
+                got = _run(module, _function(graph), given, kwargs, training)
+            except Exception as error:
+                return module, f"{type(error).__name__}: {error}"
+            difference = differs(got, wanted, _ROUNDINGS)
+            if difference:
+                return module, difference
+    return None
+
+
+def _calls(
+    model: nn.Module, modules: Mapping[nn.Module, Any], args: tuple[Any, ...]
+) -> dict[nn.Module, tuple[Any, Any]]:
+    """The arguments of one call of each module."""
+    found: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def keep(module: nn.Module, given: Any, kwargs: Any) -> None:
+        found.setdefault(module, pytree.tree_map(_copy, (given, kwargs)))
+
+    def run() -> None:
+        for module in modules:
+            module.register_forward_pre_hook(keep, with_kwargs=True)
+        model.eval()(*pytree.tree_map(_copy, args))
+
+    try:
+        leaving_no_trace(model, run)
+    except Exception:  # what was called before is known
+        return found
+    return found
+
+
+def _run(
+    module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, training: bool
+) -> Any:
+    given, named = pytree.tree_map(_copy, (args, kwargs))
+    return leaving_no_trace(module, lambda: forward(module.train(training), *given, **named))
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function of the module and its inputs."""
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(code.src, scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward
+
+
+def differs(got: Any, wanted: Any, roundings: float) -> str:
+    """How one output differs from another by more than some roundings; "" if it does not."""
+    ones, others = _tensors(got), _tensors(wanted)
+    if len(ones) != len(others):
+        return f"{len(ones)} tensors instead of {len(others)}"
+    for one, other in zip(ones, others, strict=True):
+        if one.shape != other.shape:
+            return f"a tensor of shape {tuple(one.shape)} instead of {tuple(other.shape)}"
+        if not other.is_floating_point():
+            if not torch.equal(one, other):
+                return "other numbers"
+            continue
+        precise = torch.float64 if one.dtype == torch.float64 else torch.float32
+        one, other = one.to(precise), other.to(precise)
+        if not torch.equal(one.isfinite(), other.isfinite()):
+            return "other places where it is not finite"
+        one, other = one.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
+        error = (one - other).norm() / other.norm().clamp_min(torch.finfo(precise).tiny)
+        if error > roundings * torch.finfo(others[0].dtype).eps:
+            return f"a relative error of {error.item():.3g}"
+    return ""
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors in an output, in order, whatever holds them."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    elif not isinstance(output, (tuple, list)):
+        output = tuple(vars(output).values()) if hasattr(output, "__dict__") else ()
+    return [tensor for part in output for tensor in _tensors(part)]
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
