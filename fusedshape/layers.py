@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,6 +49,17 @@ class FusedLayer(nn.Module):
     """
 
     plain_class: ClassVar[Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # torch.nn.utils.fusion asks for no class. It copies any layer and folds BatchNorm into it.
+        frame = sys._getframe(2) if sys._getframe(1).f_globals is vars(copy) else None
+        if frame is not None and frame.f_globals.get("__name__") == "torch.nn.utils.fusion":
+            raise TypeError(
+                f"{frame.f_code.co_name}: folds what follows a layer into W x + b, and in a "
+                f"{type(self).__name__} the activation comes between; fusedshape.unfuse the model "
+                "first"
+            )
+        return super().__reduce_ex__(protocol)
 
 
 def kind_of(module: object) -> Kind | None:

@@ -14,7 +14,7 @@ import torch
 from conftest import shaped
 from test_convert import ZOO, run
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import fusion, parametrizations, prune
 
 from fusedshape.convert import convert
 from fusedshape.fold import fold
@@ -433,6 +433,65 @@ def test_quantisation_skips_fused_layers_and_takes_unfused_ones() -> None:
     assert type(done[0]).__module__.startswith("torch.ao.nn.quantized")
     error = (done(x) - net(x)).norm() / net(x).norm()
     assert error < 0.02, "eight bits: 1/127 of the largest number a rounding, of inputs and weights"
+
+
+def test_batchnorm_is_not_folded_into_a_fused_layer() -> None:
+    """torch.nn.utils.fusion takes any module for a convolution."""
+    conv = ShapedConv2d(3, 4, 3, spec=SPEC).eval()
+    with pytest.raises(TypeError, match=r"fuse_conv_bn_eval: .* ShapedConv2d the activation comes"):
+        fusion.fuse_conv_bn_eval(conv, nn.BatchNorm2d(4).eval())  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"fuse_linear_bn_eval: .*unfuse the model first"):
+        fusion.fuse_linear_bn_eval(layer().eval(), nn.BatchNorm1d(6).eval())  # type: ignore[type-var]
+    assert copy.deepcopy(nn.Sequential(conv))[0].spec == SPEC
+
+
+def small(fused: bool) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(6, 3)).double()
+    convert(net, method="DKS", activation="tanh", fuse=fused)
+    return net
+
+
+def test_kfac_refuses_fused_layers_and_is_right_on_unfused_ones() -> None:
+    curvlinops = pytest.importorskip("curvlinops")
+
+    def kfac(net: nn.Module) -> Tensor:
+        data = [(ROW, ROW[:, :3])]
+        how = {"fisher_type": "empirical"}
+        operator = curvlinops.KFACLinearOperator(
+            net, nn.MSELoss(), list(net.parameters()), data, **how
+        )
+        return operator @ torch.eye(operator.shape[1], dtype=torch.float64)  # type: ignore[no-any-return]
+
+    net = small(fused=True)
+    with pytest.raises(NotImplementedError, match="un-supported layers"):
+        kfac(net)
+    unfuse(net)
+    torch.testing.assert_close(kfac(net), kfac(small(fused=False)), rtol=1e-9, atol=1e-12)
+
+
+def test_backpack_skips_fused_layers_and_is_right_on_unfused_ones() -> None:
+    backpack = pytest.importorskip("backpack")
+    extensions = pytest.importorskip("backpack.extensions")
+
+    def per_sample(net: nn.Module) -> dict[str, Tensor]:
+        net.zero_grad()
+        x = ROW.clone().requires_grad_()
+        loss = backpack.extend(nn.MSELoss())(backpack.extend(net)(x), ROW[:, :3])
+        with backpack.backpack(extensions.BatchGrad()):
+            loss.backward()
+        pairs = net.named_parameters()
+        return {name: p.grad_batch.sum(0) - p.grad for name, p in pairs if hasattr(p, "grad_batch")}
+
+    with pytest.warns(UserWarning, match="does not have an extension for Module.*ShapedLinear"):
+        assert list(per_sample(small(fused=True))) == ["6.weight", "6.bias"]
+    net = small(fused=True)
+    unfuse(net)
+    found = per_sample(net)
+    assert list(found) == [name for name, _ in net.named_parameters()]
+    for error in found.values():
+        assert error.abs().max() < 1e-12
 
 
 def test_adapters_refuse_fused_layers_and_are_right_on_unfused_ones() -> None:
