@@ -30,7 +30,8 @@ class Activation:
         name: the field's name for φ, as in the `dks` package.
         id: the number by which Triton and csrc know φ.
         value: φ(u, negative_slope).
-        d1: φ′(u, negative_slope); at a kink, the left derivative, as in torch.
+        d1: φ′(u, negative_slope); at a kink, the left derivative. There, at ±inf and at NaN, value
+            and d1 are torch's where it has the function, else limits.
         d2: φ″(u, negative_slope) where it exists (point masses at kinks are left out).
         saves: which tensor backward needs: "output" when φ′ is a cheap function of φ, else "input".
         d1_from_output: φ′ as a function of v = φ(u); None when `saves` is "input".
@@ -70,6 +71,11 @@ def _leaky_d1(u: Tensor, a: float) -> Tensor:
     return torch.ops.aten.leaky_relu_backward.default(torch.ones_like(u), u, a, False)
 
 
+def _undefined(u: Tensor) -> Tensor:
+    # 0, and NaN at ±inf, where torch's own backward works out inf·0.
+    return u.detach() - u.detach()
+
+
 def _softplus(u: Tensor, a: float) -> Tensor:
     # F.softplus is linear beyond its threshold, an error of 2e-9 that the solver would see.
     return torch.logaddexp(u, torch.zeros_like(u))
@@ -106,8 +112,14 @@ def _swish_d2(u: Tensor, a: float) -> Tensor:
     return s * (1 - s) * (2 + u * (1 - 2 * s))
 
 
+def _bounded(u: Tensor) -> Tensor:
+    # tanh has reached its limit at 64, where no power overflows; ±inf makes the NaN torch's does.
+    return torch.where(u.isinf(), u, u.clamp(-64, 64))
+
+
 def _gelu_inner(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k = math.sqrt(2 / math.pi)
+    u = _bounded(u)
     u2 = u.square()
     return (
         k * u * (1 + GELU_CUBIC * u2),
@@ -124,14 +136,14 @@ def _gelu(u: Tensor, a: float) -> Tensor:
 def _gelu_d1(u: Tensor, a: float) -> Tensor:
     w, w1, _ = _gelu_inner(u)
     t = w.tanh()
-    return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * w1
+    return 0.5 * (1 + t) + 0.5 * _bounded(u) * (1 - t * t) * w1
 
 
 def _gelu_d2(u: Tensor, a: float) -> Tensor:
     w, w1, w2 = _gelu_inner(u)
     t = w.tanh()
     s = 1 - t * t
-    return s * w1 + 0.5 * u * s * (w2 - 2 * t * w1 * w1)
+    return s * w1 + 0.5 * _bounded(u) * s * (w2 - 2 * t * w1 * w1)
 
 
 def _normal_cdf(u: Tensor) -> Tensor:
@@ -140,6 +152,18 @@ def _normal_cdf(u: Tensor) -> Tensor:
 
 def _normal_pdf(u: Tensor) -> Tensor:
     return torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+
+
+def _far(u: Tensor) -> Tensor:
+    # Where √(u² + 1) is |u|, and u² does not overflow.
+    return u.clamp(-(2.0**60), 2.0**60)
+
+
+def _bentid(u: Tensor, a: float) -> Tensor:
+    # √(u² + 1) − 1 as u²/(1 + √(u² + 1)), without cancellation; far out it is |u|.
+    square = u.masked_fill(u.abs() > 2.0**60, 0.0).square()
+    near = u + 0.5 * square / (1 + (square + 1).sqrt())
+    return torch.where(u.abs() > 2.0**60, torch.where(u < 0, 0.5 * u, 1.5 * u), near)
 
 
 _ROWS = (
@@ -200,21 +224,21 @@ _ROWS = (
         "elu",
         5,
         value=lambda u, a: F.elu(u),
-        d1=lambda u, a: torch.where(u > 0, 1.0, _exp_neg(u)),
+        d1=lambda u, a: torch.where(u <= 0, _exp_neg(u), 1.0),
         d2=lambda u, a: torch.where(u > 0, 0.0, _exp_neg(u)),
         saves="output",
-        d1_from_output=lambda v, a: torch.where(v > 0, 1.0, (v + 1).clamp(min=0)),
+        d1_from_output=lambda v, a: torch.where(v <= 0, (v + 1).clamp(min=0), 1.0),
         kinks=(0.0,),
     ),
     Activation(
         "selu",
         6,
         value=lambda u, a: F.selu(u),
-        d1=lambda u, a: SELU_SCALE * torch.where(u > 0, 1.0, SELU_ALPHA * _exp_neg(u)),
+        d1=lambda u, a: SELU_SCALE * torch.where(u <= 0, SELU_ALPHA * _exp_neg(u), 1.0),
         d2=lambda u, a: SELU_SCALE * torch.where(u > 0, 0.0, SELU_ALPHA * _exp_neg(u)),
         saves="output",
         d1_from_output=lambda v, a: torch.where(
-            v > 0, SELU_SCALE, (v + SELU_SCALE * SELU_ALPHA).clamp(min=0)
+            v <= 0, (v + SELU_SCALE * SELU_ALPHA).clamp(min=0), SELU_SCALE
         ),
         kinks=(0.0,),
         smooth=False,
@@ -223,7 +247,7 @@ _ROWS = (
         "softsign",
         7,
         value=lambda u, a: u / (1 + u.abs()),
-        d1=lambda u, a: (1 + u.abs()).square().reciprocal(),
+        d1=lambda u, a: (1 + u.abs()).square().reciprocal() + _undefined(u),
         d2=lambda u, a: -2 * u.sign() * (1 + u.abs()).pow(-3),
         saves="output",
         d1_from_output=lambda v, a: (1 - v.abs()).square(),
@@ -277,8 +301,8 @@ _ROWS = (
     Activation(
         "bentid",
         14,
-        value=lambda u, a: 0.5 * ((u * u + 1).sqrt() - 1) + u,
-        d1=lambda u, a: 0.5 * u * (u * u + 1).rsqrt() + 1,
+        value=_bentid,
+        d1=lambda u, a: 0.5 * _far(u) * (_far(u).square() + 1).rsqrt() + 1,
         d2=lambda u, a: 0.5 * (u * u + 1).pow(-1.5),
         saves="input",
     ),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SPECS
+from conftest import BACKENDS, SPECS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusedshape import ACTIVATIONS, ActSpec
+from fusedshape import ACTIVATIONS, ActSpec, native
 from fusedshape.activations import Activation
 from fusedshape.ops import shaped_act
 from fusedshape.spec import saves_output
@@ -32,6 +34,12 @@ TORCH = {
     "swish": F.silu,
     "gelu": lambda u: F.gelu(u, approximate="tanh"),
     "gelu_exact": F.gelu,
+    "erf": torch.erf,
+    "atan": torch.atan,
+    "asinh": torch.asinh,
+    "square": torch.square,
+    "sin": torch.sin,
+    "cos": torch.cos,
 }
 
 
@@ -147,3 +155,51 @@ def test_what_can_be_read_off_a_rounded_output(dtype: torch.dtype) -> None:
     u = torch.cat([u, 2.0**-12 * u])
     y = shaped_act(u, leaky).double() / leaky.output_scale
     assert torch.equal(y > 0, leaky.input_scale * u.double() + leaky.input_shift > 0)
+
+
+def extremes(dtype: torch.dtype) -> Tensor:
+    """Infinities, NaN, zeros, and the largest, smallest normal and denormal numbers."""
+    info = torch.finfo(dtype)
+    finite = [0.0, info.max, info.max / 4, info.tiny, info.tiny / 4, 1.0]
+    both = [sign * u for u in (*finite, math.inf) for sign in (1, -1)]
+    return torch.tensor([*both, math.nan], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_extremes_have_one_answer(row: Activation, dtype: torch.dtype) -> None:
+    """By every backend and transform; torch's own, except where finite numbers overflow there."""
+    u = extremes(dtype)
+    spec = ActSpec(row.name, negative_slope=SLOPE if row.has_slope else 0.0)
+    truth = u.double().requires_grad_()
+    value = TORCH.get(row.name, lambda u: row.value(u, SLOPE))(truth)
+    (slope,) = torch.autograd.grad(value.sum(), truth)
+    wide = u.double()
+    if row.name == "gelu":  # torch works out 0·u³, whose power overflows
+        slope = torch.where(wide.isfinite() & (wide.abs() > 64), (wide > 0).double(), slope)
+    close = partial(
+        torch.testing.assert_close,
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=8 * torch.finfo(dtype).eps,
+        equal_nan=True,
+    )
+    if row.name == "bentid":
+        assert slope[-3:-1].tolist() == [1.5, 0.5]
+    # What float32 and float16 cannot hold of 2u and u² is inf.
+    value, slope = value.detach().to(dtype), slope.to(dtype)
+
+    def check(f: Callable[[Tensor], Tensor]) -> None:
+        x = u.clone().requires_grad_()
+        y = f(x)
+        close(y.detach(), value)
+        for again in (False, True):
+            (dx,) = torch.autograd.grad(y.sum(), x, create_graph=again, retain_graph=True)
+            close(dx.detach(), slope)
+
+    for backend in BACKENDS[: 2 if native.available() else 1]:
+        name = backend if isinstance(backend, str) else backend.values[0]
+        check(partial(shaped_act, spec=spec, backend=name))
+    plain = partial(shaped_act, spec=spec)
+    _, tangent = torch.func.jvp(plain, (u,), (torch.ones_like(u),))
+    close(tangent, slope)
+    close(torch.func.grad(lambda x: plain(x).sum())(u), slope)

@@ -31,17 +31,23 @@ struct FromOutput : Defaults {
 #define FS_D1_FROM_OUTPUT \
   template <class A> static FS_INLINE A d1_from_output(A v, [[maybe_unused]] A a)
 
-// Puts u where nothing has become inf·0 or inf/inf yet, and φ or φ′ has reached its limit.
+// Puts u where nothing has overflown yet, and φ or φ′ has reached its limit.
 template <class A>
 FS_INLINE A clamp(A u, A limit) {
   return math::at_most(math::at_least(u, -limit), limit);
 }
 
+// 0, and NaN at ±inf, where torch's own backward works out inf·0.
+template <class A>
+FS_INLINE A undefined(A u) {
+  return u - u;
+}
+
 // relu
 FS_PHI(0, FromOutput) {
   FS_VALUE { return math::at_least(u, A(0)); }
-  FS_D1 { return u > 0 ? A(1) : A(0); }
-  FS_D1_FROM_OUTPUT { return v > 0 ? A(1) : A(0); }
+  FS_D1 { return u <= 0 ? A(0) : A(1); }  // 1 at NaN, as in torch; so are elu and selu
+  FS_D1_FROM_OUTPUT { return v <= 0 ? A(0) : A(1); }
 };
 
 // leaky_relu
@@ -103,8 +109,8 @@ FS_PHI(4, FromOutput) {
 // elu
 FS_PHI(5, FromOutput) {
   FS_VALUE { return u > 0 ? u : math::expm1_neg(math::at_most(u, A(0))); }
-  FS_D1 { return u > 0 ? A(1) : math::exp_neg(math::at_most(u, A(0))); }
-  FS_D1_FROM_OUTPUT { return v > 0 ? A(1) : math::at_least(v + 1, A(0)); }
+  FS_D1 { return u <= 0 ? math::exp_neg(math::at_most(u, A(0))) : A(1); }
+  FS_D1_FROM_OUTPUT { return v <= 0 ? math::at_least(v + 1, A(0)) : A(1); }
 };
 
 // selu
@@ -117,22 +123,19 @@ FS_PHI(6, FromOutput) {
   }
   FS_D1 {
     const A e = math::exp_neg(math::at_most(u, A(0)));
-    return u > 0 ? A(scale) : A(scale * alpha) * e;
+    return u <= 0 ? A(scale * alpha) * e : A(scale);
   }
   FS_D1_FROM_OUTPUT {
-    return v > 0 ? A(scale) : math::at_least(v + A(scale * alpha), A(0));
+    return v <= 0 ? math::at_least(v + A(scale * alpha), A(0)) : A(scale);
   }
 };
 
 // softsign
 FS_PHI(7, FromOutput) {
-  FS_VALUE {
-    const A w = clamp(u, A(1e30));
-    return w / (1 + math::abs(w));
-  }
+  FS_VALUE { return u / (1 + math::abs(u)); }
   FS_D1 {
     const A r = 1 / (1 + math::abs(u));
-    return r * r;
+    return r * r + undefined(u);
   }
   FS_D1_FROM_OUTPUT {
     const A r = 1 - math::abs(v);
@@ -163,10 +166,10 @@ FS_PHI(9, FromOutput) {
 
 // swish
 FS_PHI(10, Defaults) {
-  FS_VALUE { return math::at_least(u, A(-1000)) * logistic(u); }
+  FS_VALUE { return u * logistic(u); }
   FS_D1 {
     const auto s = logistic_pair(u);
-    return s.positive * (1 + clamp(u, A(1000)) * s.negative);
+    return s.positive * (1 + u * s.negative);
   }
 };
 
@@ -176,14 +179,14 @@ FS_PHI(11, Defaults) {
   static constexpr double cubic = 0.044715;
   FS_VALUE {
     const A twice_w = u * (A(k) + A(k * cubic) * (u * u));
-    return math::at_least(u, A(-64)) * logistic(twice_w);
+    return u * logistic(twice_w);
   }
   FS_D1 {
     const A w = clamp(u, A(64));
     const A w2 = w * w;
     const auto s = logistic_pair(w * (A(k) + A(k * cubic) * w2));
     const A twice_w1 = A(k) + A(3 * k * cubic) * w2;
-    return s.positive * (1 + w * s.negative * twice_w1);
+    return s.positive * (1 + w * s.negative * twice_w1) + undefined(u);
   }
 };
 
@@ -191,12 +194,12 @@ FS_PHI(11, Defaults) {
 FS_PHI(12, Defaults) {
   FS_VALUE {
     const A w = math::at_least(u, A(-64));
-    return w * math::normal_cdf(w, math::exp_neg_square(w, A(0.5)));
+    return u * math::normal_cdf(w, math::exp_neg_square(w, A(0.5)));
   }
   FS_D1 {
     const A w = clamp(u, A(64));
     const A e = math::exp_neg_square(w, A(0.5));
-    return math::normal_cdf(w, e) + w * (A(0.39894228040143267793994605993438) * e);
+    return math::normal_cdf(w, e) + w * (A(0.39894228040143267793994605993438) * e) + undefined(u);
   }
 };
 

@@ -140,7 +140,11 @@ def act_grad(
         # What `act` leaves for φ = 0, rounded as there: the place of the kink at u = 0.
         at_zero = tl.full((), output_scale, T) * tl.full((), output_shift, T)
         at_zero = at_zero.to(saved.dtype).to(T)
-        right = tl.where(tl.full((), output_scale, T) > 0, s > at_zero, s < at_zero)
+        rising = tl.full((), output_scale, T) > 0
+        if ACTIVATION == phi.LEAKY_RELU:
+            right = tl.where(rising, s > at_zero, s < at_zero)
+        else:  # as torch's, right at NaN
+            right = ~tl.where(rising, s <= at_zero, s >= at_zero)
         v = s * tl.full((), output_unscale, T) - tl.full((), output_shift, T)
         d = phi.d1_from_output(v, right, slope, ACTIVATION)
     else:

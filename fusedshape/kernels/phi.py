@@ -335,11 +335,11 @@ def value(u, slope, ID: tl.constexpr):
         return _over(u, 1.0 + e)
     elif ID == GELU_EXACT:
         a, e, ratio = _tail(u)
-        return tl.where(u <= 0, 0.0, u) - e * (a * ratio)
+        return tl.where(u <= 0, u - u, u) - e * (a * ratio)
     elif ID == ERF:
         return _erf(u)
     elif ID == BENTID:
-        return 0.5 * _hypot1_minus_1(u) + u
+        return tl.where(u < -1e18, 0.5 * u, 0.5 * _hypot1_minus_1(u) + u)
     elif ID == SQUARE:
         return u * u
     elif ID == SIN:
@@ -352,9 +352,12 @@ def value(u, slope, ID: tl.constexpr):
 
 @triton.jit
 def d1(u, slope, ID: tl.constexpr):
-    """φ′(u); at a kink, the left derivative."""
+    """φ′(u); at a kink, the left derivative.
+
+    Where torch works out inf·0 at ±inf, u - u, which is 0 elsewhere, makes it NaN.
+    """
     if ID == RELU:
-        return (u > 0).to(u.dtype)
+        return 1.0 - (u <= 0).to(u.dtype)
     elif ID == LEAKY_RELU:
         return tl.where(u > 0, 1.0, slope)
     elif ID == TANH:
@@ -364,12 +367,12 @@ def d1(u, slope, ID: tl.constexpr):
     elif ID == SOFTPLUS:
         return _sigmoid(u)
     elif ID == ELU:
-        return _exp(tl.where(u > 0, 0.0, u), 1.0)
+        return _exp(tl.where(u <= 0, u, 0.0), 1.0)
     elif ID == SELU:
-        return SELU_SCALE * tl.where(u > 0, 1.0, SELU_ALPHA * _exp(u, 1.0))
+        return SELU_SCALE * tl.where(u <= 0, SELU_ALPHA * _exp(u, 1.0), 1.0)
     elif ID == SOFTSIGN:
         r = _over(1.0, 1.0 + tl.abs(u))
-        return r * r
+        return r * r + (u - u)
     elif ID == ATAN:
         return _over(1.0, 1.0 + u * u)
     elif ID == ASINH:
@@ -381,15 +384,16 @@ def d1(u, slope, ID: tl.constexpr):
         u2 = u * u
         s, c = _logistic(2.0 * SQRT_2_OVER_PI * u * (1.0 + GELU_CUBIC * u2))
         inner = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * u2)
-        return s + tl.where(tl.abs(u) > 40.0, 0.0, u * s * c * inner)
+        return s + tl.where(tl.abs(u) > 40.0, u - u, u * s * c * inner)
     elif ID == GELU_EXACT:
         a, e, ratio = _tail(u)
         t = e * (ratio - a * INV_SQRT_2PI)
-        return tl.where(u < 0, t, 1.0 - t)
+        return tl.where(u < 0, t, 1.0 - t) + (u - u)
     elif ID == ERF:
         return TWO_OVER_SQRT_PI * _exp(u * u, -1.0)
     elif ID == BENTID:
-        return 0.5 * _over(u, _hypot1(u)) + 1.0
+        r = 0.5 * _over(u, _hypot1(u)) + 1.0
+        return tl.where(u > 1e18, 1.5, tl.where(u < -1e18, 0.5, r))
     elif ID == SQUARE:
         return 2.0 * u
     elif ID == SIN:
@@ -404,8 +408,9 @@ def d1(u, slope, ID: tl.constexpr):
 def d1_from_output(v, right, slope, ID: tl.constexpr):
     """φ′(u) from v = φ(u), for the activations that save their output.
 
-    `right` says that u > 0. It is asked for apart, because v has gone through the affine output
-    and back: where φ is flat (relu), rounding would put v on either side of 0.
+    `right` says that u > 0 or, but for leaky_relu, that u is NaN. It is asked for apart, because v
+    has gone through the affine output and back: where φ is flat (relu), rounding would put v on
+    either side of 0.
     """
     if ID == RELU:
         return right.to(v.dtype)
