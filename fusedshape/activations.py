@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedshape.validate import shown
+
 Phi = Callable[[Tensor, float], Tensor]
 
 SELU_SCALE = 1.0507009873554804934193349852946
@@ -335,11 +337,12 @@ _ROWS = (
 ACTIVATIONS: dict[str, Activation] = {row.name: row for row in _ROWS}
 
 
-def get_activation(name: str) -> Activation:
+def get_activation(name: str, who: str = "get_activation") -> Activation:
     """Look a row of the table up by name.
 
     Args:
         name: one of the keys of `ACTIVATIONS`.
+        who: whose argument it is, for the message.
 
     Returns:
         The row.
@@ -355,4 +358,4 @@ def get_activation(name: str) -> Activation:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):
         known = ", ".join(sorted(ACTIVATIONS))
-        raise ValueError(f"unknown activation {name!r}; known: {known}") from None
+        raise ValueError(f"{who}: unknown activation {shown(name)}; known: {known}") from None

@@ -28,6 +28,7 @@ from fusedshape.tracing import (
     trace,
     write_out_of_place,
 )
+from fusedshape.validate import flag
 
 _PADS: tuple[Any, ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
@@ -122,6 +123,7 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold: model must be an nn.Module, got {type(model).__name__}")
+    flag("fold", "keep_delta", keep_delta)
     for path, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fusedshape.layers import kind_of
-from fusedshape.validate import real
+from fusedshape.validate import flag, instance, integer, real, shown
 
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
 Taps = tuple[slice, ...]  # one slice per spatial dimension
@@ -66,7 +66,7 @@ def suo_(
         >>> suo_(torch.empty(8, 2, 3, 3)).count_nonzero((0, 1)).tolist()
         [[0, 0, 0], [0, 16, 0], [0, 0, 0]]
     """
-    gain = _check("suo_", weight, gain)
+    gain = _check("suo_", weight, groups, transposed, gain, generator)
     centre = _centre("suo_", weight, _strides("suo_", weight, stride, transposed))
     return _fill_centre("suo_", weight, centre, groups, transposed, gain, True, generator)
 
@@ -109,7 +109,7 @@ def suo_full_(
         >>> torch.allclose(w @ w.T, torch.eye(4), atol=1e-5)
         True
     """
-    gain = _check("suo_full_", weight, gain)
+    gain = _check("suo_full_", weight, groups, transposed, gain, generator)
     strides = _strides("suo_full_", weight, stride, transposed)
     with torch.no_grad():
         for matrices in _groups("suo_full_", weight, groups, transposed):
@@ -156,7 +156,7 @@ def delta_orthogonal_(
         >>> torch.allclose(w.T @ w, torch.eye(2), atol=1e-5)
         True
     """
-    gain = _check("delta_orthogonal_", weight, gain)
+    gain = _check("delta_orthogonal_", weight, groups, transposed, gain, generator)
     name = "delta_orthogonal_"
     centre = _centre(name, weight, [1] * (weight.ndim - 2))
     return _fill_centre(name, weight, centre, groups, transposed, gain, False, generator)
@@ -196,7 +196,7 @@ def gaussian_(
         >>> round(float(w.var() * 64 * 9), 2)
         1.0
     """
-    gain = _check("gaussian_", weight, gain)
+    gain = _check("gaussian_", weight, groups, transposed, gain, generator)
     strides = _strides("gaussian_", weight, stride, transposed)
     with torch.no_grad():
         for matrices in _groups("gaussian_", weight, groups, transposed):
@@ -253,6 +253,7 @@ def init_module_(
             gain=gain,
             generator=generator,
         )
+    bias_std = float(bias_std)
     bias = layer.bias
     if bias is not None:
         with torch.no_grad():
@@ -269,13 +270,16 @@ def check_init(
     kind = kind_of(module)
     if kind is None:
         raise TypeError(
-            f"init_module_: needs a linear or convolution layer, got {type(module).__name__}"
+            "init_module_: needs a linear or convolution layer as its module, got "
+            f"{type(module).__name__}"
         )
-    if method not in get_args(Method):
+    if not isinstance(method, str) or method not in get_args(Method):
         known = ", ".join(get_args(Method))
-        raise ValueError(f"init_module_: unknown method {method!r}; known: {known}")
+        raise ValueError(f"init_module_: unknown method {shown(method)}; known: {known}")
     if not 0 <= real("init_module_", "bias_std", bias_std) < math.inf:
-        raise ValueError(f"init_module_: bias_std={bias_std} must be finite and not negative")
+        raise ValueError(
+            f"init_module_: bias_std={shown(bias_std)} must be finite and not negative"
+        )
     if "weight" not in module._parameters:
         raise ValueError(
             f"init_module_: the weight of this {type(module).__name__} is computed from other "
@@ -296,7 +300,7 @@ def check_init(
                 f"{layer.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
             )
     name, weight = f"{method}_", layer.weight
-    _check(name, weight, gain)
+    _check(name, weight, groups, transposed, gain, None)
     strides = [1] * (weight.ndim - 2)
     if method != "delta_orthogonal":
         strides = list(_strides(name, weight, stride, transposed))
@@ -354,7 +358,7 @@ def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> 
 
 def _groups(name: str, weight: Tensor, groups: int, transposed: bool) -> Iterator[Tensor]:
     """Views of the groups, each (out, in, *kernel); none of a weight without elements."""
-    if groups < 1 or weight.shape[0] % groups:
+    if weight.shape[0] % groups:
         raise ValueError(
             f"{name}: groups={groups} does not divide the {weight.shape[0]} "
             f"{'input' if transposed else 'output'} channels of weight {tuple(weight.shape)}"
@@ -382,10 +386,13 @@ def _strides(
 ) -> Sequence[int]:
     """One stride per spatial dimension; 1 for all that are not transposed."""
     kernel = weight.shape[2:]
-    strides = [stride] * len(kernel) if isinstance(stride, int) else list(stride)
+    given = stride if isinstance(stride, (tuple, list)) else [stride] * len(kernel)
+    if isinstance(stride, (tuple, list)) and not stride:
+        raise ValueError(f"{name}: stride={stride!r} is empty")
+    strides = [integer(name, "stride", s, 1, 2**31) for s in given]
     if not transposed:
         return [1] * len(kernel)
-    if len(strides) != len(kernel) or any(s < 1 for s in strides):
+    if len(strides) != len(kernel):
         raise ValueError(f"{name}: stride={stride!r} does not fit kernel {tuple(kernel)}")
     if any(k < s for k, s in zip(kernel, strides, strict=True)):
         raise ValueError(
@@ -401,7 +408,14 @@ def _phases(strides: Sequence[int]) -> Iterator[Taps]:
     return itertools.product(*([slice(p, None, s) for p in range(s)] for s in strides))
 
 
-def _check(name: str, weight: Tensor, gain: float) -> float:
+def _check(
+    name: str,
+    weight: Tensor,
+    groups: int,
+    transposed: bool,
+    gain: float,
+    generator: Generator | None,
+) -> float:
     """Raise unless weight can be filled; return the gain."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: weight must be a tensor, got {type(weight).__name__}")
@@ -416,6 +430,9 @@ def _check(name: str, weight: Tensor, gain: float) -> float:
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}; needs (out, in) or (out, in, *kernel)"
         )
+    integer(name, "groups", groups, 1)
+    flag(name, "transposed", transposed)
+    instance(name, "generator", generator, Generator, optional=True)
     if not math.isfinite(real(name, "gain", gain)):
         raise ValueError(f"{name}: gain={gain} must be finite")
     return float(gain)

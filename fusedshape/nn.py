@@ -14,12 +14,24 @@ from typing_extensions import Self
 from fusedshape import ops
 from fusedshape.init import init_module_
 from fusedshape.layers import FusedLayer, Kind, kind_of
-from fusedshape.ops.dispatch import Backend
-from fusedshape.ops.engine import Engine
+from fusedshape.ops.dispatch import BACKENDS, Backend
+from fusedshape.ops.engine import ENGINES, Engine
 from fusedshape.ops.stock import shape_of
 from fusedshape.reference import add_scaled
 from fusedshape.spec import ActSpec
-from fusedshape.validate import real, shown
+from fusedshape.validate import choice, instance, real, shown
+
+
+def _check_how(who: str, spec: ActSpec, backend: str, engine: str = "auto") -> None:
+    instance(who, "spec", spec, ActSpec)
+    choice(who, "backend", backend, BACKENDS)
+    choice(who, "engine", engine, ENGINES)
+
+
+def _check_input(who: str, name: str, x: Any) -> None:
+    """Raise unless x is a tensor, or stands for one, as what torch.fx traces with."""
+    if not isinstance(x, Tensor) and not hasattr(x, "__torch_function__"):
+        raise TypeError(f"{who}: {name} must be a tensor, got {shown(x)}")
 
 
 class ShapedActivation(nn.Module):
@@ -42,6 +54,7 @@ class ShapedActivation(nn.Module):
 
     def __init__(self, spec: ActSpec, backend: Backend = "auto") -> None:
         super().__init__()
+        _check_how("ShapedActivation", spec, backend)
         self.spec = spec
         self.backend = backend
 
@@ -86,6 +99,7 @@ class _Shaped(FusedLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        _check_how(type(self).__name__, spec, backend, engine)
         self.__dict__.update(vars(_undrawn(self.plain_class)(*args, **kwargs)))
         self.spec = spec
         self.backend = backend
@@ -117,8 +131,10 @@ class _Shaped(FusedLayer):
         plain = cls.plain_class
         if type(module) is not plain:
             raise TypeError(
-                f"{cls.__name__}.from_plain: needs a {plain.__name__}, got {type(module).__name__}"
+                f"{cls.__name__}.from_plain: needs a {plain.__name__}, got {type(module).__name__} "
+                "as its module"
             )
+        _check_how(f"{cls.__name__}.from_plain", spec, backend, engine)
         twin = cls.__new__(cls)
         twin.__dict__.update(module.__dict__)
         twin.spec = spec
@@ -355,7 +371,8 @@ class ShapedChain(nn.Sequential):
 
 
 def _checked_length(max_length: int | None) -> int | None:
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+    whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+    if max_length is not None and not (whole and max_length >= 1):
         raise ValueError(
             f"ShapedChain: max_length={max_length!r} must be a positive integer or None"
         )
@@ -482,7 +499,9 @@ class NormalizedSum(nn.Module):
         if not math.isfinite(total):
             raise ValueError(f"NormalizedSum: weights must be finite, got {self.weights}")
         if total == 0:
-            raise ValueError(f"NormalizedSum: needs a weight other than 0, got {self.weights}")
+            raise ValueError(
+                f"NormalizedSum: needs a weight other than 0, got weights {self.weights}"
+            )
         if abs(total - 1) > 1e-9:
             fixed = tuple(w / math.sqrt(total) for w in self.weights)
             raise ValueError(
@@ -515,6 +534,8 @@ class NormalizedSum(nn.Module):
             raise ValueError(
                 f"NormalizedSum: got {len(branches)} branches for {len(self.weights)} weights"
             )
+        for u in branches:
+            _check_input("NormalizedSum", "branches", u)
         shapes = [shape_of(u) for u in branches if isinstance(u, Tensor)]  # no proxies
         if any(shape != shapes[0] for shape in shapes):
             listed = ", ".join(str(tuple(shape)) for shape in shapes)
@@ -558,7 +579,7 @@ class PerLocationNorm(nn.Module):
         self, homog_mode: Literal["one", "avg_q", "off"] = "one", homog_scale: float = 1.0
     ) -> None:
         super().__init__()
-        if homog_mode not in ("one", "avg_q", "off"):
+        if not isinstance(homog_mode, str) or homog_mode not in ("one", "avg_q", "off"):
             raise ValueError(
                 f"PerLocationNorm: homog_mode={homog_mode!r}; known: 'one', 'avg_q', 'off'"
             )
@@ -571,6 +592,12 @@ class PerLocationNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) → (N, C + 1, *spatial), or (N, C, *spatial) with "off"."""
+        _check_input("PerLocationNorm", "x", x)
+        if isinstance(x, Tensor) and (x.ndim < 2 or not x.is_floating_point()):
+            raise ValueError(
+                f"PerLocationNorm: x must be floating, of shape (N, C, *spatial), got {x.dtype} of "
+                f"shape {tuple(x.shape)}; add a batch dimension by x.unsqueeze(0)"
+            )
         # In float32 or better, without a branch on the dtype that torch.fx could not follow.
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))

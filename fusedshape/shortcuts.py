@@ -23,7 +23,7 @@ from fusedshape.nodes import is_query
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_args
 from fusedshape.undo import UndoLog, all_or_nothing
-from fusedshape.validate import real
+from fusedshape.validate import flag, function, real
 
 ShortcutWeight = float | Mapping[str, float]
 
@@ -146,6 +146,9 @@ def reweight_shortcuts(
         raise TypeError(
             f"reweight_shortcuts: model must be an nn.Module, got {type(model).__name__}"
         )
+    function("reweight_shortcuts", "filter_fn", filter_fn, optional=True)
+    flag("reweight_shortcuts", "drop_unused", drop_unused)
+    flag("reweight_shortcuts", "dry_run", dry_run)
     weights = _Weights(shortcut_weight)
     for path, module in model.named_modules():
         if isinstance(getattr(module, "spec", None), ActSpec):
@@ -203,7 +206,7 @@ class _Weights:
                 real("reweight_shortcuts", f"shortcut_weight{where}", w)
             if isinstance(w, (bool, str)) or not hasattr(w, "__float__"):
                 raise TypeError(f"reweight_shortcuts: shortcut_weight{where}={w!r} is no number")
-            if not 0 <= float(w) <= 1:
+            if not 0 <= real("reweight_shortcuts", f"shortcut_weight{where}", w) <= 1:
                 raise ValueError(f"reweight_shortcuts: shortcut_weight{where}={w} is outside 0 … 1")
 
     def of(self, path: str) -> float | None:

@@ -10,7 +10,7 @@ import torch
 
 from fusedshape.activations import Activation, get_activation
 from fusedshape.files import parse_json, quoted
-from fusedshape.validate import number
+from fusedshape.validate import instance, number
 
 #: (id, negative_slope, input_scale, input_shift, output_shift, output_scale): what kernels take.
 KernelArgs = tuple[int, float, float, float, float, float]
@@ -54,7 +54,8 @@ class ActSpec:
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        row = get_activation(self.activation)
+        row = get_activation(self.activation, "ActSpec")
+        instance("ActSpec", "origin", self.origin, str)
         for name in CONSTANTS:
             object.__setattr__(self, name, number("ActSpec", name, getattr(self, name)))
         for name in ("input_scale", "output_scale"):
@@ -117,6 +118,7 @@ class ActSpec:
         Raises:
             ValueError: a key that is no field of ActSpec, or no activation.
         """
+        instance("ActSpec.from_dict", "data", data, dict)
         known = {f.name for f in fields(cls) if f.init}
         unknown = sorted(set(data) - known)
         if unknown:

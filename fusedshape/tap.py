@@ -16,6 +16,7 @@ from fusedshape import ops
 from fusedshape.layers import FusedLayer, kind_of
 from fusedshape.nn import SHAPED
 from fusedshape.ops.checks import transformed
+from fusedshape.validate import shown
 
 
 class Tapped(NamedTuple):
@@ -106,6 +107,8 @@ def _chosen(model: nn.Module, layers: Iterable[str | nn.Module] | None) -> dict[
     else:
         if isinstance(layers, (str, nn.Module)):
             layers = [layers]
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"tap: layers must be modules or their names, got {shown(layers)}")
         chosen = [_layer(modules, names, wanted) for wanted in layers]
     for module in chosen:
         if "forward" in vars(module):

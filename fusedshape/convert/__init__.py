@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Generator, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fusedshape import theory
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.convert.calls import Calls, refuse_wrapped
 from fusedshape.convert.fusion import Fusion
 from fusedshape.convert.plan import Constants, Plan
@@ -31,6 +32,7 @@ from fusedshape.rewriting import Rewritten
 from fusedshape.spec import ActSpec
 from fusedshape.tracing import behind_norm
 from fusedshape.undo import UndoLog, all_or_nothing
+from fusedshape.validate import choice, flag, integer, number, shown
 
 __all__ = ["Change", "Report", "convert"]
 
@@ -139,7 +141,18 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}")
-    if on_untraceable not in ("error", "report"):
+    for name, value in (("fuse", fuse), ("strip_batchnorm", strip_batchnorm), ("dry_run", dry_run)):
+        flag("convert", name, value)
+    flag("convert", "clamp", clamp)
+    for name, target in (("zeta", zeta), ("eta", eta), ("tau", tau)):
+        number("convert", name, target)
+    if depth is not None:
+        integer("convert", "depth", depth, 1)
+    if init is not None and (not isinstance(init, str) or init not in get_args(Method)):
+        known = ", ".join(get_args(Method))
+        raise ValueError(f"convert: init: unknown method {shown(init)}; known: {known}")
+    choice("convert", "activation", activation, ACTIVATIONS)
+    if not isinstance(on_untraceable, str) or on_untraceable not in ("error", "report"):
         raise ValueError(f"convert: on_untraceable={on_untraceable!r}; known: 'error', 'report'")
     if not isinstance(chain, int) or (chain is not False and chain < 1):
         raise ValueError(f"convert: chain={chain!r} must be True, False or a positive integer")
@@ -199,7 +212,7 @@ def _refuse(
     model: nn.Module, replace: Sequence[type[nn.Module]], strip: bool, init: str | None
 ) -> None:
     """Raise if the model is of a kind that cannot be converted."""
-    if not isinstance(replace, Sequence):
+    if not isinstance(replace, Sequence) or isinstance(replace, (str, bytes)):
         raise TypeError(f"convert: replace must be a sequence of classes, got {replace!r}")
     for wanted in replace:
         if not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
@@ -281,9 +294,9 @@ def _constants(
     wired: theory.Wiring,
 ) -> Constants:
     """Solve for the constants, for the wiring read off the model where none is given."""
-    name = str(method).upper()
+    name = method.upper() if isinstance(method, str) else ""
     if name not in _METHODS:
-        raise ValueError(f"convert: unknown method {method!r}; known: {', '.join(_METHODS)}")
+        raise ValueError(f"convert: unknown method {shown(method)}; known: {', '.join(_METHODS)}")
     unread = any(wired.nodes[i].op == "unknown" for i in wired.live)
     counted = None if unread else wired.depth
     if counted == 0:

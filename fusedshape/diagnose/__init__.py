@@ -100,6 +100,7 @@ def diagnose(
         'theory and measurement agree'
     """
     _check(model, batches, sigma_w=sigma_w, sigma_b=sigma_b)
+    sigma_w, sigma_b = (None if s is None else float(s) for s in (sigma_w, sigma_b))
     known: dict[Any, Affine] = {}
     runs: list[_Run] = []
     notes: dict[str, None] = {}

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fusedshape.models.vanilla import positive
 from fusedshape.nn import NormalizedSum
+from fusedshape.validate import real, shown
 
 STAGES = {
     18: (2, 2, 2, 2),
@@ -95,8 +96,10 @@ def rescaled_resnet(
         >>> convert(rescaled_resnet(18, 0.5, width=4), method="DKS", activation="softplus").depth
         17
     """
-    if depth not in STAGES:
-        raise ValueError(f"rescaled_resnet: depth={depth}; known: {sorted(STAGES)}")
+    if not 0 <= real("rescaled_resnet", "shortcut_weight", shortcut_weight) <= 1:
+        raise ValueError(f"rescaled_resnet: shortcut_weight={shortcut_weight} is outside 0 … 1")
+    if type(depth) is not int or depth not in STAGES:
+        raise ValueError(f"rescaled_resnet: depth={shown(depth)}; known: {sorted(STAGES)}")
     positive("rescaled_resnet", num_classes=num_classes, in_channels=in_channels, width=width)
     layers: list[nn.Module] = [
         nn.Conv2d(in_channels, width, 7, stride=2, padding=3),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fusedshape.validate import integer, shown
+
 RESNET_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
@@ -40,7 +42,7 @@ def vanilla_convnet(
     positive("vanilla_convnet", depth=depth, width=width, in_channels=in_channels)
     positive("vanilla_convnet", num_classes=num_classes)
     pool_after = max(depth // 3, 1) if pool_after is None else pool_after
-    if not 0 <= pool_after <= depth:
+    if not 0 <= integer("vanilla_convnet", "pool_after", pool_after, -(2**70)) <= depth:
         raise ValueError(f"vanilla_convnet: pool_after={pool_after} is outside 0 … depth={depth}")
     layers: list[nn.Module] = []
     for i in range(depth):
@@ -110,8 +112,8 @@ def vanilla_resnet(
         >>> sum(isinstance(m, nn.ReLU) for m in net)
         49
     """
-    if depth not in RESNET_STAGES:
-        raise ValueError(f"vanilla_resnet: depth={depth}; known: {sorted(RESNET_STAGES)}")
+    if type(depth) is not int or depth not in RESNET_STAGES:
+        raise ValueError(f"vanilla_resnet: depth={shown(depth)}; known: {sorted(RESNET_STAGES)}")
     positive("vanilla_resnet", num_classes=num_classes, in_channels=in_channels, width=width)
     layers: list[nn.Module] = [
         nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
@@ -166,7 +168,7 @@ def vanilla_vgg16(num_classes: int = 1000, in_channels: int = 3) -> nn.Sequentia
 
 
 def positive(name: str, **sizes: int) -> None:
-    """Raise ValueError for a size below 1."""
+    """Raise unless each size is an int, from 1 to 2³¹ − 1."""
     for key, value in sizes.items():
-        if value < 1:
+        if integer(name, key, value, -(2**70), 2**31 - 1) < 1:
             raise ValueError(f"{name}: {key}={value} must be at least 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from fusedshape.ops.engine import (
 )
 from fusedshape.ops.layer import Step, composed
 from fusedshape.spec import ActSpec, saves_output
+from fusedshape.validate import shown
 
 
 class ChainLayer(NamedTuple):
@@ -103,12 +104,18 @@ def conv_chain(x: Tensor, layers: Sequence[ChainLayer], *, max_length: int | Non
         tensor([[82., 82.],
                 [82., 82.]])
     """
+    if not isinstance(layers, Iterable):
+        raise TypeError(
+            f"conv_chain: layers must be a sequence of ChainLayers, got {shown(layers)}"
+        )
     layers = list(layers)
     if not layers:
         raise ValueError("conv_chain: no layers; pass at least one ChainLayer")
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+    if max_length is not None and (
+        not isinstance(max_length, int) or max_length is True or max_length < 1
+    ):
         raise ValueError(
-            f"conv_chain: max_length={max_length!r} must be a positive integer or None"
+            f"conv_chain: max_length={shown(max_length)} must be a positive integer or None"
         )
     for layer in layers:
         if not isinstance(layer, ChainLayer):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedshape.spec import ActSpec, static
-from fusedshape.validate import real
+from fusedshape.validate import real, shown
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Size = int | Sequence[int]
@@ -22,6 +22,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # Asked here, because Dynamo of torch 2.11 cannot trace the question.
 _AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu")))
+_LARGEST = 2**31  # no tensor has as many rows
 _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -199,9 +200,9 @@ def _check_conv(op: str, shape: Sequence[int], weight: Sequence[int], groups: in
             f"wants {n + 2} dimensions, or {n + 1} without a batch"
         )
     out, per_group = weight[:2]
-    if not isinstance(groups, int) or groups < 1 or out < 1 or out % groups:
+    if not isinstance(groups, int) or groups is True or groups < 1 or out < 1 or out % groups:
         raise ValueError(
-            f"{op}: groups={groups!r} must be a positive divisor of the {out} output channels"
+            f"{op}: groups={shown(groups)} must be a positive divisor of the {out} output channels"
         )
     channels = shape[1]
     if channels < 1:
@@ -344,10 +345,11 @@ def expand(op: str, name: str, value: Size, n: int, least: int) -> list[int]:
         values *= n
     fit = len(values) == n
     for v in values:  # twice as fast as any(), and this runs three times a layer
-        fit = fit and isinstance(v, int) and v >= least
+        fit = fit and isinstance(v, int) and v is not True and least <= v < _LARGEST
     if not fit:
         raise ValueError(
-            f"{op}: {name}={value!r} must be an integer of at least {least}, or {n} of them"
+            f"{op}: {name}={shown(value)} must be an integer of at least {least} and below "
+            f"{_LARGEST}, or {n} of them"
         )
     return values
 
@@ -374,8 +376,10 @@ def padding_of(
     Raises:
         ValueError: an unknown mode or word, "same" with a stride, or sizes below 0.
     """
-    if mode not in _PAD_MODES:
-        raise ValueError(f"{op}: padding_mode={mode!r} is unknown; known: {', '.join(_PAD_MODES)}")
+    if not isinstance(mode, str) or mode not in _PAD_MODES:
+        raise ValueError(
+            f"{op}: padding_mode={shown(mode)} is unknown; known: {', '.join(_PAD_MODES)}"
+        )
     n = len(kernel)
     if not isinstance(padding, str):
         return expand(op, "padding", padding, n, 0), [0] * n

@@ -13,6 +13,7 @@ from fusedshape import native, reference
 from fusedshape.ops import schema
 from fusedshape.ops.checks import transformed
 from fusedshape.spec import ActSpec, saves_output
+from fusedshape.validate import shown
 
 Backend = Literal["auto", "reference", "native", "triton"]
 
@@ -181,8 +182,8 @@ def refuse(what: str, name: str) -> None:
 
 def why_not(backend: str, device: str) -> Exception | None:
     """The error that naming `backend` for a tensor on `device` deserves; None if it can run."""
-    if backend not in _KERNELS:
-        return ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if not isinstance(backend, str) or backend not in _KERNELS:
+        return ValueError(f"unknown backend {shown(backend)}; known: {', '.join(BACKENDS)}")
     if backend == "native":
         if device != "cpu":
             return ValueError(f"backend 'native' serves CPU tensors, got one on {device}")

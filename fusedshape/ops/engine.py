@@ -26,6 +26,7 @@ from fusedshape.ops.checks import Geometry, channels_last, is_channels_last
 from fusedshape.ops.dispatch import Kernels
 from fusedshape.reference import own_weight, rounded
 from fusedshape.spec import ActSpec, is_half, saves_output
+from fusedshape.validate import shown
 
 Engine = Literal["auto", "aten", "triton", "native"]
 #: "dgrad_act" is a dgrad that goes on through the activation of the layer before.
@@ -553,8 +554,8 @@ def choose_engine(
             if name == "aten" or (name in _ENGINES and obstacle(name) is None):
                 return name
         return "aten"
-    if asked not in _ENGINES:
-        raise ValueError(f"unknown engine {asked!r}; known: {', '.join(ENGINES)}")
+    if not isinstance(asked, str) or asked not in _ENGINES:
+        raise ValueError(f"unknown engine {shown(asked)}; known: {', '.join(ENGINES)}")
     reason = None if asked == "aten" else obstacle(asked)
     if reason is not None:
         raise ValueError(f"engine {asked!r} cannot run this layer: {reason}")

@@ -20,6 +20,7 @@ from fusedshape.ops.checks import (
 )
 from fusedshape.ops.dispatch import Backend, Kernels, choose
 from fusedshape.spec import ActSpec, saves_output
+from fusedshape.validate import integer
 
 
 def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor:
@@ -92,6 +93,8 @@ def bias_act(
     spec = check_spec("bias_act", spec)
     if bias is None:
         return shaped_act(x, spec, backend=backend)
+    if type(dim) is not int:
+        dim = integer("bias_act", "dim", dim, -x.ndim)
     if not -x.ndim <= dim < x.ndim:
         raise IndexError(f"bias_act: dim={dim} is out of range for x of shape {tuple(x.shape)}")
     dim %= x.ndim

@@ -20,7 +20,10 @@ import torch
 from fusedshape.activations import Activation, Phi
 from fusedshape.spec import ActSpec
 from fusedshape.theory.gaussian import Array, pair_rule, rule
-from fusedshape.validate import instance, number, real
+from fusedshape.validate import flag, instance, number, real
+
+# The quadrature takes √q panels.
+_LARGEST_Q = 1e8
 
 
 class Local(NamedTuple):
@@ -58,7 +61,7 @@ def q_map(spec: ActSpec, q: float) -> float:
         >>> round(q_map(ActSpec("relu", output_scale=2**0.5), 3.0), 12)
         3.0
     """
-    spec, q = _spec("q_map", spec), number("q_map", "q", q, 0.0)
+    spec, q = _spec("q_map", spec), number("q_map", "q", q, 0.0, _LARGEST_Q)
     if _is_leaky(spec):
         both = (spec.input_scale * spec.output_scale) ** 2
         return both * 0.5 * (1 + spec.negative_slope**2) * q
@@ -87,7 +90,7 @@ def q_slope(spec: ActSpec, q: float = 1.0) -> float:
         >>> round(q_slope(ActSpec("tanh")), 6)
         0.181798
     """
-    spec, q = _spec("q_slope", spec), number("q_slope", "q", q, 0.0)
+    spec, q = _spec("q_slope", spec), number("q_slope", "q", q, 0.0, _LARGEST_Q)
     if q == 0:
         raise ValueError("q_slope: q must be finite and > 0, got 0")
     at = Local.of(spec.row, spec.input_scale * math.sqrt(q), spec.input_shift, spec.negative_slope)
@@ -168,6 +171,7 @@ def c_curve(spec: ActSpec, c: float = 1.0, *, corners: bool = True) -> float:
         (inf, 1.0)
     """
     spec, c = _spec("c_curve", spec), _correlation("c_curve", c)
+    flag("c_curve", "corners", corners)
     row, scale, shift = spec.row, spec.input_scale, spec.input_shift
     total = scale**4 * _correlate(spec, row.d2, 0.0, c)
     s = math.sqrt((1 - c) * (1 + c))

@@ -24,7 +24,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from fusedshape.spec import ActSpec
-from fusedshape.validate import real, shown
+from fusedshape.validate import instance, real, shown
 
 LayerMap = Callable[[float], float]
 SubnetMax = Callable[[float, LayerMap], float]
@@ -114,8 +114,11 @@ class Wiring:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
+        _tuple("nodes", self.nodes, Node)
+        _tuple("outputs", self.outputs, int)
+        _tuple("notes", self.notes, str)
         if not self.nodes:
-            raise ValueError("Wiring: needs at least one node")
+            raise ValueError("Wiring: needs at least one node, got nodes=()")
         if not self.outputs:
             object.__setattr__(self, "outputs", (len(self.nodes) - 1,))
         for i in self.outputs:
@@ -278,9 +281,21 @@ def _weighted(node: Node) -> list[tuple[int, float]]:
     return [(j, s / total) for j, s in zip(node.inputs, shares, strict=True) if s]
 
 
+def _tuple(name: str, values: object, kind: type) -> None:
+    """Raise unless `values` is a tuple of a class."""
+    if not isinstance(values, tuple) or not all(isinstance(v, kind) for v in values):
+        what = "values" if kind is object else f"{kind.__name__}s"
+        raise TypeError(f"Wiring: {name} must be a tuple of {what}, got {shown(values)}")
+
+
 def _check(i: int, node: Node) -> None:
+    _tuple("inputs", node.inputs, int)
+    _tuple("weights", node.weights, object)
+    instance("Wiring", "path", node.path, str)
+    instance("Wiring", "note", node.note, str)
+    instance("Wiring", "spec", node.spec, ActSpec, optional=True)
     where = f"Wiring: node {i} ({node.op}{f' {node.path!r}' if node.path else ''})"
-    if node.op not in get_args(Op):
+    if not isinstance(node.op, str) or node.op not in get_args(Op):
         raise ValueError(f"{where}: unknown op; known: {', '.join(get_args(Op))}")
     for j in node.inputs:
         if not 0 <= j < i:
@@ -563,8 +578,8 @@ def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:
         >>> resnet(50)(1.0, lambda y: y * 1.01) == chain(49)(1.0, lambda y: y * 1.01)
         True
     """
-    if depth not in _BLOCKS:
-        raise ValueError(f"resnet: depth must be one of {sorted(_BLOCKS)}, got {depth!r}")
+    if type(depth) is not int or depth not in _BLOCKS:
+        raise ValueError(f"resnet: depth must be one of {sorted(_BLOCKS)}, got {shown(depth)}")
     shortcut_weight = real("resnet", "shortcut_weight", shortcut_weight)
     if not 0 <= shortcut_weight < 1:
         raise ValueError(f"resnet: shortcut_weight must be in [0, 1), got {shortcut_weight}")

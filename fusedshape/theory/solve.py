@@ -38,7 +38,7 @@ from fusedshape.activations import Activation, get_activation
 from fusedshape.spec import ActSpec
 from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
 from fusedshape.theory.network import Chain, Scaled, Shifted, SubnetMax, Wiring, chain
-from fusedshape.validate import number, real
+from fusedshape.validate import flag, number, real, shown
 
 Array = NDArray[np.float64]
 
@@ -99,6 +99,9 @@ def solve(
         >>> round(spec.negative_slope, 4), round(spec.output_scale, 4)
         (0.4259, 1.3011)
     """
+    flag("solve", "clamp", clamp)
+    for target, value in (("zeta", zeta), ("eta", eta), ("tau", tau), ("q_slope", q_slope)):
+        number("solve", target, value)
     name = method.upper() if isinstance(method, str) else method
     if name == "DKS":
         return dks(
@@ -111,7 +114,9 @@ def solve(
         )
     if name == "TAT":
         return tat(activation, depth=depth, subnet_max=subnet_max, eta=eta, tau=tau, clamp=clamp)
-    raise ValueError(f"unknown method {method!r}; known: 'DKS', 'TAT' (and eoc() for EOC)")
+    raise ValueError(
+        f"solve: unknown method {shown(method)}; known: 'DKS', 'TAT' (and eoc() for EOC)"
+    )
 
 
 def dks(
@@ -153,12 +158,15 @@ def dks(
         >>> round(spec.input_scale, 4), round(spec.output_scale, 4)
         (0.2056, 6.8292)
     """
-    row = get_activation(activation)
-    net = _Net.of(depth, subnet_max)
+    row = get_activation(activation, "dks")
+    flag("dks", "clamp", clamp)
+    net = _Net.of("dks", depth, subnet_max)
     zeta = number("dks", "zeta", zeta, above=1.0)
     q_slope = number("dks", "q_slope", q_slope, above=0.0)
     if q_slope > 1:
-        raise ValueError(f"q_slope must be in (0, 1], got {q_slope}: q = 1 would not be stable")
+        raise ValueError(
+            f"dks: q_slope must be in (0, 1], got {q_slope}: q = 1 would not be stable"
+        )
     if row.name == "square":
         raise Unreachable(
             "DKS cannot shape square: C(0) = 0 gives it Q'(1) = C'(1) > 1 whatever the constants; "
@@ -214,12 +222,13 @@ def tat(
         >>> round(tat("tanh", depth=49, tau=0.2).output_scale, 3)
         19.307
     """
-    row = get_activation(activation)
-    net = _Net.of(depth, subnet_max)
+    row = get_activation(activation, "tat")
+    flag("tat", "clamp", clamp)
+    net = _Net.of("tat", depth, subnet_max)
     eta = number("tat", "eta", eta, above=0.0)
     tau = number("tat", "tau", tau, above=0.0)
     if eta >= 1:
-        raise ValueError(f"eta must be in (0, 1), got {eta}: at 1 all inputs would look alike")
+        raise ValueError(f"tat: eta must be in (0, 1), got {eta}: at 1 all inputs would look alike")
     if row.name in ("relu", "leaky_relu"):
         return _tailored_rectifier(net, eta, clamp)
     if row.name == "square":
@@ -277,6 +286,8 @@ def eoc(
         >>> round(eoc("tanh").sigma_w, 3), round(eoc("relu").sigma_w, 6)
         (1.304, 1.414214)
     """
+    get_activation(activation, "eoc")
+    negative_slope = number("eoc", "negative_slope", negative_slope)
     spec = ActSpec(activation, negative_slope=negative_slope, origin="EOC")
     row = spec.row
     bias = (0.0 if row.homogeneous else 0.2) if sigma_b is None else sigma_b
@@ -284,8 +295,8 @@ def eoc(
     if row.homogeneous:
         if bias > 0:
             raise Unreachable(
-                f"{activation} at the edge of chaos adds sigma_b^2 to q in every layer, so that "
-                f"no q is fixed with sigma_b={bias:g}; pass sigma_b=0"
+                f"eoc: {activation} at the edge of chaos adds sigma_b^2 to q in every layer, so "
+                f"that no q is fixed with sigma_b={bias:g}; pass sigma_b=0"
             )
         return EdgeOfChaos(spec, math.sqrt(2 / (1 + spec.negative_slope**2)), 0.0, 1.0)
 
@@ -435,17 +446,19 @@ class _Net:
     label: str
 
     @classmethod
-    def of(cls, depth: int | None, subnet_max: SubnetMax | None) -> _Net:
+    def of(cls, who: str, depth: int | None, subnet_max: SubnetMax | None) -> _Net:
         if (depth is None) == (subnet_max is None):
             raise ValueError(
-                "give exactly one of depth=, the nonlinear layers of a plain chain, and "
-                f"subnet_max=, got depth={depth!r} and subnet_max={subnet_max!r}"
+                f"{who}: give exactly one of depth=, the nonlinear layers of a plain chain, and "
+                f"subnet_max=, got depth={shown(depth)} and subnet_max={shown(subnet_max)}"
             )
         if subnet_max is None:
             assert depth is not None
             subnet_max = chain(depth)
         elif not callable(subnet_max):
-            raise TypeError(f"subnet_max must be called as subnet_max(x, r), got {subnet_max!r}")
+            raise TypeError(
+                f"{who}: subnet_max must be called as subnet_max(x, r), got {shown(subnet_max)}"
+            )
         if isinstance(subnet_max, Wiring):
             return cls(subnet_max, subnet_max.label)
         name = getattr(subnet_max, "__name__", type(subnet_max).__name__)

@@ -33,6 +33,7 @@ from fusedshape.tracing import (
     read,
     required,
 )
+from fusedshape.validate import flag
 
 # A factor before these is a factor after them, or, for norm, none at all.
 _LINEAR = ("affine", "pool", "reshape", "dropout", "norm")
@@ -176,6 +177,7 @@ def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"trace_wiring: model must be an nn.Module, got {type(model).__name__}")
+    flag("trace_wiring", "strip_batchnorm", strip_batchnorm)
     return _Trace(model, example, strip_batchnorm).wiring()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fusedshape.files import parse_json, quoted, read_json, write_json
 from fusedshape.init import Method
+from fusedshape.validate import real
 
 #: Bytes of a configuration's file.
 SIZE = 1 << 20
@@ -123,7 +124,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             value = getattr(self, name)
-            if value not in known:
+            if not isinstance(value, (str, type(None))) or value not in known:
                 raise ValueError(f"TrainConfig: {name}={value!r}; known: {_listed(known)}")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
@@ -310,7 +311,7 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         kind = "a whole number" if name in WHOLE else "a number"
         raise TypeError(f"TrainConfig: {name} must be {kind}, got {value!r}")
     assert isinstance(value, (int, float))
-    if not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and math.isfinite(real("TrainConfig", name, value))):
         limits = " … ".join(
             f"{n:g}" if n == math.inf or name not in WHOLE else str(n) for n in (low, high)
         )

@@ -26,6 +26,7 @@ from fusedshape.train.checkpoint import Result, keep, resume
 from fusedshape.train.config import TrainConfig, make
 from fusedshape.train.data import Data, digits
 from fusedshape.train.plot import plot_curves
+from fusedshape.validate import instance
 
 WARM_UP = 0.3  # share of the steps
 START, END = 1 / 25, 1 / 250_000  # of the peak learning rate
@@ -57,6 +58,7 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
     Example:
         >>> result = run(TrainConfig(depth=30), "runs/thirty")  # doctest: +SKIP
     """
+    instance("run", "config", config, TrainConfig)
     demand_one_process()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from fusedshape.tuning.problems import (
     size_of,
     switches,
 )
+from fusedshape.validate import shown
 
 logger = logging.getLogger("fusedshape.tuning")
 
@@ -55,8 +56,10 @@ class mode:  # noqa: N801 (read as a function)
     """
 
     def __init__(self, name: str) -> None:
-        if name not in MODES:
-            raise ValueError(f"unknown tuning mode {name!r}; known: {', '.join(MODES)}")
+        if not isinstance(name, str) or name not in MODES:
+            raise ValueError(
+                f"mode: name: unknown tuning mode {shown(name)}; known: {', '.join(MODES)}"
+            )
         self._before = current_mode()
         _set(name)
 

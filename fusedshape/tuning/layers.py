@@ -15,6 +15,7 @@ from fusedshape.nn import ShapedChain, chain_rows
 from fusedshape.ops.checks import Geometry, match
 from fusedshape.ops.conv import padded
 from fusedshape.ops.engine import Direction, Problem, problem_of
+from fusedshape.validate import instance
 
 
 class Layer(NamedTuple):
@@ -52,6 +53,7 @@ def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
         >>> [(layer.path, layer.directions) for layer in fused_layers(model, torch.zeros(2, 8))]
         [('0', ('fprop', 'wgrad'))]
     """
+    instance("fused_layers", "model", model, nn.Module)
     names: dict[nn.Module, str] = {
         module: name for name, module in model.named_modules() if isinstance(module, FusedLayer)
     }
