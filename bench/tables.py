@@ -16,7 +16,7 @@ from typing import Any
 from fusedshape.bench import records, text
 from fusedshape.bench.cases import spec_of
 from fusedshape.bench.records import Record, Row
-from fusedshape.files import read_json, write_text
+from fusedshape.files import ContentError, expect, read_json, write_text
 from fusedshape.kernels.roofline import ROOFS
 from fusedshape.machine import headline
 from fusedshape.timing import paired_ratios, percentiles
@@ -27,7 +27,10 @@ RESULTS = ROOT / "bench/results"
 
 
 def _load(name: str) -> Any:
-    return read_json(RESULTS / f"{name}.json")
+    path = RESULTS / f"{name}.json"
+    data = read_json(path)
+    expect(data, {"rows": [dict, ...], ...: object}, str(path))
+    return data
 
 
 def _source(data: Mapping[str, Any]) -> str:
@@ -394,6 +397,13 @@ def written(page: str, name: str = "README.md") -> str:
 
 def main() -> None:
     """Write or check."""
+    try:
+        _main()
+    except (ContentError, OSError) as error:
+        sys.exit(f"bench.tables: {error}")
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
     args = parser.parse_args()

@@ -250,7 +250,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _train_file(path: str, out: Path) -> None:
-    if not Path(path).is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"train {path}: no such file; give demo, sweep, or a JSON file")
     result = run(TrainConfig.load(path), out)
     epochs, place = len(result["epochs"]), out / "result.json"

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -973,19 +974,27 @@ def test_what_cannot_be_kept_is_an_error(
 
 
 @pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("how", "ended"),
+    [(signal.SIGINT, (130, "interrupted")), (signal.SIGTERM, (143, "terminated"))],
+)
 def test_an_interrupt_shows_what_was_measured(
-    capsys: pytest.CaptureFixture[str], rival: Rival, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    rival: Rival,
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
+    ended: tuple[int, str],
 ) -> None:
     measure, left = fresh_clocks(0.5), iter(range(3))
 
     def interrupted(*args: Any) -> measuring.Result:
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            signal.raise_signal(how)
         return measure(*args)
 
     monkeypatch.setattr(command, "measure", interrupted)
     code, out, err = tune(capsys, "tune_mine:net", "--input", "2,2,6,6", "--device", "cpu")
-    assert (code, err) == (130, "fusedshape: interrupted\n")
+    assert (code, err) == (ended[0], f"fusedshape: {ended[1]}\n")
     assert "3 of 3 cases have a faster engine" in out
     assert tuning.status()["tuning_entries"] == 3
 

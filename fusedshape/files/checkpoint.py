@@ -39,11 +39,11 @@ def save_checkpoint(path: Path, state: dict[str, Any], kind: str, schema: int) -
     """
     buffer = io.BytesIO()
     torch.save({"kind": kind, "schema": schema, **state}, buffer)
-    content = buffer.getvalue()
     # The end of a zip archive: the length of its comment, and the comment.
-    body = content[:-2] + struct.pack("<H", _LENGTH)
-    digest = hashlib.sha256(body).hexdigest().encode()
-    write_bytes(path, body + _LABEL + digest)
+    body, length = buffer.getbuffer()[:-2], struct.pack("<H", _LENGTH)
+    digest = hashlib.sha256(body)
+    digest.update(length)
+    write_bytes(path, body, length, _LABEL, digest.hexdigest().encode())
 
 
 def load_checkpoint(path: Path, kind: str, schema: int, limit: int) -> dict[str, Any]:

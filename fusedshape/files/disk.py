@@ -57,10 +57,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int, *, own: bool = False) -
     return content
 
 
-def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Replace a file in one piece; see `replacing`."""
-    with replacing(path, len(content), sync=sync) as file:
-        file.write_bytes(content)
+def write_bytes(path: Path, *parts: bytes | memoryview, sync: bool = True) -> None:
+    """Replace a file in one piece by these parts, one after the other; see `replacing`."""
+    with replacing(path, sum(map(len, parts)), sync=sync) as file, file.open("wb") as opened:
+        opened.writelines(parts)
 
 
 @contextmanager
@@ -88,11 +88,11 @@ def replacing(path: Path, size: int | None = None, *, sync: bool = True) -> Iter
         made = True
         yield temporary
         if sync:
-            _sync(temporary)
+            _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
         if sync:
             with suppress(OSError):  # not every file system can; the file itself is safe
-                _sync(path.parent)
+                _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         raise _cannot_write(error, path, size) from None
     finally:
@@ -123,9 +123,9 @@ def _demand_regular(found: os.stat_result, path: str) -> None:
         raise ContentError(f"{path} is {kind}, not a regular file")
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, flags: int) -> None:
     """Have the disk hold what was written."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, flags)
     try:
         os.fsync(handle)
     finally:

@@ -32,10 +32,10 @@ def distrust(path: Path, below: Path | None = None) -> str | None:
     Returns:
         A sentence that names the path and what is wrong with it, or None.
     """
-    if os.name != "posix":
-        return None
     if not path.is_absolute():
         return f"{path} is no absolute path"
+    if os.name != "posix":
+        return None
     try:
         for place, found in _passed(path, below):
             reason = stranger(found)

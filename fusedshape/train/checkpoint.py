@@ -158,8 +158,7 @@ def _check_result(result: Result, config: TrainConfig) -> None:
         raise ContentError(f"result: {len(epochs)} epochs of {config.epochs}, yet it is {status!r}")
     for i, epoch in enumerate(epochs):
         accuracy = epoch["test_accuracy"]
-        numbers = [value for value in epoch.values() if value is not None]
-        if min(numbers) < 0 or (accuracy is not None and accuracy > 1):
+        if epoch["seconds"] < 0 or not (accuracy is None or 0 <= accuracy <= 1):
             raise ContentError(f"result.epochs[{i}] holds what no epoch gives: {quoted(epoch)}")
 
 

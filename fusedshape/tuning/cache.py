@@ -107,7 +107,9 @@ class Cache:
         path = self.path(key)
         reason = self.refused()
         if reason is not None:
-            self._tell(self.folder.parent, reason, "name another place in FUSEDSHAPE_CACHE")
+            if os.path.lexists(self.folder.parent):  # else there is nothing to ignore
+                way = "name another place in FUSEDSHAPE_CACHE"
+                self._tell(self.folder.parent, reason, way)
             return None
         try:
             own, record = self._read(path)
