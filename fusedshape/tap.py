@@ -58,7 +58,8 @@ def tap(
         TypeError: model is no nn.Module.
         ValueError: something named is no layer of the model or has a forward of its own, a layer is
             tapped already, or the model is compiled, scripted or in nn.DataParallel.
-        RuntimeError: a tapped layer is called under torch.compile or a torch.func transform.
+        RuntimeError: a tapped layer is called under a torch.func transform, or in a graph that
+            torch.compile or torch.export must keep whole; other compiled code runs it eagerly.
 
     Example:
         >>> from fusedshape import ActSpec, ShapedLinear

@@ -75,7 +75,9 @@ def convert(
       (``x.clamp(min=0)``) are not recognised.
     * An nn.Conv1d/2d/3d or nn.Linear whose every output goes to such an activation and nowhere else
       is fused with it, in whatever modules the two stand: a module that ends with the layer then
-      gives what is activated. Where that is not certain, the activation stays by itself.
+      gives what is activated. Where that is not certain, the activation stays by itself. A fused
+      layer is no nn.Linear by class; where its activation stood an nn.Identity stays (``fused_0``
+      for a function), which tells `fusedshape.unfuse` where to put it back.
     * Every linear and convolution layer is initialised as the constants assume, trained ones and
       frozen ones too: load weights afterwards, or pass ``init=None``.
 
