@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import operator
@@ -22,6 +23,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from fusedshape.layers import kind_of
 from fusedshape.nodes import Tensors, is_query
 from fusedshape.proxies import (
     AttributeValue,
@@ -157,6 +159,11 @@ class _Tracer(fx.Tracer):
             return a.node
         if _is_real(a):
             return self.create_tensor(a)
+        if isinstance(a, dict) and type(a) is not dict:  # of which fx makes a dict
+            items = {key: self.create_arg(value) for key, value in a.items()}
+            named = dataclasses.is_dataclass(a)
+            args, kwargs = ((), items) if named else ((items,), {})
+            return self.create_node("call_function", type(a), args, kwargs)
         return super().create_arg(a)
 
     def create_tensor(self, tensor: torch.Tensor) -> fx.Node:
@@ -412,7 +419,41 @@ def _graph(module: nn.Module, training: bool, grad: bool, call: tuple[Any, Any] 
         graph = _undisturbed(module, run, grad=grad)
     for node in graph.nodes:
         node.type = None
+    _drop_dead(graph, lambda node: module.get_submodule(str(node.target)))
     return graph
+
+
+def _drop_dead(graph: fx.Graph, called: Callable[[fx.Node], nn.Module] | None = None) -> None:
+    """Take out what nobody uses and what does nothing else; calls of modules if they are known."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _only_computes(node, called):
+            graph.erase_node(node)
+
+
+def _only_computes(node: fx.Node, called: Callable[[fx.Node], nn.Module] | None) -> bool:
+    """Whether a node changes nothing, checks nothing and draws nothing."""
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.kwargs.get("inplace") or "out" in node.kwargs or _draws(name):
+        return False
+    if node.op == "call_module":
+        if called is None:
+            return False
+        module = called(node)
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        plain = kind_of(module) is not None or _file(module) in ("activation", "pooling", "flatten")
+        writes = getattr(module, "inplace", False) or isinstance(module, nn.RReLU)
+        return is_plain(module) and plain and not hooks and not writes
+    if node.op == "call_method":
+        return not name.endswith("_") or name.endswith("__")
+    if node.op == "call_function":
+        home = str(getattr(node.target, "__module__", "")).partition(".")[0]
+        known = home in ("torch", "_operator", "builtins", "None") or node.target is getattr
+        return known and not name.startswith(("_assert", "iadd", "setitem")) and name[-1:] != "_"
+    return node.op == "get_attr"
+
+
+def _file(module: nn.Module) -> str:
+    return str(inspect.unwrap(type(module).forward).__module__).rpartition(".")[2]
 
 
 def _returns_tensor(
@@ -564,7 +605,9 @@ def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
     def run() -> Reading:
         module.training = True
         reader = _Reader(module, args, kwargs)
-        return Reading(reader.trace(module), reader.modules, reader.constants)
+        graph = reader.trace(module)
+        _drop_dead(graph)
+        return Reading(graph, reader.modules, reader.constants)
 
     with _untraceable():
         return _undisturbed(module, run, strict=False)

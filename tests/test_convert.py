@@ -9,8 +9,10 @@ import json
 import math
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -628,7 +630,8 @@ def test_delta_orthogonal_keeps_the_q_that_constants_assume(layer: Any, why: str
     net = nn.Sequential(layer, nn.ReLU())
     draws = torch.Generator().manual_seed(0)
     report = convert(net, spec=SPEC, init="delta_orthogonal", generator=draws, fuse=False)
-    assert [why in note for note in report.notes] == [True] * bool(why)
+    notes = [note for note in report.notes if "Delta form" not in note]
+    assert [why in note for note in notes] == [True] * bool(why)
     channels = getattr(layer, "in_channels", 0) or layer.in_features
     size = (20,) * (layer.weight.ndim - 2)
     x = torch.randn(64, channels, *size, dtype=torch.float64, generator=draws)
@@ -1543,3 +1546,160 @@ def test_a_place_stands_where_each_fused_activation_stood() -> None:
         m.register_forward_hook(lambda *_, name=name: calls.append(name))
     net(torch.zeros(3, 6))
     assert calls == ["one", "fused_0", "two", "shaped_0", "three", "act"]
+
+
+class Unnormalised(nn.Module):
+    """A sum of weights 1 and 1, and a product of two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.two(F.relu(self.one(x)))
+        return y * torch.sigmoid(y)[:, :1]
+
+
+@pytest.mark.parametrize("given", [{"depth": 20}, {"spec": SPEC}, {"method": "EOC"}])
+def test_what_a_wiring_would_have_refused_is_said_when_none_is_read(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cannot read the model's wiring"):
+        convert(nn.Sequential(Unnormalised(), nn.Linear(6, 6)))
+    activation = {"activation": "relu"} if "method" in given else {}
+    report = convert(nn.Sequential(Unnormalised(), nn.Linear(6, 6)), **given, **activation)
+    notes = [note for note in report.notes if "the constants do not know of this" in note]
+    assert any("'0:add' is a sum" in note for note in notes)
+    assert any("'0:mul' cannot be read" in note for note in notes)
+    assert not any("pass depth=" in note for note in notes)
+
+
+class DeadEnds(nn.Module):
+    """Computes what nobody takes, of a layer's output too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        _ = y[0], y.shape[0], torch.tanh(y), self.two(y)
+        parts = torch.split(F.relu(y), 3, 1)
+        _ = parts[0]
+        return x + self.two(torch.cat((parts[0], parts[1]), 1))
+
+
+def test_what_nobody_takes_hides_nothing() -> None:
+    net = nn.Sequential(DeadEnds())
+    report = convert(net, spec=SPEC, init=None)
+    assert report.counts["fused"] == 1
+    assert reweight_shortcuts(nn.Sequential(DeadEnds()), 0.8).counts["reweighted"] == 1
+
+
+class Record(OrderedDict[str, Tensor]):
+    """A mapping that takes numbers too, as those of some libraries do."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+@dataclass
+class Pair:
+    first: Tensor
+    second: Tensor
+
+
+class Named(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+RECORDS: dict[str, tuple[Callable[..., Any], Callable[[Any], Tensor]]] = {
+    "mapping by number": (lambda x: Record(first=x, second=x), lambda r: r[0]),
+    "mapping by name": (lambda x: Record(first=x, second=x), lambda r: r["second"]),
+    "ordered mapping": (lambda x: OrderedDict(first=x), lambda r: r["first"]),
+    "dict": (lambda x: {"first": x}, lambda r: r["first"]),
+    "dataclass": (lambda x: Pair(x, x), lambda r: r.second),
+    "named tuple": (lambda x: Named(x, x), lambda r: r.second),
+    "named tuple by number": (lambda x: Named(x, x), lambda r: r[0]),
+    "list": (lambda x: [x, x], lambda r: r[-1]),
+}
+
+
+class Packing(nn.Module):
+    def __init__(self, pack: Callable[..., Any], functional: bool) -> None:
+        super().__init__()
+        self.layer, self.act = nn.Linear(6, 6), F.relu if functional else nn.ReLU()
+        self.pack = pack
+
+    def forward(self, x: Tensor) -> Any:
+        return self.pack(self.act(self.layer(x)))
+
+
+class Unpacking(nn.Module):
+    def __init__(self, name: str, functional: bool) -> None:
+        super().__init__()
+        pack, self.part = RECORDS[name]
+        self.inner, self.head = Packing(pack, functional), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(self.inner(x)))
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("name", RECORDS)
+def test_outputs_that_hold_tensors_by_name(name: str, functional: bool) -> None:
+    net = Unpacking(name, functional)
+    wanted = type(net.inner(ROW))
+    report = convert(net, clamp=True)
+    assert report.depth == 1
+    assert report.counts["initialised"] == 2
+    assert type(net.inner(ROW)) is wanted
+    assert net(ROW).shape == ROW.shape
+
+
+def test_an_item_that_is_not_there_is_no_bare_error() -> None:
+    class Wrong(Unpacking):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(x)["third"])
+
+    with pytest.raises(ValueError, match=r"cannot read .*third"):
+        convert(Wrong("mapping by name", functional=False))
+
+
+class Collecting(nn.ModuleDict):
+    """Asks what its children return, as wrappers that collect features do."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = []
+        for child in self.values():
+            x = child(x)
+            if isinstance(x, (tuple, list)):
+                x = x[0]
+            found.append(x)
+        return found
+
+
+def test_a_wrapper_that_asks_what_its_children_return_is_followed() -> None:
+    parts = {"one": stack(2), "two": Functional(), "three": nn.Sequential(nn.Linear(6, 6))}
+    net = Collecting(parts)
+    report = convert(net, spec=SPEC)
+    assert report.counts["fused"] >= 2
+    assert not any("not traced" in change.note for change in report.changes)
+
+
+def test_positions_that_strided_layers_do_not_read_are_named() -> None:
+    def make() -> nn.Sequential:
+        layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Conv2d(8, 8, 1, 2), nn.Flatten(), nn.LazyLinear(4))
+
+    image = torch.randn(2, 3, 32, 32, requires_grad=True)
+    for init, named in (("suo", True), ("delta_orthogonal", True), ("suo_full", False)):
+        net = make()
+        net(image)
+        notes = " ".join(convert(net, spec=SPEC, init=init).notes)
+        assert ("'0', '2' read one position" in notes) is named
+        if named:
+            (grad,) = torch.autograd.grad(net(image).square().sum(), image)
+            seen = int((grad.abs().amax((0, 1)) > 0).sum())
+            assert seen * 64 == 32 * 32
+            assert "1/64 of the input's reach the output" in notes
+            assert "suo_full" in notes

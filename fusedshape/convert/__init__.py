@@ -22,6 +22,7 @@ from fusedshape.activations import ACTIVATIONS
 from fusedshape.convert.calls import Calls, refuse_wrapped
 from fusedshape.convert.fusion import Fusion
 from fusedshape.convert.plan import Constants, Plan
+from fusedshape.convert.positions import unread_positions
 from fusedshape.convert.report import Change, Report
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.init import Method
@@ -179,9 +180,11 @@ def convert(
         constants = _constants(
             method, activation, depth, subnet_max, zeta, eta, tau, clamp, sigma_b, spec, wired
         )
-        more = _drifts(wired) + _grows(wired, constants.spec)
+        more = _unread(wired) + _drifts(wired) + _grows(wired, constants.spec)
         constants = dataclasses.replace(constants, notes=constants.notes + more + unchecked)
         plan = Plan(calls, fusion, constants, init, backend, chain)
+        named = [(calls.names[layer], layer, method) for layer, method in plan.layers]
+        plan.notes += unread_positions(wired, named)
         report = plan.report(dry_run)
         if not dry_run:
             plan.apply(log, generator)
@@ -341,6 +344,18 @@ def _constants(
         clamp=clamp,
     )
     return Constants(name, solved, depth=counted if depth is None else depth, notes=notes)
+
+
+def _unread(wired: theory.Wiring) -> tuple[str, ...]:
+    """Notes on the places at which a wiring read off the model would have been refused.
+
+    They are there only where the constants do not come from it.
+    """
+    return tuple(
+        "the constants do not know of this, and what they assume need not hold: "
+        + problem.partition("; pass depth=")[0]
+        for problem in wired.problems
+    )
 
 
 def _grows(wired: theory.Wiring, spec: ActSpec) -> tuple[str, ...]:

@@ -465,7 +465,7 @@ class _Trace:
             return _computed(node, args, kwargs)
         target = node.target
         if isinstance(target, type):
-            return (*args, *kwargs.values())  # a named tuple or a dataclass
+            return _record(target, args, kwargs)
         name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
         if target is getattr:
             name = str(args[1])
@@ -473,7 +473,13 @@ class _Trace:
             return _UNSIZED
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.rstrip("_") if in_place else name
-        result = self._computation(name.lstrip("_"), list(args), kwargs, taken, at)
+        if target is getattr and not isinstance(args[0], _Signal):
+            return _part(args[0], name) or self.unknown(taken, at, f"it has no {name} as traced")
+        try:
+            result = self._computation(name.lstrip("_"), list(args), kwargs, taken, at)
+        except Exception as error:  # whatever Python made of a structure of symbols
+            why = f"{type(error).__name__}: {error}"
+            return self.unknown(taken, at, f"{name} failed on what was traced ({why}); {_BY_HAND}")
         if (in_place or kwargs.get("inplace")) and isinstance(result, _Signal):
             return self._in_place(taken[0], result)
         return result
@@ -487,7 +493,7 @@ class _Trace:
         x = args[0]
         base = name[:-2] if name.endswith(("1d", "2d", "3d")) else name
         if name == "getitem" and not isinstance(x, _Signal):
-            return operator.getitem(*args)
+            return _item(*args)
         if name in ("cat", "concat", "concatenate"):
             return self._concat(args, kwargs, taken, at)
         if name in ("add", "iadd", "sub", "isub", "subtract", "rsub"):
@@ -617,6 +623,8 @@ class _Trace:
     def _swish(self, taken: list[_Signal]) -> _Signal | None:
         """x, if it is multiplied by sigmoid(x)."""
         for x, gate in (taken, taken[::-1]):
+            if (gate.channels, gate.axes) != (x.channels, x.axes):
+                continue  # a part of it
             node = self.nodes[self.index(gate)]
             if node.spec == ActSpec("sigmoid") and node.inputs == (self.index(x),):
                 return x
@@ -671,6 +679,27 @@ def _signals(tree: Any) -> list[_Signal]:
     elif not isinstance(tree, (tuple, list)):
         return []
     return [signal for item in tree for signal in _signals(item)]
+
+
+def _record(cls: Any, args: Any, kwargs: Any) -> Any:
+    """What a forward makes of a class: a mapping, a named tuple or a dataclass."""
+    if hasattr(cls, "_fields"):
+        return cls(*args, **kwargs)
+    if len(args) == 1 and isinstance(args[0], dict) and not kwargs:
+        return args[0]
+    return dict(kwargs) if kwargs else args
+
+
+def _item(whole: Any, key: Any) -> Any:
+    """whole[key], where records of names take numbers too, as their values in order."""
+    if isinstance(whole, dict) and isinstance(key, (int, slice)) and key not in whole:
+        return tuple(value for value in whole.values() if value is not None)[key]
+    return operator.getitem(whole, key)
+
+
+def _part(whole: Any, name: str) -> Any:
+    """The attribute of a record."""
+    return whole.get(name) if isinstance(whole, dict) else getattr(whole, name, None)
 
 
 def _computed(node: fx.Node, args: Any, kwargs: Any) -> Any:
