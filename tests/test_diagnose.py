@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import random
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -1023,6 +1024,10 @@ def test_forms(tmp_path: Path) -> None:
     found.plot(tmp_path / "d.svg")
     text = (tmp_path / "d.svg").read_text()
     assert "<svg" in text
+    # 51 layers with weights, every third of them named on the axis.
+    labels = re.findall(r"<!-- (\d+): (\d+) -->", text)
+    assert labels == [(str(k), str(2 * k - 2)) for k in range(1, 52, 3)]
+    assert "<!-- layer with weights -->" in text
     assert found.table().count("\n") == 102
     lines = str(found).splitlines()
     assert len(lines) < 60

@@ -26,6 +26,7 @@ from fusedshape.diagnose.predict import (
     predict,
     summary,
 )
+from fusedshape.diagnose.reach import reach
 from fusedshape.diagnose.report import Diagnosis, Finding, Layer
 from fusedshape.diagnose.tape import Step, Tape
 from fusedshape.diagnose.verdict import CAUSES, Case, findings
@@ -59,8 +60,10 @@ def diagnose(
     more than 6 standard deviations of what its width explains. Those follow from what random
     weights of its shape may do (Gaussian ones, or orthogonal ones if they are) and, for an
     activation, from Var[φ²] given the mean square before it (3/width of ln q for He's ReLU, and
-    2/width more for Gaussian weights). Weights are also judged by themselves: their scale, layer by
-    layer and added up, their rank, and whether a layer has them for itself.
+    2/width more for Gaussian weights). Where a layer or pool skips positions, one backward pass of
+    a few inputs tells how much of the input the output still depends on. Weights are also judged
+    by themselves: their scale, layer by layer and added up, their rank, and whether a layer has
+    them for itself.
 
     The model runs as it is, in its own mode, without gradients. Afterwards it and the random number
     generators are what they were, after an error or Ctrl-C too: parameters, buffers, gradients,
@@ -119,6 +122,11 @@ def diagnose(
                 weights = contract(tape.steps, sigma_w, sigma_b)
                 partings = _partings(model, args, kwargs, size, tape, known)
                 runs.append(_Run(tape, weights, partings))
+                if any(s.reads < 1 for s in tape.steps):
+                    try:
+                        runs[0].reached = reach(model, args, kwargs, size, tape.input_dims)
+                    except Exception as error:
+                        notes[f"how much of the input the output sees is not known: {error}"] = None
             runs[0].add(tape.steps)
             total += size
     if not runs:
@@ -136,6 +144,7 @@ class _Run:
         self.weights = weights
         self.partings = partings
         self.stats = [Stats() for _ in steps]
+        self.reached: tuple[int, int] | None = None
         self.rows: list[list[tuple[float, ...]]] = []
 
     def add(self, steps: list[Step]) -> None:
@@ -167,7 +176,7 @@ class _Run:
         ]
         distant, far = [m[-6] for m in mean], [m[-5] for m in mean]
         drifts = [(m[-4], m[-3], m[-2], m[-1]) for m in mean]
-        case = Case(self.steps, rows, self.stats, distant, far, drifts, self.weights)
+        case = Case(self.steps, rows, self.stats, distant, far, drifts, self.weights, self.reached)
         shown = [
             row
             for row, step in zip(rows, self.steps, strict=True)

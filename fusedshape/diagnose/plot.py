@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedshape.files import save_figure
 
 if TYPE_CHECKING:
-    from fusedshape.diagnose.report import Diagnosis
+    from fusedshape.diagnose.report import Diagnosis, Layer
+
+_NAMED = 25  # layers that the axis has room for
+_LONG = 24  # characters of a name
 
 
 def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
@@ -51,9 +55,10 @@ def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
     slopes = [rows[i].slope for i in nonlinear]
     bottom.plot(nonlinear, slopes, ".", color="C1", ms=4, label="C'(1) of the layer")
     apart = [s for r in rows for s in (r.sensitivity, r.sensitivity_measured, r.slope) if s > 0]
-    bottom.set(yscale="log", ylabel="sensitivity", xlabel="steps of the forward pass")
+    bottom.set(yscale="log", ylabel="sensitivity")
     if apart:
         bottom.set_ylim(max(min(apart), 1e-12) / 3, min(max(apart), 1e12) * 3)
+    _name_layers(bottom, rows)
     for axes in (top, middle, bottom):
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
@@ -65,6 +70,26 @@ def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
     top.legend(fontsize=8)
     bottom.legend(fontsize=8)
     save_figure(figure, path, dpi=150)
+
+
+def _name_layers(axes: Any, rows: Sequence[Layer]) -> None:
+    """Number the layers with weights from 1, and name them, or some of them evenly."""
+    layers = [i for i, r in enumerate(rows) if r.op == "affine"]
+    shown = list(enumerate(layers, 1))[:: math.ceil(len(layers) / _NAMED) or 1]
+    axes.set_xticks([i for _, i in shown])
+    axes.set_xticklabels(
+        [f"{number}: {_short(rows[i].path)}" for number, i in shown],
+        rotation=60,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=7,
+    )
+    axes.set_xlabel("layer with weights")
+
+
+def _short(path: str) -> str:
+    """The end of a long path, which is what tells layers apart."""
+    return path if len(path) <= _LONG else "…" + path[1 - _LONG :]
 
 
 def _known(value: float, op: str) -> float:

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
+from fusedshape.diagnose.reach import read_share
 from fusedshape.nn import PerLocationNorm
 from fusedshape.spec import CONSTANTS, ActSpec
 from fusedshape.theory.network import Op
@@ -67,6 +68,8 @@ class Step:
         affine: what the theory must know of an affine step's weights.
         weight: where an affine step's weight lies in memory; None if it is no parameter itself.
         move: how a step that only moves values acts on kernels of locations; None if unknown.
+        reads: share of its input's positions that a convolution or pool reads.
+        dim: where its value has the channels; 0 if not known.
         note: why its value is not predicted.
         value: what `Measure` gave; None where the value was never used.
     """
@@ -81,6 +84,8 @@ class Step:
     affine: Affine | None = None
     weight: tuple[int, int, int] | None = None
     move: Callable[[Tensor], Tensor] | None = None
+    reads: float = 1.0
+    dim: int = 0
     note: str = ""
     value: Any = None
 
@@ -157,6 +162,11 @@ class Tape(TorchDispatchMode):
         for tensor in _tensors(out):
             found = self._take(tensor)
             self.outputs += [] if found is None else [found]
+
+    @property
+    def input_dims(self) -> list[int]:
+        """Where the channels are of each floating tensor that the model was given."""
+        return [s.dim or 1 for s in self.steps if s.path == s.name == "input"]
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -307,7 +317,7 @@ class Tape(TorchDispatchMode):
         if name in _REDUCTIONS and len(args) > 1 and self._get(x) is not None:
             return self._reduce(name, args, kwargs, x)
         if "pool" in name or "upsample" in name:
-            return self._restart("pool", name, tracked, "")
+            return self._pool(name, args, x)
         return self._restart("unknown", name, tracked, f"no theory of {name} is known here")
 
     # Operations.
@@ -319,6 +329,8 @@ class Tape(TorchDispatchMode):
         inputs = () if taken is None else (taken,)
         step = Step("affine", inputs, self._here(name), name, affine=affine)
         step.move = affine.over(x.shape[2:])
+        if affine.taps is not None and not affine.geometry[3]:
+            step.reads = read_share(affine.taps[0, 0], x.shape[2:], *affine.geometry[:3])
         at = weight.untyped_storage().data_ptr()
         if at in self._own:
             step.weight = at, int(weight.storage_offset()), weight.numel()
@@ -498,6 +510,24 @@ class Tape(TorchDispatchMode):
         to = dim if keep else dim - sum(d < dim for d in dims)
         return lambda out: self._emit(out[0] if isinstance(out, (tuple, list)) else out, step, to)
 
+    def _pool(self, name: str, args: tuple[Any, ...], x: Tensor) -> Callable[[Any], None]:
+        record = self._restart("pool", name, [x], "")
+        where = len(self.steps)
+
+        def read(out: Any) -> None:
+            record(out)
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            n = next((n for n in (1, 2, 3) if f"{n}d" in name), 0)
+            if len(self.steps) == where or not n or x.ndim != n + 2:
+                return
+            places = x.shape[2:]
+            if "nearest" in name:
+                self.steps[where].reads = min(1.0, math.prod(first.shape[2:]) / math.prod(places))
+            elif name.startswith(("max_pool", "avg_pool")):
+                self.steps[where].reads = read_share(*_window(name, args, places))
+
+        return read
+
     def _restart(
         self, op: Op, name: str, tracked: Sequence[Tensor], note: str
     ) -> Callable[[Any], None]:
@@ -581,6 +611,7 @@ class Tape(TorchDispatchMode):
         else:
             ((i, _),) = signal.terms
         step = self.steps[i]
+        step.dim = signal.dim
         self._pieces.discard(i)
         if step.value is None and not (step.op == "reshape" and step.move is not None):
             step.channels = t.shape[signal.dim]
@@ -645,6 +676,19 @@ class Tape(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _window(name: str, args: tuple[Any, ...], places: Sequence[int]) -> tuple[Any, ...]:
+    """The arguments of `read_share` for a pool."""
+
+    def each(i: int, default: Any) -> list[int]:
+        given = args[i] if len(args) > i and args[i] not in ([], None) else default
+        given = [given] if isinstance(given, int) else list(given)
+        return given * (len(places) // len(given))
+
+    kernel = each(1, 1)
+    dilation = each(4, 1) if name.startswith("max_pool") else each(len(args), 1)
+    return torch.ones(kernel), places, each(2, kernel), each(3, 0), dilation
 
 
 def _version(t: Tensor) -> int:

@@ -30,6 +30,7 @@ CAUSES = {
     "saturated": "an activation that is flat where its inputs are",
     "dead": "a layer whose output does not depend on the input",
     "width": "too few channels for this depth, or for this layer",
+    "lost positions": "positions of the input that the output does not depend on",
     "low rank": "weights that act on fewer directions than random ones of their shape",
     "shared weights": "one weight in several layers, which theory takes to be independent",
     "dropout": "random numbers in the forward pass: dropout, stochastic depth, noise",
@@ -42,6 +43,7 @@ _DRIFT = math.log(10)  # standard deviation of ln q from which on chance decides
 _FLAT = 0.3  # more of an activation's inputs on its flat parts than at q = 1
 _LEAST_GAIN = 2 * math.log(1.06)  # weights so much too large or too small pass, one layer alone
 _LEAST_DRIFT = math.log(1.5)  # but not if they add up to this factor on q
+_SEEN = 0.75  # share of positions, less of which is no matter of borders
 _REPEATS = 4  # uses of one module: their chances add up to at most twice those of independent ones
 # What other causes bring about, further on.
 _SYMPTOMS = ("weights not random", "wrong depth")
@@ -62,6 +64,7 @@ class Case:
         far: ln of measured over predicted q, both from the input on, in standard deviations.
         drifts: `Forecast.drift`, and its standard deviation.
         weights: what the weights should be.
+        reached: positions of the input that the output depends on, and all; None if not measured.
     """
 
     steps: Sequence[Step]
@@ -71,6 +74,7 @@ class Case:
     far: Sequence[float]
     drifts: Sequence[tuple[float, float, float, float]]
     weights: Contract
+    reached: tuple[int, int] | None = None
 
     def users(self, i: int) -> Iterator[Step]:
         """The steps that take a step's value, seen through what only moves values."""
@@ -104,7 +108,8 @@ def findings(case: Case) -> tuple[Finding, ...]:
     """What is wrong, the earliest first; one finding for each cause."""
     found: dict[str, list[tuple[int, str]]] = {}
     unmixed = case.unmixed
-    judged = (_local(case, unmixed), _activated_sums(case, unmixed), _shared(case), _global(case))
+    judged = [_local(case, unmixed), _activated_sums(case, unmixed), _shared(case), _lost(case)]
+    judged.append(_global(case))
     for i, cause, text in itertools.chain(*judged):
         found.setdefault(cause, []).append((i, text))
     if not found.keys() & _SCALES:
@@ -421,6 +426,29 @@ def _shared(case: Case) -> _Found:
                     "theory takes layers to be independent, so what chance does to one adds up; "
                     "give each layer a weight of its own",
                 )
+
+
+def _lost(case: Case) -> _Found:
+    """Layers that skip positions, if much of the input is lost by them."""
+    seen, total = case.reached or (0, 0)
+    if not seen < _SEEN * total:
+        return
+    for i, step in enumerate(case.steps):
+        if step.reads < 1:
+            taps = step.affine.taps if step.affine is not None else None
+            why = "its windows skip the others"
+            if taps is not None and int(taps.count_nonzero()) < taps.numel():
+                why = (
+                    f"all but {int(taps.count_nonzero())} of its {taps.numel()} taps are zero, as "
+                    "in Delta initialisations, which are made for stride 1"
+                )
+            yield (
+                i,
+                "lost positions",
+                f"{seen} of {total} positions of the input reach the output; this layer reads "
+                f"{100 * step.reads:.3g} % of its input ({why}); fill all taps of strided layers "
+                "(init='suo_full'), or let stride 1 and an average pool take its place",
+            )
 
 
 def _added_up(case: Case) -> _Found:
