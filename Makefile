@@ -1,11 +1,12 @@
 # make demo: set up and train the demo.  make test: set up and pass the tests.
+# make test-newest: pass them with the newest torch, after every change to ops.
 # make exhaustive: compile every configuration of every kernel for every GPU, some 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: idle OpenMP threads of several processes wait on each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test exhaustive clean
+.PHONY: demo test test-newest exhaustive clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
@@ -18,6 +19,15 @@ test: .venv/ready
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_chain.py -k triton
 	$(PYTEST) bench --benchmark-disable
 
+# The other end of the range of torch versions that is promised: by hand, after every change to ops.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	.venv-newest/bin/fusedshape build --optional
+	.venv-newest/bin/python -c 'import torch; print("torch", torch.__version__)'
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-newest/bin/pytest -n 2 tests/test_ops.py tests/test_chain.py -k triton
+
 exhaustive: .venv/ready
 	$(PYTEST) -n 2 -m exhaustive tests/kernels
 
@@ -28,4 +38,4 @@ exhaustive: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv fusedshape/_native
+	rm -rf .venv .venv-newest fusedshape/_native

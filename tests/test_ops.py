@@ -418,6 +418,8 @@ def test_func_transforms() -> None:
     )
 
 
+# Since 2.14 torch.compile refuses dual tensors, and without fullgraph runs the function as written.
+TAKES_DUALS = torch.__version__ < (2, 14)
 TRANSFORMED: dict[str, Callable[[Tensor, Tensor, Tensor, ActSpec], Tensor]] = {
     "shaped_act": lambda x, w, b, spec: shaped_act(x * w[0, 0, 0, 0] + b[0], spec),
     "bias_act": lambda x, w, b, spec: bias_act(x * w[0, 0, 0, 0], b, spec),
@@ -447,12 +449,25 @@ def test_func_transforms_within_compile(op: str, spec: ActSpec) -> None:
     for g, t in zip(compiled(w, x, b), want, strict=True):
         torch.testing.assert_close(g, t)
     plain = torch.compile(loss, fullgraph=True, backend="eager")
+    if not TAKES_DUALS:
+        torch.testing.assert_close(plain(w, x, b), loss(w, x, b))
+        with forward_ad.dual_level(), pytest.raises(torch._dynamo.exc.Unsupported, match="dual"):
+            plain(forward_ad.make_dual(w, torch.ones_like(w)), x, b)
+        torch._dynamo.reset()  # who was refused is not compiled again
+        plain = torch.compile(loss, backend="eager")
     for _ in range(2):  # what was compiled without a transform is not what serves one
         torch.testing.assert_close(plain(w, x, b), loss(w, x, b))
         with forward_ad.dual_level():
             out = plain(forward_ad.make_dual(w, torch.ones_like(w)), x, b)
             tangent = forward_ad.unpack_dual(out).tangent
         torch.testing.assert_close(tangent, want[0].sum())
+    torch._dynamo.reset()
+    jvp = torch.compile(
+        lambda w: torch.func.jvp(lambda w: loss(w, x, b), (w,), (torch.ones_like(w),))[1],
+        fullgraph=True,
+        backend="eager",
+    )
+    torch.testing.assert_close(jvp(w), want[0].sum())
     samples = torch.func.vmap(lambda x: gradient(w, x, b)[0])
     each = torch.compile(samples, fullgraph=True, backend="eager")(x.unsqueeze(1))
     torch.testing.assert_close(each.sum(0), want[0])

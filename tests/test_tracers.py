@@ -19,7 +19,7 @@ from fusedshape import ActSpec, ops
 from fusedshape.activations import ACTIVATIONS
 
 # TorchScript is on its way out, and still what many models are exported by.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated")
 SMOOTH = ActSpec("tanh", 1.1, 0.2, 0.1, 1.3)
 BENT = ActSpec("leaky_relu", 1.1, 0.2, 0.1, 1.3, 0.3)
 WAVED = ActSpec("swish", 1.1, 0.2, 0.1, 1.3)

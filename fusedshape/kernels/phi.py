@@ -382,8 +382,8 @@ def d1(u, slope, ID: tl.constexpr):
         return s * (1.0 + u * c)
     elif ID == GELU:
         u2 = u * u
-        s, c = _logistic(2.0 * SQRT_2_OVER_PI * u * (1.0 + GELU_CUBIC * u2))
-        inner = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * u2)
+        s, c = _logistic(u * (2.0 * SQRT_2_OVER_PI) * (1.0 + GELU_CUBIC * u2))
+        inner = (1.0 + u2 * (3.0 * GELU_CUBIC)) * (2.0 * SQRT_2_OVER_PI)
         return s + tl.where(tl.abs(u) > 40.0, u - u, u * s * c * inner)
     elif ID == GELU_EXACT:
         a, e, ratio = _tail(u)

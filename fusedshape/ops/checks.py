@@ -32,6 +32,9 @@ def transformed() -> bool:
     They look inside Functions, and an export keeps no backward of them: what it made would leave
     out their gradients without a word. Without gradients it takes the kernels, but for ONNX, which
     has none of ours.
+
+    Since torch 2.14 torch.compile itself refuses dual tensors where a full graph is asked for, and
+    otherwise runs as written what is given them; `torch.func.jvp` inside it is served as ever.
     """
     # Dynamo guards the level because it is read here.
     return (
