@@ -1240,3 +1240,37 @@ def test_threads_of_python_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+HUGE = (2**31, 2**40, 2**62, 2**63 - 1)
+
+
+@pytest.mark.parametrize("huge", HUGE)
+@pytest.mark.parametrize("where", ["stride", "padding", "dilation", "input_size", "weight_size"])
+def test_sizes_that_overflow_are_refused(where: str, huge: int) -> None:
+    """Or taken, where a large stride means a single position; never multiplied beyond int64."""
+    x, w = (torch.zeros(*s).to(memory_format=LAST) for s in ((1, 16, 3, 3), (16, 16, 3, 3)))
+    sizes = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+    dz = torch.zeros(1, 16, 1, 1)
+    epilogue = (0, 0.0, 1.0, 0.0, 0.0, 1.0, True, False)
+    if where in sizes:
+        sizes[where] = [huge, huge]
+    given = list(sizes.values())
+    calls = {
+        "native_conv": (x, w, *given),
+        "native_conv_dgrad": (dz, w, None, None, [1, 16, 3, 3], *given, *epilogue),
+        "native_conv_wgrad": (dz, x, [16, 16, 3, 3], *given),
+    }
+    if where == "input_size":
+        size = [huge, 16, huge, huge]
+        calls = {"native_conv_dgrad": (dz, w, None, None, size, *given, *epilogue)}
+    elif where == "weight_size":
+        calls = {"native_conv_wgrad": (dz, x, [huge - huge % 16, 16, huge, huge], *given)}
+    for name, args in calls.items():
+        if where == "stride" and huge == HUGE[0]:
+            getattr(OPS, name)(*args)
+            continue
+        with pytest.raises(
+            RuntimeError, match=rf"{name}: .*(at most|addressed|reaches over|shape)"
+        ):
+            getattr(OPS, name)(*args)

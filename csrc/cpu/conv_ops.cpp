@@ -4,6 +4,7 @@
 // a linear layer. Checks arguments, allocates results.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <tuple>
 #include <vector>
 
@@ -31,6 +32,18 @@ std::string text(const Ints& sizes) {
     s += (s.size() > 1 ? ", " : "") + std::to_string(size);
   }
   return s + ")";
+}
+
+// The product of sizes that are not negative; an error where no memory could hold as many floats.
+int64_t count(const char* op, const char* name, const Ints& sizes) {
+  int64_t total = 1;
+  bool fits = true;
+  for (const int64_t size : sizes) {
+    fits = fits && !__builtin_mul_overflow(total, std::max<int64_t>(1, size), &total);
+  }
+  STD_TORCH_CHECK(fits && total <= INT64_MAX / int64_t{sizeof(float)}, op, ": ", name, " of ",
+                  text(sizes), " has more numbers than can be addressed");
+  return total;
 }
 
 // The strides of (N, C, *spatial) with channels innermost.
@@ -79,6 +92,8 @@ struct Problem {
     STD_TORCH_CHECK(2 <= ndim && ndim <= 2 + kSpatial && x.size() == ndim, op, ": input ", text(x),
                     " and weight ", text(weight), " must have the same 2 to ", 2 + kSpatial,
                     " dimensions");
+    count(op, "an input", x);
+    count(op, "a weight", weight);
     const size_t n = ndim - 2;
     STD_TORCH_CHECK(stride.size() == n && padding.size() == n && dilation.size() == n, op,
                     ": stride, padding and dilation need ", n, " numbers each");
@@ -91,25 +106,29 @@ struct Problem {
     conv = {x[0], weight[1], weight[0], {1, 1, 1}, {1, 1, 1}, {1, 1, 1},
             {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
     y = {x[0], weight[0]};
+    Ints padded = {x[0], x[1]};
     for (size_t d = 0; d < n; ++d) {
       const size_t to = kSpatial - n + d;
       STD_TORCH_CHECK(in_range(stride[d], 1) && in_range(padding[d], 0) && in_range(dilation[d], 1),
                       op, ": stride ", text(stride), ", padding ", text(padding), " or dilation ",
                       text(dilation), " is out of range; they are at most ", kMost);
-      STD_TORCH_CHECK(x[2 + d] >= 0 && weight[2 + d] > 0, op, ": input ", text(x), " or weight ",
-                      text(weight), " is out of range");
+      STD_TORCH_CHECK(in_range(x[2 + d], 0) && in_range(weight[2 + d], 1), op, ": input ", text(x),
+                      " or weight ", text(weight), " is out of range; sizes are at most ", kMost);
+      const int64_t extent = x[2 + d] + 2 * padding[d];
       const int64_t reach = dilation[d] * (weight[2 + d] - 1) + 1;
-      STD_TORCH_CHECK(x[2 + d] + 2 * padding[d] >= reach, op, ": a kernel of ", weight[2 + d],
-                      " with dilation ", dilation[d], " reaches over ", reach,
-                      ", the padded input has ", x[2 + d] + 2 * padding[d]);
+      STD_TORCH_CHECK(extent >= reach, op, ": a kernel of ", weight[2 + d], " with dilation ",
+                      dilation[d], " reaches over ", reach, ", the padded input has ", extent);
       conv.in[to] = x[2 + d];
       conv.kernel[to] = weight[2 + d];
       conv.stride[to] = stride[d];
       conv.padding[to] = padding[d];
       conv.dilation[to] = dilation[d];
-      conv.out[to] = (x[2 + d] + 2 * padding[d] - reach) / stride[d] + 1;
+      conv.out[to] = (extent - reach) / stride[d] + 1;
       y.push_back(conv.out[to]);
+      padded.push_back(extent);
     }
+    count(op, "an input padded", padded);
+    count(op, "an output", y);
   }
 
   Weight weight(float* data, const Ints& strides) const {
