@@ -28,6 +28,18 @@ def _check_how(who: str, spec: ActSpec, backend: str, engine: str = "auto") -> N
     choice(who, "engine", engine, ENGINES)
 
 
+def _check_locations(x: Any) -> None:
+    """Raise unless a tensor is floating and of shape (N, C, *spatial).
+
+    By `type`, because a symbol passes for a tensor by isinstance and has no shape to be asked for.
+    """
+    if issubclass(type(x), Tensor) and (x.ndim < 2 or not x.is_floating_point()):
+        raise ValueError(
+            f"PerLocationNorm: x must be floating, of shape (N, C, *spatial), got {x.dtype} of "
+            f"shape {tuple(x.shape)}; add a batch dimension by x.unsqueeze(0)"
+        )
+
+
 def _check_input(who: str, name: str, x: Any) -> None:
     """Raise unless x is a tensor, or stands for one, as what torch.fx traces with."""
     if not isinstance(x, Tensor) and not hasattr(x, "__torch_function__"):
@@ -593,11 +605,7 @@ class PerLocationNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, *spatial) → (N, C + 1, *spatial), or (N, C, *spatial) with "off"."""
         _check_input("PerLocationNorm", "x", x)
-        if isinstance(x, Tensor) and (x.ndim < 2 or not x.is_floating_point()):
-            raise ValueError(
-                f"PerLocationNorm: x must be floating, of shape (N, C, *spatial), got {x.dtype} of "
-                f"shape {tuple(x.shape)}; add a batch dimension by x.unsqueeze(0)"
-            )
+        _check_locations(x)
         # In float32 or better, without a branch on the dtype that torch.fx could not follow.
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
