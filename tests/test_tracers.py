@@ -348,8 +348,9 @@ def test_tensors_that_dispatch_themselves_are_given_torchs_operators(net: Net) -
     agree(both.a.detach(), want.detach())
     agree(both.b.detach(), net(2 * X).detach())
     x: Any = TwoTensor(X, X)
-    with pytest.raises(ValueError, match=r"backend 'native' cannot run .* other classes"):
-        ops.shaped_act(x, SMOOTH, backend="native")
+    layer = fs.ShapedConv2d(3, 4, 3, spec=SMOOTH, engine="native")
+    with pytest.raises(ValueError, match=r"engine 'native' cannot run .* other classes"):
+        layer(x)
 
 
 def test_a_sharded_tensor_goes_through_every_op(net: Net) -> None:
