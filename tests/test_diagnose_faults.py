@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -391,3 +392,38 @@ def test_low_rank_is_seen(shape: tuple[int, int], rank: int, even: bool) -> None
     # What it may do by chance is what a random one may, not what it does itself.
     out, n = shape
     assert seen.chance <= 2 / (n + 2) * (n * (out + n + 1) / (out * n + 2) - 1) + 1e-12
+
+
+def healthy(seed: int, most: float) -> tuple[nn.Sequential, Tensor, str]:
+    """A net at random: width, depth, kind, initialiser and constants; its data; what it is."""
+    draw = random.Random(seed)
+    is_conv = draw.random() < 0.35
+    method, activation = draw.choice(METHODS)
+    init = draw.choice(INITS)
+    width = draw.choice((16, 32, 64, 128) if is_conv else (16, 24, 32, 64, 128, 256, 512))
+    depth = draw.choice((5, 8, 12, 20) if is_conv else (5, 10, 20, 30, 50, 100))
+    while width**2 * depth * (36 if is_conv else 1) > most and (width > 32 or depth > 5):
+        width, depth = max(width // 2, min(width, 32)), max(depth // 2, 5)
+    torch.manual_seed(seed)
+    make = conv_net if is_conv else linear_net
+    net = make(depth, width, method=method, activation=activation, init=init)
+    return net, data_for(net), f"{make.__name__} {width=} {depth=} {init} {method} {activation}"
+
+
+def assert_no_alarm(seed: int, most: float) -> None:
+    net, data, what = healthy(seed, most)
+    found = diagnose(net, data)
+    # Where chance alone changes q tenfold, to say so is right.
+    assert found.agrees or found.cause == "width", f"{seed}: {what}: {found.verdict}"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_healthy_nets_raise_no_alarm(seed: int) -> None:
+    assert_no_alarm(seed, 3e5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1000, 1200))
+def test_many_healthy_nets_raise_no_alarm(seed: int) -> None:
+    # None of 200: with 95 % confidence, fewer than 1.5 % do (the rule of three).
+    assert_no_alarm(seed, 4e6)

@@ -39,6 +39,7 @@ X: Expr = ("x",)
 _SAME = {"detach", "alias", "clone", "contiguous", "_to_copy", "lift_fresh", "to"}
 _NEW = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
 _NEW |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "bernoulli"}
+_CONSTANT = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 _VIEWS = {"view", "_unsafe_view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"}
 _CUTS = {"slice", "select", "split", "split_with_sizes", "unbind", "expand", "constant_pad_nd"}
 _CUTS |= {"roll", "flip", "index", "index_select", "unfold", "im2col", "pixel_shuffle", "gather"}
@@ -137,6 +138,7 @@ class Tape(TorchDispatchMode):
         self.steps: list[Step] = []
         self.outputs: list[int] = []
         self._signals = WeakTensorKeyDictionary()
+        self._constant = WeakTensorKeyDictionary()  # the number that all elements are
         self._random = WeakTensorKeyDictionary()  # what random numbers decide on
         self._names = {module: name for name, module in self.model.named_modules()}
         self._stack: list[nn.Module] = []
@@ -232,6 +234,10 @@ class Tape(TorchDispatchMode):
         if not tracked or name in _NEW:
             is_random = torch.Tag.nondeterministic_seeded in func.tags or self._is_random(tensors)
             out = func(*args, **kwargs)
+            if in_place and isinstance(args[0], Tensor):
+                self._constant.pop(args[0], None)
+            elif name in _CONSTANT:
+                self._constant[out] = _CONSTANT[name]
             if is_random:
                 for t in _tensors(args[0] if in_place else out):
                     self._random[t] = True
@@ -420,6 +426,7 @@ class Tape(TorchDispatchMode):
         if self._is_random([t for t in tensors if self._get(t) is None]):
             return self._restart("dropout", "noise" if name == "add" else "dropout", tracked, "")
         others = [t for t in tensors if self._get(t) is None and t.numel() != 1]
+        others = [t for t in others if t not in self._constant]
         if name == "add" and len(others) == 1 and len(tracked) == 1:
             return self._shifted(tracked[0], others[0])
         if others:
@@ -444,7 +451,9 @@ class Tape(TorchDispatchMode):
             if not isinstance(a, Tensor):
                 return a
             signal = self._get(a)
-            return ("c", float(a)) if signal is None else self._expr(signal)
+            if signal is not None:
+                return self._expr(signal)
+            return ("c", self._constant[a] if a in self._constant else float(a))
 
         functional = getattr(getattr(torch.ops.aten, name), func._overloadname)
         options = tuple((k, leaf(v)) for k, v in kwargs.items() if k not in ("dtype", "layout"))
