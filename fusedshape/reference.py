@@ -36,6 +36,24 @@ def add_scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.add(a, b, alpha=scale)
 
 
+def product_bias(
+    bias: Tensor | None, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What of a layer's bias its product x ⋆ W takes, in x's dtype, and what is added after it.
+
+    In half precision, a product that is rounded before the bias is added has lost what is left
+    where the two nearly cancel: the side of a kink, or where φ does not saturate. torch's own
+    layers round once, but for convolutions on accelerators. A float32 bias keeps its digits.
+    """
+    once = x.is_cpu or weight.ndim == 2
+    if bias is None or not is_half(x.dtype) or not once:
+        return None, bias
+    own = bias.to(x.dtype)
+    if bias.dtype == x.dtype:
+        return own, None
+    return own, (bias - own).nan_to_num(0.0, 0.0, 0.0)  # inf - inf, where own overflows
+
+
 def _channel_view(bias: Tensor, ndim: int, dim: int) -> Tensor:
     shape = [1] * ndim
     shape[dim] = -1
@@ -151,8 +169,9 @@ def conv_act(
 ) -> Tensor:
     """φ̂(√(1 − w²)(conv(x, weight) + bias) + w · residual), channels in dimension 1."""
     no = [0] * len(stride)
-    z = torch.convolution(x, weight, None, stride, padding, dilation, False, no, groups)
-    return residual_act(z, bias, residual, residual_weight, spec, 1)
+    own, rest = product_bias(bias, x, weight)
+    z = torch.convolution(x, weight, own, stride, padding, dilation, False, no, groups)
+    return residual_act(z, rest, residual, residual_weight, spec, 1)
 
 
 def linear_act(
@@ -164,4 +183,5 @@ def linear_act(
     residual_weight: float = 0.0,
 ) -> Tensor:
     """φ̂(√(1 − w²)(x weightᵀ + bias) + w · residual), features in the last dimension."""
-    return residual_act(F.linear(x, weight), bias, residual, residual_weight, spec, -1)
+    own, rest = product_bias(bias, x, weight)
+    return residual_act(F.linear(x, weight, own), rest, residual, residual_weight, spec, -1)

@@ -793,3 +793,49 @@ def test_conv_act_is_right_or_refuses(call: tuple[Tensor, Tensor, Tensor | None,
     assert got.shape == want.shape
     eps = torch.finfo(x.dtype).eps
     assert torch.allclose(got.double(), want, rtol=4 * eps, atol=4 * eps * 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["conv", "linear", "chain", "residual", "float32 bias", "twice"])
+@pytest.mark.parametrize("spec", [LEAKY, shaped("tanh")], ids=lambda s: s.activation)
+def test_a_bias_that_nearly_cancels_the_product_in_half_precision(
+    spec: ActSpec, how: str, dtype: torch.dtype
+) -> None:
+    """No further from float64 than torch's own layer, which rounds product and bias once."""
+    x, grad = draw(512, 16), draw(512, 32, seed=3)
+    weight, bias = draw(32, 16, seed=1) / 4, -50 + draw(32, seed=2)
+    x[:, 0], weight[:, 0] = 1.0, 50.0
+    wide = how in ("float32 bias", "residual")
+    inputs = [t.to(dtype) for t in (x, weight, bias)]
+    residual = draw(512, 32, seed=4).to(dtype)
+    joining = {"residual": residual, "residual_weight": 0.5} if how == "residual" else {}
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if how == "conv":
+            return conv_act(x[..., None], weight[..., None], bias, spec)[..., 0]
+        if how == "chain":
+            return conv_chain(x, [ChainLayer(weight, bias, spec)])
+        return linear_act(x, weight, bias.float() if wide else bias, spec, **joining)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if how == "conv":
+            z = F.conv1d(x[..., None], weight[..., None], bias)[..., 0]
+        else:
+            z = F.linear(x, weight, bias)
+        if joining:
+            z = reference.joined(z, None, residual, 0.5, 1).to(z.dtype)
+        return reference.shaped_act(z, spec)
+
+    def errors(f: Callable[..., Tensor]) -> Tensor:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        found = f(*leaves)
+        got = [found, *torch.autograd.grad(found, leaves, grad.to(dtype), create_graph=twice)]
+        pairs = zip(got, truth, strict=True)
+        return torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs])
+
+    twice = how == "twice"
+    exact = [t.double() for t in inputs]
+    truth = eager_grads(plain, grad.to(dtype).double(), *exact)
+    # By chance a few values round across the kink, in either; each weighs 1 / numel in the square.
+    few = (4 / grad.numel()) ** 0.5
+    assert (errors(fused) <= 2 * errors(plain) + few).all()

@@ -36,6 +36,7 @@ from fusedshape.ops.engine import (
     forward_engine,
 )
 from fusedshape.ops.layer import Step, composed
+from fusedshape.reference import product_bias
 from fusedshape.spec import ActSpec, saves_output
 from fusedshape.validate import shown
 
@@ -234,8 +235,9 @@ class Chain(torch.autograd.Function):
                 y = own.fprop.fprop_act(y, weight, bias, spec, geometry, kernels)
                 saved.append(y)
             else:
-                z = own.fprop.fprop(y, weight, geometry)
-                y = kernels.bias_act(z, bias, spec, channel_dim(z, geometry))
+                inner, rest = product_bias(bias, y, weight)
+                z = own.fprop.fprop(y, weight, geometry, None, inner)
+                y = kernels.bias_act(z, rest, spec, channel_dim(z, geometry))
                 saved.append(z)
         ctx.steps = steps
         ctx.engines = engines
@@ -257,7 +259,8 @@ class Chain(torch.autograd.Function):
         out: list[Tensor | None] = [None] * count
         spec, geometry, kernels, _ = steps[-1]
         dim = channel_dim(saved[-1], geometry)
-        dz, sums = kernels.act_grad(grads[0], saved[-1], params[-1], spec, dim, need[-1])
+        last = product_bias(params[-1], saved[-1], params[-2])[1]
+        dz, sums = kernels.act_grad(grads[0], saved[-1], last, spec, dim, need[-1])
         for i in range(len(steps) - 1, -1, -1):
             geometry, own, weight = steps[i].geometry, engines[i], params[2 * i]
             saved.pop()  # dz has taken its place
@@ -266,7 +269,8 @@ class Chain(torch.autograd.Function):
             like, before = x, None
             if i > 0:
                 spec, _, kernels, _ = steps[i - 1]
-                like, bias = saved[-1], params[2 * i - 1]
+                like = saved[-1]
+                bias = product_bias(params[2 * i - 1], like, params[2 * i - 2])[1]
                 before = Before(like, bias, spec, kernels, need[2 * i - 1])
             want_x, want_weight = i > 0 or need_x, need[2 * i]
             inputs = _input(before, geometry, x) if want_weight else like

@@ -49,7 +49,7 @@ def conv_act(
     One, two or three spatial dimensions, as weight has. The activation runs in place on the
     convolution's output; backward makes one pass for the gradients of activation and bias. Where φ′
     is a function of φ, only x and y are saved. Autocast applies as to
-    `torch.nn.functional.conv2d`, but the bias is added in float32.
+    `torch.nn.functional.conv2d`, but a float32 bias is not rounded.
 
     With a residual r of weight w the activation is that of their normalised sum,
     y = φ̂(√(1 − w²)·(x ⋆ W + b) + w·r): a shortcut that joins before the activation. The kernels of

@@ -24,7 +24,7 @@ from fusedshape.activations import get_activation
 from fusedshape.ops import dispatch, schema
 from fusedshape.ops.checks import Geometry, channels_last, is_channels_last
 from fusedshape.ops.dispatch import Kernels
-from fusedshape.reference import own_weight, rounded
+from fusedshape.reference import own_weight, product_bias, rounded
 from fusedshape.spec import ActSpec, is_half, saves_output
 from fusedshape.validate import shown
 
@@ -73,9 +73,10 @@ class Before(NamedTuple):
     """The layer before, as dgrad's epilogue wants it.
 
     Attributes:
-        saved: its output where `spec` saves that in its dtype, else its pre-activation without the
-            bias.
-        bias: used only where the pre-activation was saved.
+        saved: its output where `spec` saves that in its dtype, else its pre-activation without
+            `bias`.
+        bias: what of its bias is added after its product; used only where the pre-activation was
+            saved.
         spec: its constants.
         kernels: who runs its pointwise pass, where that is one by itself.
         bias_grad: whether its bias wants a gradient.
@@ -164,10 +165,12 @@ class LayerEngine(Protocol):
         weight: Tensor,
         geometry: Geometry | None,
         shortcut: Shortcut | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """Return the product alone, x ⋆ W, or with a shortcut x ⋆ W + w/√(1 − w²)·r.
+        """Return x ⋆ W + b, or with a shortcut x ⋆ W + b + w/√(1 − w²)·r; no activation.
 
-        The sum may come in float32 where the product does not.
+        A bias of x's dtype; see `fusedshape.reference.product_bias`. The sum with a shortcut may
+        come in float32 where the product does not.
         """
 
     def fprop_act(
@@ -226,11 +229,12 @@ class _Aten:
         weight: Tensor,
         geometry: Geometry | None,
         shortcut: Shortcut | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if geometry is None:
-            z = F.linear(x, weight)
+            z = F.linear(x, weight, bias)
         else:
-            z = torch.convolution(x, weight, None, *geometry)
+            z = torch.convolution(x, weight, bias, *geometry)
         if shortcut is not None:
             if z.is_cpu and is_half(z.dtype):  # torch's CPU kernel would round alpha to z's dtype
                 z = z.float()
@@ -251,11 +255,12 @@ class _Aten:
     ) -> Tensor:
         if shortcut is not None:
             spec = joined_spec(spec, shortcut.weight)
-        y = self.fprop(x, weight, geometry, shortcut)
+        own, rest = product_bias(bias, x, weight)
+        y = self.fprop(x, weight, geometry, shortcut, own)
         dim = channel_dim(y, geometry)
         if torch.compiler.is_compiling() and kernels.name == "reference":  # as in fprop
-            return rounded(kernels.bias_act(y, wide(bias, y), spec, dim), x.dtype)
-        kernels.bias_act_(y, wide(bias, y), spec, dim)
+            return rounded(kernels.bias_act(y, wide(rest, y), spec, dim), x.dtype)
+        kernels.bias_act_(y, wide(rest, y), spec, dim)
         return rounded(y, x.dtype)
 
     def dgrad(
@@ -325,12 +330,14 @@ class _Kernels:
         weight: Tensor,
         geometry: Geometry | None,
         shortcut: Shortcut | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        if shortcut is None:
+        if shortcut is None and bias is None:
             z = self._conv(_dense(x, geometry), weight, *_sizes(geometry))
         else:
-            identity = _LEAKY, 1.0, 1 / own_weight(shortcut.weight), 0.0, 0.0, 1.0
-            z = self._join(x, weight, None, geometry, shortcut, identity)
+            scale = 1.0 if shortcut is None else 1 / own_weight(shortcut.weight)
+            identity = _LEAKY, 1.0, scale, 0.0, 0.0, 1.0
+            z = self._join(x, weight, bias, geometry, shortcut, identity)
         return _like_input(z, x)
 
     def fprop_act(
@@ -344,8 +351,9 @@ class _Kernels:
         shortcut: Shortcut | None = None,
     ) -> Tensor:
         if is_apart() and shortcut is None:
-            y = self.fprop(x, weight, geometry)
-            kernels.bias_act_(y, bias, spec, channel_dim(y, geometry))
+            own, rest = product_bias(bias, x, weight)
+            y = self.fprop(x, weight, geometry, None, own)
+            kernels.bias_act_(y, rest, spec, channel_dim(y, geometry))
             return y
         y = self._join(x, weight, bias, geometry, shortcut, spec.kernel_args)
         return _like_input(y, x)

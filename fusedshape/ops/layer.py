@@ -79,8 +79,9 @@ class LayerAct(torch.autograd.Function):
         if from_output:
             y = saved = engines.fprop.fprop_act(x, weight, bias, spec, geometry, kernels)
         else:
-            saved = engines.fprop.fprop(x, weight, geometry)
-            y = kernels.bias_act(saved, bias, spec, channel_dim(saved, geometry))
+            own, rest = reference.product_bias(bias, x, weight)
+            saved = engines.fprop.fprop(x, weight, geometry, None, own)
+            y = kernels.bias_act(saved, rest, spec, channel_dim(saved, geometry))
         remember(ctx, spec, channel_dim(saved, geometry), kernels)
         ctx.geometry = geometry
         ctx.engines = engines
@@ -91,10 +92,11 @@ class LayerAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias = ctx.saved_tensors
+        own, rest = reference.product_bias(bias, x, weight)
         if torch.is_grad_enabled() and not saves_output(ctx.spec, x.dtype):
             # What was saved has no graph to differentiate again.
-            saved = ATEN.fprop(x, weight, ctx.geometry)
-        dz, dbias = act_grad(ctx, grads[0], saved, bias, bias_index=2)
+            saved = ATEN.fprop(x, weight, ctx.geometry, None, own)
+        dz, dbias = act_grad(ctx, grads[0], saved, rest, bias_index=2)
         dx, dweight = product_grads(ctx, dz, x, weight)
         return dx, dweight, dbias, None, None, None, None
 

@@ -37,7 +37,7 @@ def linear_act(
 
     The activation runs in place on the product; backward makes one pass for the gradients of
     activation and bias. Where φ′ is a function of φ, only x and y are saved. Autocast applies as
-    to `torch.nn.functional.linear`, but the bias is added in float32.
+    to `torch.nn.functional.linear`, but a float32 bias is not rounded.
 
     With a residual r of weight w it is y = φ̂(√(1 − w²)·(x Wᵀ + b) + w·r); see `conv_act`.
 

@@ -35,9 +35,10 @@ def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, ste
     if transformed():
         return composed(x, weight, bias, spec, geometry, shortcut)
     if is_apart():
-        z = ATEN.fprop(x, weight, geometry)
+        own, rest = reference.product_bias(bias, x, weight)
+        z = ATEN.fprop(x, weight, geometry, None, own)
         dim = channel_dim(z, geometry)
-        z = reference.joined(z, bias, *shortcut, dim).to(z.dtype)
+        z = reference.joined(z, rest, *shortcut, dim).to(z.dtype)
         return node(BiasAct)(z, None, spec, dim, kernels)
     tensors = x, weight, bias, shortcut.residual
     wanted = any(t is not None and t.requires_grad for t in tensors)
@@ -105,36 +106,38 @@ class JoinedAct(torch.autograd.Function):
         own_spec = joined_spec(spec, residual_weight)
         if saves_output(spec, x.dtype):
             y = engine.fprop_act(x, weight, bias, spec, geometry, kernels, shortcut)
-            rest: tuple[Tensor | None, ...] = y, None, None
+            kept: tuple[Tensor | None, ...] = y, None, None
         else:
-            z = engine.fprop(x, weight, geometry, shortcut)
-            y = kernels.bias_act(z, wide(bias, z), own_spec, channel_dim(z, geometry))
+            own, rest = reference.product_bias(bias, x, weight)
+            z = engine.fprop(x, weight, geometry, shortcut, own)
+            y = kernels.bias_act(z, wide(rest, z), own_spec, channel_dim(z, geometry))
             y = reference.rounded(y, x.dtype)
             # The residual, too, because what a second derivative goes through is computed again.
-            rest = reference.rounded(z, x.dtype), bias, residual
+            kept = reference.rounded(z, x.dtype), bias, residual
         remember(ctx, own_spec, channel_dim(y, geometry), kernels)
         ctx.geometry = geometry
         ctx.engines = engines
         ctx.residual_weight = residual_weight
         ctx.residual_spec = residual_spec(spec, residual_weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, *rest)
+        ctx.save_for_backward(x, weight, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, residual = ctx.saved_tensors
+        own, rest = reference.product_bias(bias, x, weight)
         if torch.is_grad_enabled() and residual is not None:
             # What was saved has no graph to differentiate again.
             shortcut = Shortcut(residual, ctx.residual_weight)
-            z = ATEN.fprop(x, weight, ctx.geometry, shortcut)
+            z = ATEN.fprop(x, weight, ctx.geometry, shortcut, own)
             saved = reference.rounded(z, x.dtype)
-        dz, dbias = act_grad(ctx, grads[0], saved, bias, bias_index=2)
+        dz, dbias = act_grad(ctx, grads[0], saved, rest, bias_index=2)
         dx, dweight = product_grads(ctx, dz, x, weight)
         dresidual = None
         if ctx.needs_input_grad[3]:
             if is_half(dz.dtype):  # dz has been rounded
-                dresidual = act_grad_alone(ctx, grads[0], saved, bias, ctx.residual_spec)
+                dresidual = act_grad_alone(ctx, grads[0], saved, rest, ctx.residual_spec)
             else:
                 dresidual = dz * share(ctx.residual_weight)
         return dx, dweight, dbias, dresidual, None, None, None
