@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fusedshape.layers import features, kind_of
-from fusedshape.tracing import required
+from fusedshape.tracing import Reading, Slot, required
 from fusedshape.undo import UndoLog, generator_of
 
 _Result = TypeVar("_Result")
@@ -119,7 +119,7 @@ def unfaithful(
     Returns:
         The module, and how its graph differs; None if none does.
     """
-    for module, (given, kwargs) in _calls(model, graphs, args).items():
+    for module, (given, kwargs) in calls(model, graphs, args).items():
         for training in (True, False):
             graph = graphs[module][0 if training else -1]
             try:
@@ -136,10 +136,82 @@ def unfaithful(
     return None
 
 
-def _calls(
-    model: nn.Module, modules: Mapping[nn.Module, Any], args: tuple[Any, ...]
+def misread(module: nn.Module, reading: Reading, slots: Any, call: Any) -> str:
+    """How what was read of a module differs from what it computes in one call; "" if it does not.
+
+    Args:
+        module: the module; all is left as it was.
+        reading: what was read.
+        slots: the arguments and keyword arguments it was read with.
+        call: those of the call. One that is none of those that were read tells nothing.
+    """
+    expected, shape = pytree.tree_flatten(slots)
+    given, shape_given = pytree.tree_flatten(call)
+    pairs = list(zip(expected, given, strict=False))
+    if shape != shape_given or any(not isinstance(e, Slot) and e is not g for e, g in pairs):
+        return ""
+    given, named = pytree.tree_map(_copy, call)
+    inputs = [_copy(g) for e, g in pairs if isinstance(e, Slot)]
+    try:
+        wanted, writes = _writing(module, lambda: type(module).forward(module, *given, **named))
+    except Exception:  # it does not run in this mode
+        return ""
+    try:
+        got, also = _writing(module, lambda: _follow(module, reading, inputs))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if writes - also:  # what it has written is not in a reading
+        return ""
+    return differs(got, wanted, _ROUNDINGS)
+
+
+def _writing(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, set[str]]:
+    """What a run in training mode returns, and the names of the tensors that it writes."""
+
+    def watched() -> tuple[Any, set[str]]:
+        module.train()
+        before = {name: (t, t._version) for name, t in _tensors_of(module)}
+        output = run()
+        after = {name: (t, t._version) for name, t in _tensors_of(module)}
+        names = before.keys() | after.keys()
+        return output, {n for n in names if not _same(before.get(n), after.get(n))}
+
+    return leaving_no_trace(module, watched)
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    return one is not None and other is not None and one[0] is other[0] and one[1] == other[1]
+
+
+def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
+    """What a reading computes."""
+    given = iter(inputs)
+    env: dict[fx.Node, Any] = {}
+    for node in reading.graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "get_attr":
+            env[node] = _copy(reading.constants[str(node.target)])
+        elif node.op == "call_module":
+            env[node] = reading.modules[node](*args, **kwargs)
+        elif node.op == "call_method":
+            env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.op == "output":
+            return args[0]
+        else:
+            env[node] = node.target(*args, **kwargs)
+    raise AssertionError(f"a graph of {type(module).__name__} without an output")
+
+
+def calls(
+    model: nn.Module, modules: Iterable[nn.Module], args: tuple[Any, ...]
 ) -> dict[nn.Module, tuple[Any, Any]]:
-    """The arguments of one call of each module."""
+    """The arguments and keyword arguments of one call of each module, in a run of the model."""
     found: dict[nn.Module, tuple[Any, Any]] = {}
 
     def keep(module: nn.Module, given: Any, kwargs: Any) -> None:

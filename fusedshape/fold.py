@@ -132,7 +132,14 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
     if is_plain(model) and not isinstance(model, ShapedChain):
         model = nn.Sequential(model).train(model.training)
     _compare(model, keep_delta, example)
-    return _folded(model, keep_delta)
+    grad = torch.is_grad_enabled()
+
+    def folded() -> fx.GraphModule:
+        with torch.set_grad_enabled(grad):
+            return _folded(model, keep_delta)
+
+    # A parametrised weight may write what it keeps each time it is read (spectral_norm).
+    return leaving_no_trace(model, folded)
 
 
 def _folded(model: nn.Module, keep_delta: bool) -> fx.GraphModule:

@@ -76,6 +76,26 @@ class Value(fx.Proxy):
     def __int__(self) -> int:
         self._refuse("it takes a value as a number (int)")
 
+    def __repr__(self) -> str:
+        if not _is_torchs(sys._getframe(1)):
+            self._refuse("it writes a value as text (str, repr, format)")
+        return super().__repr__()
+
+    def __format__(self, form: str) -> str:
+        if not _is_torchs(sys._getframe(1)):
+            self._refuse("it writes a value as text (str, repr, format)")
+        return super().__format__(form)
+
+    __str__ = __repr__
+
+    def __hash__(self) -> int:
+        if not (_is_torchs(sys._getframe(1)) or self._hashes_by_identity()):
+            self._refuse("it looks a value up, which is compared by what it is (hash)")
+        return object.__hash__(self)
+
+    def _hashes_by_identity(self) -> bool:
+        return self._is_tensor()
+
     def __deepcopy__(self, memo: Any) -> Any:
         self._refuse("it copies a value (copy.deepcopy)")
 
@@ -86,9 +106,14 @@ class Value(fx.Proxy):
         dunder = name.startswith("__") and name.endswith("__")
         if not hasattr(torch.Tensor, name) and (dunder or self._is_tensor()):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if _asks_whether(sys._getframe(1)) and not self._is_tensor():
+        asker = sys._getframe(1)
+        whether = _asks_whether(asker)
+        if whether and not self._is_tensor():
             self._refuse(f"it asks whether a value has the attribute {name} (hasattr)")
-        return AttributeValue(self, name)
+        value = AttributeValue(self, name)
+        if whether != "hasattr" and not _is_torchs(asker):
+            self.tracer.got.append(value)  # type: ignore[attr-defined]
+        return value
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -97,9 +122,7 @@ class Value(fx.Proxy):
         asker = sys._getframe(1)
         by_abc = asker.f_globals.get("__name__") == "abc" and asker.f_back is not None
         asker = asker.f_back if by_abc and asker.f_back is not None else asker
-        module = str(asker.f_globals.get("__name__"))
-        of_torch = module.startswith("torch.") and not module.startswith(_ASKS_FOR_OTHERS)
-        if of_torch or not (by_abc or _running(asker) in _QUESTIONS):
+        if _is_torchs(asker) or not (by_abc or _running(asker) in _QUESTIONS):
             return type(self)
         return self.kind()
 
@@ -111,17 +134,24 @@ class Value(fx.Proxy):
 
 
 class AttributeValue(Value):
-    """An attribute of a value, which becomes a node only if it is not called."""
+    """An attribute of a value, which becomes a node only if it is not called.
+
+    Attributes:
+        seen: whether something was done with it that a trace sees. What was not may have been
+            asked for what it is, by `is`, of which Python tells nobody.
+    """
 
     def __init__(self, root: Value, attr: str) -> None:
         self.root = root
         self.attr = attr
         self.tracer = root.tracer
+        self.seen = False
         self._node: fx.Node | None = None
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
         """The node that gets the attribute."""
+        self.seen = True
         if self._node is None:
             proxy = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {})
             self._node = proxy.node
@@ -129,7 +159,11 @@ class AttributeValue(Value):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it as a method."""
+        self.seen = True
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+    def _hashes_by_identity(self) -> bool:
+        return False
 
 
 def type_as_known(*args: Any) -> Any:
@@ -176,8 +210,15 @@ def _running(frame: types.FrameType) -> str:
     return ""
 
 
-def _asks_whether(frame: types.FrameType) -> bool:
-    """Whether it is hasattr, or getattr with a default, that asks for an attribute."""
+def _asks_whether(frame: types.FrameType) -> str:
+    """Who asks for an attribute: hasattr, getattr with a default, or, "", neither."""
     called = _running(frame)
     last = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
-    return called == "hasattr" or (called == "getattr" and last.arg == 3)
+    return called if called == "hasattr" or (called == "getattr" and last.arg == 3) else ""
+
+
+def _is_torchs(frame: types.FrameType) -> bool:
+    """Whether it is torch, or this library, that asks, and for itself."""
+    module = str(frame.f_globals.get("__name__"))
+    ours = module.startswith(("torch.", "fusedshape."))
+    return ours and not module.startswith(_ASKS_FOR_OTHERS)

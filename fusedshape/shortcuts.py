@@ -160,6 +160,7 @@ def reweight_shortcuts(
     def change(log: UndoLog) -> ShortcutReport:
         for path, module in model.named_modules():
             log.module(module, path)
+        log.generator(torch.default_generator)  # a filter_fn may draw
         return _reweighted(model, weights, filter_fn, drop_unused, dry_run)
 
     return all_or_nothing(change)

@@ -68,6 +68,7 @@ class _Tracer(fx.Tracer):
         self.certain = Tensors(self.is_tensor_given, self.called, self.gives_tensor)
         self.refusal: UntraceableError | None = None
         self.modes: Any = None
+        self.got: list[AttributeValue] = []  # attributes of values
         self.asleep = False  # while another forward is traced
         self.read: dict[str, Any] = {}  # tensors of the module that were used
         self.tensors: dict[torch.Tensor, str] = {}
@@ -90,6 +91,11 @@ class _Tracer(fx.Tracer):
             output = self.create_arg(function(*args))
         if self.refusal is not None:  # the forward may have caught it
             raise self.refusal
+        for value in self.got:
+            if not value.seen:
+                self.refuse(
+                    f"it asks what the {value.attr} of a value is, in a way that is not seen"
+                )
         self.create_node("output", "output", (output,), {})
         return self.graph
 

@@ -222,12 +222,26 @@ def _refill(container: dict[Any, Any] | list[Any], held: Any) -> None:
 
 
 def _set_class(module: nn.Module, kind: Any) -> None:
-    module.__class__ = kind
+    if type(module) is not kind:
+        module.__class__ = kind
 
 
 def _write(tensor: Tensor, numbers: Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(numbers)
+    # What holds them still is left alone: its memory may be read-only, and backward may need it.
+    if not _same_bits(tensor, numbers):
+        with torch.no_grad():
+            tensor.copy_(numbers)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers for certain, to the sign of zero and NaN."""
+    if one.layout != torch.strided or one.shape != other.shape or one.is_meta:
+        return False
+    try:
+        bits = [t.detach().resolve_conj().reshape(-1).view(torch.uint8) for t in (one, other)]
+    except RuntimeError:  # of no plain dtype
+        return False
+    return torch.equal(*bits)
 
 
 def void(_: object) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from interrupting import interrupted_at, state
 from torch import Tensor, nn
 
-from fusedshape import convert, reweight_shortcuts
+from fusedshape import convert, fold, reweight_shortcuts, theory
 from fusedshape.convert import plan
 
 
@@ -114,3 +117,55 @@ def test_a_dry_run_names_the_layer_that_could_not_be_initialised() -> None:
     for dry_run in (True, False):
         with pytest.raises(ValueError, match=r"initialise '2' \(ConvTranspose2d\): .*stride"):
             convert(net, depth=20, dry_run=dry_run)
+
+
+LOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "dry_run": lambda model: convert(model, depth=20, init=None, dry_run=True),
+    "no init": lambda model: convert(model, depth=20, init=None),
+    "reweight": lambda model: reweight_shortcuts(model, 0.9),
+    "wiring": theory.trace_wiring,
+    "fold": fold,
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_read_only_weights_are_not_written(name: str, tmp_path: Path) -> None:
+    # In a process of its own, as a write would end it.
+    code = (
+        f"import sys, numpy, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        "from torch import nn; from test_atomic import Block, LOOKS; "
+        "file = numpy.memmap(sys.argv[1], numpy.float32, 'r', shape=(4, 4)); "
+        "model = nn.Sequential(Block(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)); "
+        "model[1].weight = nn.Parameter(torch.from_numpy(file)); "
+        f"LOOKS[{name!r}](model)"
+    )
+    path = tmp_path / "weights"
+    path.write_bytes(torch.randn(4, 4).numpy().tobytes())
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in LOOKS if name not in ("no init", "reweight")])
+def test_looking_at_a_model_leaves_backward_alone(name: str) -> None:
+    model = nn.Sequential(Block(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    loss = model(torch.randn(3, 4)).sum()
+    LOOKS[name](model)
+    loss.backward()
+
+
+def test_a_filter_that_draws_and_raises_leaves_the_generator_alone() -> None:
+    def draws(_name: str, _module: nn.Module) -> bool:
+        torch.rand(1)
+        raise ZeroDivisionError
+
+    changes: list[Callable[[nn.Module], Any]] = [
+        lambda model: convert(model, depth=20, strip_batchnorm=True, filter_fn=draws),
+        lambda model: reweight_shortcuts(model, 0.9, filter_fn=draws),
+    ]
+    for change in changes:
+        model = make()
+        before = torch.get_rng_state()
+        with pytest.raises(ZeroDivisionError):
+            change(model)
+        assert torch.equal(torch.get_rng_state(), before)

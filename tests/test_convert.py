@@ -1703,3 +1703,18 @@ def test_positions_that_strided_layers_do_not_read_are_named() -> None:
             assert seen * 64 == 32 * 32
             assert "1/64 of the input's reach the output" in notes
             assert "suo_full" in notes
+
+
+@pytest.mark.parametrize("asked", ["requires_grad", "is_leaf", "retains_grad"])
+def test_branches_on_gradients_are_refused(asked: str) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.a(x))
+            return 2 * y if getattr(y, asked) is True else y
+
+    with pytest.raises(ValueError, match=f"it asks what the {asked} of a value is"):
+        convert(nn.Sequential(Asks(), nn.Linear(4, 4)), depth=20)

@@ -653,3 +653,25 @@ def test_a_forward_that_reads_a_weight_reads_the_old_one() -> None:
     net = Reads()
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(fold(net)(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_folding_leaves_weights_that_are_written_when_read() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    net = nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 4))
+    before = copy.deepcopy(net.state_dict())
+    fold(net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_branch_on_the_dtype_is_refused() -> None:
+    class Choosy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.r = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.r(self.a(x))
+            return 2 * y if y.dtype is torch.float32 else y
+
+    with pytest.raises(ValueError, match="it asks what the dtype of a value is"):
+        fold(nn.Sequential(Choosy(), nn.Linear(4, 4)))

@@ -123,3 +123,32 @@ def test_what_cannot_be_written_is_told_apart(tmp_path: Any) -> None:
     good = [torch.zeros(3, 4), torch.zeros(3, 4).T, torch.zeros(8)[::2], torch.zeros(0, 3)]
     good += [torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.tensor(1.0)]
     assert [why_not_written(tensor) for tensor in good] == [""] * len(good)
+
+
+def test_what_was_not_changed_is_not_written() -> None:
+    class Locked(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "__class__":
+                raise RuntimeError("locked")
+            super().__setattr__(name, value)
+
+    layer = Locked(2, 2)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([-0.0, torch.nan]))
+    versions = [p._version for p in layer.parameters()]
+    log = UndoLog()
+    log.module(layer)
+    for name, parameter in layer.named_parameters():
+        log.tensor(parameter, name)
+    log.undo()
+    assert log.failed == []
+    assert [p._version for p in layer.parameters()] == versions
+
+
+def test_the_sign_of_zero_is_put_back() -> None:
+    zero = torch.tensor([-0.0])
+    log = UndoLog()
+    log.tensor(zero, "zero")
+    zero.abs_()
+    log.undo()
+    assert zero.signbit().all()

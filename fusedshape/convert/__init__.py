@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Generator, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -172,6 +173,7 @@ def convert(
     def change(log: UndoLog) -> Report:
         for path, module in model.named_modules():
             log.module(module, path)
+        log.generator(torch.default_generator)  # a filter_fn may draw
         calls = Calls(model, tuple(replace), filter_fn, _stripped(model))
         calls.check(strict=on_untraceable == "error")
         unchecked = _compare(calls, example)

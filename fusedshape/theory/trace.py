@@ -7,6 +7,7 @@ Linear arithmetic is kept as sums Σ wᵢ·nodeᵢ until something else takes th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections import defaultdict
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusedshape.activations import ACTIVATIONS
+from fusedshape.faithful import calls, inputs_for, misread
 from fusedshape.layers import features, kind_of
 from fusedshape.nodes import is_query
 from fusedshape.proxies import UntraceableError
@@ -157,9 +159,10 @@ def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool
 
     Args:
         model: the model; it is not changed. It is read in training mode.
-        example: an input, or a tuple of them, to be run once, without gradients and in evaluation
-            mode; needed only to see how many channels a concatenation joins, where the layers
-            before it do not tell.
+        example: an input, or a tuple of them, to be run without gradients; needed to see how many
+            channels a concatenation joins, where the layers before it do not tell, and to compare
+            what is read of each forward with what it computes. For the latter alone, small random
+            inputs that fit the first layers are the default, if any do.
         strip_batchnorm: read BatchNorm as the identity, as `convert` with this flag leaves it.
 
     Returns:
@@ -196,6 +199,13 @@ class _Trace:
         self.origins: list[int] = []  # of every node the first one with the same weights
         self.weights: dict[Any, int] = {}
         self.joined = {} if example is None else _joined(model, example)
+        self.example = example
+
+    @functools.cached_property
+    def calls(self) -> dict[nn.Module, tuple[Any, Any]]:
+        """The arguments of a call of each module, on which to compare what is read of it."""
+        args = inputs_for(self.model, self.example)
+        return {} if args is None else calls(self.model, self.model.modules(), args)
 
     def wiring(self) -> Wiring:
         """Read the whole model."""
@@ -430,6 +440,13 @@ class _Trace:
             self.bare(signal)
         slots = pytree.tree_map(lambda v: Slot() if isinstance(v, _Signal) else v, (args, kwargs))
         reading = read(module, *slots[0], **slots[1])
+        if module in self.calls:
+            difference = misread(module, reading, slots, self.calls[module])
+            if difference:
+                raise UntraceableError(
+                    f"traced, it gives {difference}, as it takes a decision that a trace does not "
+                    "see, for instance by the type of a value in a helper"
+                )
         queue = iter(given)
         env: dict[fx.Node, Any] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -589,6 +590,55 @@ def test_leaves_buffers_alone() -> None:
     same(trace_wiring(net), one)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not hasattr(net, "steps")
+
+
+ASKED: dict[str, Callable[[Any], bool]] = {
+    "type": lambda y: type(y) is Tensor,
+    "another name": lambda y, of=isinstance: of(y, Tensor),
+    "map": lambda y: all(map(isinstance, [y], [Tensor])),
+    "attrgetter": lambda y: operator.attrgetter("__class__")(y) is Tensor,
+    "stars": lambda y: isinstance(*(y, Tensor)),
+    "callable": lambda y: not callable(y),
+    "error": lambda y: not raises(lambda: y + y.dim()) and raises(lambda: y.size(7)),
+    "text": lambda y: f"{y}".startswith("tensor"),
+    "text of an attribute": lambda y: str(y.device) == "cpu",
+    "is": lambda y: y.dtype is torch.float32,
+    "gradient": lambda y: y.requires_grad is False or y.requires_grad is True,
+    "None": lambda y: y.grad_fn is None or not y.grad_fn is None,  # noqa: E714
+    "key": lambda y: {torch.float32: True}.get(y.dtype, False),
+}
+
+
+def raises(run: Callable[[], Any]) -> bool:
+    try:
+        run()
+    except Exception:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_decisions_by_what_a_value_is_are_a_tensors_or_refused(name: str) -> None:
+    def way(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        return F.relu(m.b(y)) if ASKED[name](y) else y
+
+    wiring = trace_wiring(Follow(way))
+    if not wiring.problems:
+        same(wiring, two)
+
+
+def test_what_is_read_is_compared_on_an_example() -> None:
+    class Odd(nn.Module):  # no input that fits is found for it
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.a(x.view(3, 4)))
+            return F.relu(self.b(y)) if ASKED["type"](y) else y
+
+    assert "a decision that a trace does not see" in trace_wiring(Odd(), torch.ones(12)).problems[0]
 
 
 def test_dead_branches_and_modules_never_called() -> None:
