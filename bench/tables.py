@@ -10,11 +10,11 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusedshape.bench import records, text
-from fusedshape.bench.cases import spec_of
 from fusedshape.bench.records import Record, Row
 from fusedshape.files import ContentError, expect, read_json, write_text
 from fusedshape.kernels.roofline import ROOFS
@@ -151,25 +151,27 @@ def conv() -> str:
     return f"{_table(head, body)}\n\n{note}"
 
 
-def accuracy() -> str:
+def accuracy(dtype: str = "bfloat16") -> str:
     """Errors in half precision."""
-    record, _ = _recorded("pointwise")
-    head = ["activation", "γ"]
-    head += [f"{dtype} {part}" for dtype in ("bf16", "fp16") for part in ("value", "gradient")]
+    record, _ = _recorded("accuracy")
+    inputs: dict[str, None] = {}
     body: dict[str, list[str]] = {}
-    for dtype in ("bfloat16", "float16"):
-        for row in records.rows(record, "pointwise", dtype=dtype, mode="step"):
-            name = row["parameters"]["activation"]
-            cells = body.setdefault(name, [f"{spec_of(name).output_scale:.2f}"])
-            for part in ("y", "dx"):
-                fused, eager = (row["candidates"][c]["error"][part] for c in ("fused", "eager"))
-                cells.append(f"{fused:.1e} ({eager / fused:.1f}×)")
+    for row in records.rows(record, "accuracy", dtype=dtype):
+        parameters = row["parameters"]
+        inputs[parameters["input"]] = None
+        name = f"{parameters['method']} {parameters['activation']}"
+        for part in ("y", "dx"):
+            fused, eager = (row["candidates"][c]["error"][part] for c in ("fused", "eager"))
+            body.setdefault(name, []).append(f"{fused:.1e} ({eager / fused:.1f}×)")
+    head = [f"{column}, {part}" for column in inputs for part in ("value", "gradient")]
     note = (
-        "Relative root-mean-square error of the fused op against float64, and how many times "
-        "larger that of eager PyTorch is, op by op in the same dtype. DKS constants for 50 layers "
-        f"(TAT for leaky_relu), standard normal inputs. {_source(record)}."
+        f"{dtype}: relative root-mean-square error of the fused op against float64, and how many "
+        "times larger that of eager PyTorch is, op by op in the same dtype. Constants for 50 "
+        "layers; inputs of that distribution to the activation alone, and a 1×1 convolution that "
+        f"a residual of weight 0.8 joins. {_source(record)}."
     )
-    return f"{_table(head, [[name, *cells] for name, cells in body.items()])}\n\n{note}"
+    table = _table(["constants", *head], [[name, *cells] for name, cells in body.items()])
+    return f"{table}\n\n{note}"
 
 
 def solver() -> str:
@@ -376,6 +378,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "nets": nets,
         "memory": memory,
         "overhead": overhead,
+        "accuracy": partial(accuracy, "float16"),
         "diagnose": diagnosis,
         "scaling": scaling,
         "gpu": gpu,

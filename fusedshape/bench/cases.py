@@ -64,6 +64,13 @@ _KEY = ((64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14), (512, 51
 _ONE_BY_ONE = ((64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (1024, 256, 1, 1, 14))
 #: Activations for which DKS or TAT has constants.
 SHAPED = tuple(name for name in ACTIVATIONS if name != "square")
+#: Inputs of the accuracy suite: their standard deviation, and the weight of a residual if any.
+ACCURACY: dict[str, tuple[float, float | None]] = {
+    "N(0, 1)": (1.0, None),
+    "N(0, 5²)": (5.0, None),
+    "N(0, 50²)": (50.0, None),
+    "residual 0.8": (1.0, 0.8),
+}
 #: Depths of the scaling suite.
 DEPTHS = (10, 100, 1_000, 10_000, 100_000)
 
@@ -274,6 +281,26 @@ def _constants(suites: tuple[str, ...], method: str, activation: str, depth: int
     )
 
 
+def _accuracy(suites: tuple[str, ...], activation: str, method: str, dtype: str) -> Iterator[Case]:
+    """Errors in half precision, for inputs near the origin and in the tails, and with a residual.
+
+    DKS gives every activation δ ≠ 0, so that sides of a kink cannot be told by y's sign.
+    """
+
+    def build(setting: Setting, scale: float, weight: float | None) -> Problem:
+        spec = theory.solve(method, activation, depth=DEPTH)
+        return providers.accuracy(spec, scale, weight, **_how(setting, dtype))
+
+    for column, (scale, weight) in ACCURACY.items():
+        yield Case(
+            f"accuracy/{method} {activation}/{dtype}/{column}",
+            suites,
+            partial(build, scale=scale, weight=weight),
+            {"activation": activation, "method": method, "dtype": dtype, "input": column},
+            timed=False,
+        )
+
+
 def _overhead(suites: tuple[str, ...]) -> Iterator[Case]:
     """Calls on so few numbers that only the host's work counts."""
     how: dict[str, Any] = {"dtype": "float32", "mode": "step", "compiled": ()}
@@ -434,6 +461,11 @@ def _all() -> Iterator[Case]:
         for activation in SHAPED:
             if (method, activation) != ("TAT", "relu"):
                 yield _constants(("solver",), method, activation)
+
+    for dtype in ("bfloat16", "float16"):
+        yield from _accuracy(("accuracy", "smoke"), "leaky_relu", "TAT", dtype)
+        for activation in SHAPED:
+            yield from _accuracy(("accuracy",), activation, "DKS", dtype)
 
     # Growth: with depth, with batch.
     for depth in DEPTHS:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,8 +28,9 @@ from fusedshape.convert import convert
 from fusedshape.kernels import roofline
 from fusedshape.kernels.roofline import Traffic, traffic
 from fusedshape.layers import kind_of
-from fusedshape.ops import bias_act, conv_act, linear_act
+from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
 from fusedshape.ops.chain import ChainLayer, conv_chain
+from fusedshape.reference import own_weight
 from fusedshape.spec import ActSpec
 from fusedshape.timing import Candidate
 
@@ -292,6 +294,58 @@ def pointwise(
         folds=lambda name: True,
         layers=0,
     ).problem(mode, compiled)
+
+
+def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, **how: Any) -> Problem:
+    """Errors of the activation alone, or of a 1×1 convolution that a residual joins before it.
+
+    Args:
+        spec: the activation.
+        scale: standard deviation of the input, and of the residual.
+        residual_weight: w of the residual; None for the activation alone.
+        how: seed, device, dtype and layout, as for `randn`.
+    """
+    x = (scale * randn(64, 32, 8, 8, **how)).requires_grad_()
+    if residual_weight is None:
+        forms: dict[str, Form] = {
+            "fused": lambda x: shaped_act(x, spec),
+            "eager": lambda x: stock(x, spec),
+        }
+        return _in_both_forms(forms, {"x": x}, randn_like(x, how["seed"] + 1))
+    w, own = residual_weight, own_weight(residual_weight)
+    residual = (scale * randn_like(x, how["seed"] + 2)).requires_grad_()
+
+    def joined(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return own * F.conv2d(x, weight, bias) + w * residual
+
+    forms = {
+        "fused": lambda residual, **layer: conv_act(
+            **layer, spec=spec, residual=residual, residual_weight=w
+        ),
+        "eager": lambda **leaves: stock(joined(**leaves), spec),
+    }
+    leaves = {"x": x, **_weights(32, 32, 1, "", **how), "residual": residual}
+    grad = randn_like(x, how["seed"] + 1)
+    with torch.no_grad():
+        grad[_undecided(joined(**leaves), spec)] = 0
+    return _in_both_forms(forms, leaves, grad)
+
+
+def _in_both_forms(forms: Mapping[str, Form], leaves: Leaves, grad: Tensor) -> Problem:
+    """This library's form and eager's, whose errors are reported and not limited.
+
+    In the tails eager's are as large as the numbers themselves; tests hold ours to be no larger.
+    """
+    found = {
+        name: _candidate(form, leaves, grad, "step", claims=name == "fused")
+        for name, form in forms.items()
+    }
+
+    def truth() -> Leaves:
+        double = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+        return _step(forms["eager"], double, grad.double())
+
+    return Problem(found, truth, grad.dtype, tolerance=math.inf)
 
 
 def convolution(

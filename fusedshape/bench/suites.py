@@ -62,6 +62,7 @@ SUITES: dict[str, Suite] = {
             compiled=("compiled",),
         ),
         Suite("solver", "2 minutes: constants, beside the package dks", limit=600.0, budget=0.3),
+        Suite("accuracy", "a minute: errors in half precision beside eager's, nothing timed"),
         Suite("scaling", "minutes: growth with depth and batch", limit=600.0, least=3, most=9),
         Suite(
             *("gpu-quick", "10 minutes on a GPU, correctness first, then the most telling cases"),
