@@ -48,10 +48,11 @@ def product_bias(
     once = x.is_cpu or weight.ndim == 2
     if bias is None or not is_half(x.dtype) or not once:
         return None, bias
-    own = bias.to(x.dtype)
     if bias.dtype == x.dtype:
-        return own, None
-    return own, (bias - own).nan_to_num(0.0, 0.0, 0.0)  # inf - inf, where own overflows
+        return bias, None
+    most = torch.finfo(x.dtype).max / 2  # what float16 cannot hold is added after the product
+    own = bias.clamp(-most, most).to(x.dtype)
+    return own, bias - own
 
 
 def _channel_view(bias: Tensor, ndim: int, dim: int) -> Tensor:

@@ -401,6 +401,7 @@ PER_SAMPLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "groups": (lambda: C(4, 6, 3, spec=BENT, groups=2), (3, 4, 7, 6)),
     "circular": (lambda: C(4, 6, 3, spec=BENT, padding=1, padding_mode="circular"), (3, 4, 7, 6)),
     "conv3d": (lambda: fs.ShapedConv3d(4, 6, 3, spec=SMOOTH, padding=1), (3, 4, 4, 4, 4)),
+    "conv3d, groups": (lambda: fs.ShapedConv3d(4, 6, 3, spec=BENT, groups=2), (3, 4, 4, 4, 4)),
     "conv residual": (lambda: Joined("conv"), (3, 4, 5, 5)),
     "linear residual": (lambda: Joined("linear"), (3, 4)),
     "chain": (

@@ -164,7 +164,8 @@ def conv_act(
             check_bias("conv_act", b, x, w.shape[0], "weight has {} output channels")
     if widths is not None:
         x = F.pad(x, widths, mode="constant" if padding_mode == "zeros" else padding_mode)
-    strides, pads, dilations = geometry[:3]
+    # Tuples, because torch's ExpandedWeights take a list of ones for a dilation.
+    strides, pads, dilations = map(tuple, geometry[:3])
     convolve = _CONVOLUTIONS[len(strides) - 1]
     z = convolve(x, weight, bias, strides, pads, dilations, groups)
     return _joined("conv_act", z, spec, backend, engine, residual, residual_weight)
