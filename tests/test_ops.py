@@ -845,7 +845,7 @@ def test_a_float32_bias_beyond_float16_is_not_rounded() -> None:
     x, weight = torch.ones(2, 4).half(), torch.ones(5, 4).half()
     bias = torch.tensor([1e6, -1e6, 2049.0, torch.inf, torch.nan])
     spec = ActSpec("leaky_relu", 1e-4, negative_slope=1.0)  # 1e-4 · (4 + b)
-    want = (1e-4 * (4 + bias)).half()
+    want = (1e-4 * (4 + bias)).half().expand(2, 5)
     for leaf in (bias, bias.clone().requires_grad_()):
         y = linear_act(x, weight, leaf, spec).detach()
         torch.testing.assert_close(y, want, equal_nan=True)
