@@ -192,7 +192,7 @@ def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
     given = iter(inputs)
     env: dict[fx.Node, Any] = {}
     for node in reading.graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = _writable(fx.node.map_arg((node.args, node.kwargs), env.__getitem__))
         if node.op == "placeholder":
             env[node] = next(given)
         elif node.op == "get_attr":
@@ -206,6 +206,15 @@ def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
         else:
             env[node] = node.target(*args, **kwargs)
     raise AssertionError(f"a graph of {type(module).__name__} without an output")
+
+
+def _writable(tree: Any) -> Any:
+    """A node's arguments in lists and dicts that a module may write, as its forward's own are."""
+    if isinstance(tree, dict):
+        return {key: _writable(value) for key, value in tree.items()}
+    if isinstance(tree, list) or type(tree) is tuple:
+        return (tuple if type(tree) is tuple else list)(_writable(value) for value in tree)
+    return tree
 
 
 def calls(

@@ -76,18 +76,6 @@ class Value(fx.Proxy):
     def __int__(self) -> int:
         self._refuse("it takes a value as a number (int)")
 
-    def __repr__(self) -> str:
-        if not _is_torchs(sys._getframe(1)):
-            self._refuse("it writes a value as text (str, repr, format)")
-        return super().__repr__()
-
-    def __format__(self, form: str) -> str:
-        if not _is_torchs(sys._getframe(1)):
-            self._refuse("it writes a value as text (str, repr, format)")
-        return super().__format__(form)
-
-    __str__ = __repr__
-
     def __hash__(self) -> int:
         if not (_is_torchs(sys._getframe(1)) or self._hashes_by_identity()):
             self._refuse("it looks a value up, which is compared by what it is (hash)")
@@ -147,6 +135,10 @@ class AttributeValue(Value):
         self.tracer = root.tracer
         self.seen = False
         self._node: fx.Node | None = None
+
+    def __repr__(self) -> str:
+        self.seen = True  # as in the message of an assertion, which decides nothing
+        return super().__repr__()
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]

@@ -628,6 +628,20 @@ def test_decisions_by_what_a_value_is_are_a_tensors_or_refused(name: str) -> Non
         same(wiring, two)
 
 
+def test_values_in_messages_and_lists_that_are_written_are_read() -> None:
+    class Appends(nn.Module):
+        def forward(self, parts: list[Tensor]) -> Tensor:
+            parts[0] = F.relu(parts[0])
+            return parts[0]
+
+    def way(m: Any, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 2, f"expected 2 dimensions, got {x.ndim} of {x.shape!s}")
+        return F.relu(m.b(m.appends([m.a(x)])))
+
+    wiring = trace_wiring(Follow(way, appends=Appends()))
+    assert not any("gives" in problem or "text" in problem for problem in wiring.problems)
+
+
 def test_what_is_read_is_compared_on_an_example() -> None:
     class Odd(nn.Module):  # no input that fits is found for it
         def __init__(self) -> None:
