@@ -138,7 +138,8 @@ def test_a_question_is_answered_as_for_a_tensor_or_refused(question: str, what: 
             want = plain[1](factor * reference.shaped_act(y, spec))
         elif what == "reweight":
             want = plain[1]((x + plain[0].inner(x)) * 0.5**0.5)
-    torch.testing.assert_close(model(x), want)
+        got = model(x)
+    torch.testing.assert_close(got, want)
 
 
 class Skipping(nn.Module):

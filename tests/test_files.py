@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -339,7 +340,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     rng = random.Random(0)
     left = 0
-    for _ in range(2):
+    for kills in itertools.count(1):
         writer = [sys.executable, "-c", WRITER, str(path)]
         with subprocess.Popen(writer, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -351,7 +352,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert set(files.read_json(path)) == {"n", "filler"}
         left += len(files.sweep(tmp_path))
         assert os.listdir(tmp_path) == ["a.json"]
-    assert left
+        if kills > 1 and left:  # a kill between two writes leaves nothing
+            break
+        assert kills < 20
 
 
 def leave(folder: Path, writer: str, age: float = 0) -> Path:

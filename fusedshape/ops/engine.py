@@ -127,7 +127,7 @@ def residual_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
 
     Example:
         >>> joined = residual_spec(ActSpec("relu", input_scale=5.0), 0.6)
-        >>> joined.input_scale, joined.output_scale
+        >>> joined.input_scale, round(joined.output_scale, 9)
         (4.0, 0.75)
     """
     return _scaled_spec(residual_weight, False, spec.activation, *spec.kernel_args[1:])
