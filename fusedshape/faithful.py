@@ -192,7 +192,7 @@ def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
     given = iter(inputs)
     env: dict[fx.Node, Any] = {}
     for node in reading.graph.nodes:
-        args, kwargs = _writable(fx.node.map_arg((node.args, node.kwargs), env.__getitem__))
+        args, kwargs = _arguments((node.args, node.kwargs), env)
         if node.op == "placeholder":
             env[node] = next(given)
         elif node.op == "get_attr":
@@ -208,13 +208,17 @@ def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
     raise AssertionError(f"a graph of {type(module).__name__} without an output")
 
 
-def _writable(tree: Any) -> Any:
-    """A node's arguments in lists and dicts that a module may write, as its forward's own are."""
+def _arguments(tree: Any, env: Mapping[fx.Node, Any]) -> Any:
+    """A node's arguments, in lists and dicts that a module may write as its forward's own are."""
+    if isinstance(tree, fx.Node):
+        return env[tree]
     if isinstance(tree, dict):
-        return {key: _writable(value) for key, value in tree.items()}
-    if isinstance(tree, list) or type(tree) is tuple:
-        return (tuple if type(tree) is tuple else list)(_writable(value) for value in tree)
-    return tree
+        return {key: _arguments(value, env) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_arguments(value, env) for value in tree]
+    if type(tree) is tuple:
+        return tuple(_arguments(value, env) for value in tree)
+    return fx.node.map_arg(tree, env.__getitem__)
 
 
 def calls(
