@@ -149,12 +149,13 @@ def _local(case: Case, unmixed: Sequence[int]) -> _Found:
             )
         if step.op == "dropout":
             q_before = case.rows[step.inputs[0]].q_measured if step.inputs else math.nan
+            # Where a view or the like made its input, there is no number to tell.
+            moved = f"q went from {q_before:.3g} to" if math.isfinite(q_before) else "q is"
             yield (
                 i,
                 "dropout",
-                f"it draws random numbers ({step.name}), and q went from {q_before:.3g} to "
-                f"{row.q_measured:.3g}; theory knows of none, so call model.eval() first, or build "
-                "the model without it",
+                f"it draws random numbers ({step.name}), and {moved} {row.q_measured:.3g}; theory "
+                "knows of none, so call model.eval() first, or build the model without it",
             )
         if step.affine is not None:
             yield from _weights(case, i, step.affine)
@@ -265,7 +266,7 @@ def _scale(affine: Affine, weights: Contract) -> tuple[str, str]:
     is_like = abs(math.log(gain / nearest)) < 0.02 + SIGMAS * affine.spread
     advice = "use fusedshape.init.suo_, or convert(..., init='suo')"
     if is_like and nearest == swapped:
-        how = "were drawn as if they were [in, out], as the dks package does"
+        how = "were drawn as if they were [in, out], as mode='fan_out' and the dks package do"
         if affine.is_orthogonal and in_channels < out_channels:
             how = f"keep norms, not q, as delta_orthogonal does, or {how}"
         return (
