@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 class UndoLog:
     """What to put back; see this file's docstring for how to use one.
 
-    Of whatever is saved twice the first state counts.
+    Whether gradients are on, in this thread, is always put back. Of whatever is saved twice the first state counts.
 
     Attributes:
         failed: what `undo` could not put back, and why.
@@ -41,6 +41,9 @@ class UndoLog:
         self._steps: list[tuple[str, Callable[[], None]]] = []
         self._saved: dict[tuple[str, int], Any] = {}  # holds the objects, so that ids stay theirs
         self.failed: list[str] = []
+        # Ctrl-C between a block and its end can leave gradients switched off.
+        grad = torch.is_grad_enabled()
+        self.save("whether gradients are on", lambda: void(torch.set_grad_enabled(grad)))
 
     def save(self, what: str, put_back: Callable[[], None]) -> None:
         """Add a step.

@@ -22,7 +22,7 @@ def state(model: nn.Module) -> list[Any]:
             ]
     for name, tensor in model.state_dict().items():
         found += [name, tensor.numpy().tobytes()]
-    return [*found, torch.get_rng_state().numpy().tobytes()]
+    return [*found, torch.get_rng_state().numpy().tobytes(), torch.is_grad_enabled()]
 
 
 def interrupted_at(step: int, function: Any, code_of: Any) -> bool:
