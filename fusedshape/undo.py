@@ -31,7 +31,8 @@ _LOG = logging.getLogger(__name__)
 class UndoLog:
     """What to put back; see this file's docstring for how to use one.
 
-    Whether gradients are on, in this thread, is always put back. Of whatever is saved twice the first state counts.
+    Whether gradients are on, in this thread, is always put back. Of whatever is saved twice the
+    first state counts.
 
     Attributes:
         failed: what `undo` could not put back, and why.
