@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fusedshape.guard import Guard, save_place
 from fusedshape.layers import features, kind_of
 from fusedshape.tracing import Reading, Slot, required
 from fusedshape.undo import UndoLog, generator_of
@@ -24,23 +25,27 @@ _ROUNDINGS = 16
 def leaving_no_trace(model: nn.Module, run: Callable[[], _Result]) -> _Result:
     """Run something of a model without gradients or hooks, and put back all that it changes.
 
-    Numbers of parameters and buffers, attributes, modes, hooks and random states are put back.
+    Numbers of parameters and buffers, attributes, modes, hooks and random states are put back; what
+    is written to parameters past PyTorch, as through NumPy, is not.
     """
     log = UndoLog()
+    guard = Guard(log)
     state = random.getstate()
     try:
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        for device in {torch.device("cpu"), *(tensor.device for _, tensor in tensors)}:
+        for device in {torch.device("cpu"), *(t.device for _, t in _tensors_of(model))}:
             log.generator(generator_of(device))
-        for name, tensor in tensors:
-            log.tensor(tensor, name)
+        for name, parameter in model.named_parameters():
+            guard.watch(parameter, name)
+            save_place(parameter, name, log)
+        for name, buffer in model.named_buffers():  # batch_norm writes to them without saying so
+            log.tensor(buffer, name)
         log.save("the state of Python's random", lambda: random.setstate(state))
         for name, module in model.named_modules():
             log.module(module, name)
             for own, hooks in vars(module).items():
                 if own.endswith("_hooks") and isinstance(hooks, dict):
                     hooks.clear()
-        with torch.no_grad():
+        with torch.no_grad(), guard:
             return run()
     finally:
         try:

@@ -16,6 +16,7 @@ LAYERS = [
     {"activations", "layers", "files", "interrupts"},
     {"spec"},
     {"undo", "nodes"},
+    {"guard"},
     {"proxies"},
     {"reference", "native", "timing", "tracing"},
     {"kernels", "faithful"},

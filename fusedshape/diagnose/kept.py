@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedshape.guard import Guard, save_place
 from fusedshape.undo import UndoLog
 
 _DEEP = 4  # containers and objects in each other that are looked into
@@ -43,7 +42,7 @@ def kept(model: nn.Module) -> Iterator[list[str]]:
     """
     log, lost = UndoLog(), list[str]()
     sums: list[tuple[str, Tensor, complex]] = []
-    guard = _Guard(log)
+    guard = Guard(log)
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     # Compiled code hides its operations; but do not import Dynamo for nothing.
     eager = torch.compiler.set_stance if "torch._dynamo" in sys.modules else nullcontext
@@ -71,41 +70,8 @@ def _undo(log: UndoLog, sums: list[tuple[str, Tensor, complex]], lost: list[str]
                 lost.append(f"{name!r} was written to past PyTorch, as through NumPy")
 
 
-class _Guard(TorchDispatchMode):
-    """Saves tensors whose memory an operation is about to write to."""
-
-    def __init__(self, log: UndoLog) -> None:
-        super().__init__()
-        self.log = log
-        self.watched: dict[int, list[tuple[str, Tensor]]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first operation imports Dynamo, seconds of it
-
-    def watch(self, tensor: Tensor, name: str) -> None:
-        """Save this one's numbers when they are written to."""
-        address = _address(tensor)
-        if address:
-            self.watched.setdefault(address, []).append((name, tensor.detach()))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation, after its targets have been saved."""
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for i, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    given = args[i] if i < len(args) else kwargs.get(argument.name)
-                    for target in _tensors(given):
-                        for name, tensor in self.watched.pop(_address(target), ()):
-                            self.log.tensor(tensor, name)
-        return func(*args, **kwargs)
-
-
 def _save(
-    model: nn.Module, log: UndoLog, guard: _Guard, sums: list[tuple[str, Tensor, complex]]
+    model: nn.Module, log: UndoLog, guard: Guard, sums: list[tuple[str, Tensor, complex]]
 ) -> None:
     """Save all there is to save; `sums` become those of what is only watched."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -113,13 +79,13 @@ def _save(
     log.save("the state of numpy.random", lambda: np.random.set_state(numpy))
     for name, buffer in model.named_buffers():
         _save_numbers(buffer.detach(), name, log)
-        _save_place(buffer, name, log)
+        save_place(buffer, name, log)
     for name, parameter in model.named_parameters():
         guard.watch(parameter, name)
         sums.append((name, parameter.detach(), _sum(parameter.detach())))
         if parameter.grad is not None:
             guard.watch(parameter.grad, f"the gradient of {name}")
-        _save_place(parameter, name, log)
+        save_place(parameter, name, log)
     seen: set[int] = {id(t) for t in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         # What torch.jit made keeps its attributes elsewhere, and has no way to add any.
@@ -132,7 +98,7 @@ def _save(
 
 
 def _save_value(
-    value: Any, name: str, log: UndoLog, guard: _Guard, seen: set[int], depth: int
+    value: Any, name: str, log: UndoLog, guard: Guard, seen: set[int], depth: int
 ) -> None:
     """Save what an attribute holds, and what that holds."""
     if id(value) in seen or depth > _DEEP or isinstance(value, (nn.Module, *_FOREIGN)):
@@ -179,24 +145,6 @@ def _save_numbers(tensor: Tensor, name: str, log: UndoLog) -> None:
     log.save(name, put_back)
 
 
-def _save_place(tensor: Tensor, name: str, log: UndoLog) -> None:
-    """Save in which memory a tensor lies, whether it requires grad, and its gradient."""
-    data, requires_grad = tensor.detach(), tensor.requires_grad
-    place = _place(tensor)
-    grad = tensor.grad if tensor.is_leaf else None
-
-    def put_back() -> None:
-        if _place(tensor) != place:
-            tensor.data = data
-        if tensor.is_leaf:
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
-            if tensor.grad is not grad:
-                tensor.grad = grad
-
-    log.save(name, put_back)
-
-
 def _refilling(value: set[Any] | deque[Any] | bytearray) -> Callable[[], None]:
     held = value.copy()
 
@@ -213,26 +161,6 @@ def _refilling(value: set[Any] | deque[Any] | bytearray) -> Callable[[], None]:
 def _write_array(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
     if array.shape != numbers.shape or array.tobytes() != numbers.tobytes():
         array[...] = numbers
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _address(tensor: Tensor) -> int:
-    """Where its memory begins; 0 if it has none of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where and how it lies in memory."""
-    where = _address(tensor)
-    if not where:
-        return tensor.dtype, tensor.device, tensor.shape
-    return where, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _sum(tensor: Tensor) -> complex:
