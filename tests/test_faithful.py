@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fusedshape import convert, fold, reference, reweight_shortcuts
 from fusedshape.faithful import inputs_for, leaving_no_trace
+from fusedshape.undo import UndoLog
 
 
 @functools.singledispatch
@@ -237,3 +238,30 @@ def test_says_if_no_input_was_found() -> None:
     made = [nn.Sequential(Shaped(), nn.Linear(6, 6)) for _ in range(2)]
     assert "no input was found" in str(convert(made[0], depth=20))
     assert "no input was found" not in str(convert(made[1], depth=20, example=torch.ones(42)))
+
+
+class Clamping(nn.Linear):
+    """Writes to a parameter in its forward, as critics with clipped weights do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+
+def test_only_what_is_written_to_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Clamping(4, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saved: list[str] = []
+    save = UndoLog.tensor
+
+    def noting(log: UndoLog, tensor: torch.Tensor, name: str) -> None:
+        saved.append(name)
+        save(log, tensor, name)
+
+    monkeypatch.setattr(UndoLog, "tensor", noting)
+    output = leaving_no_trace(model, lambda: model(torch.ones(3, 4)))
+    assert output.shape == (3, 4)
+    assert set(saved) == {"2.weight", *(name for name, _ in model.named_buffers())}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
