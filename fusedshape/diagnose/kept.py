@@ -78,7 +78,7 @@ def _save(
     log.save("the state of random", lambda: random.setstate(python))
     log.save("the state of numpy.random", lambda: np.random.set_state(numpy))
     for name, buffer in model.named_buffers():
-        _save_numbers(buffer.detach(), name, log)
+        log.tensor(buffer.detach(), name)
         save_place(buffer, name, log)
     for name, parameter in model.named_parameters():
         guard.watch(parameter, name)
@@ -131,18 +131,6 @@ def _save_value(
         inner = list(vars(value).values())
     for part in inner:
         _save_value(part, name, log, guard, seen, depth + 1)
-
-
-def _save_numbers(tensor: Tensor, name: str, log: UndoLog) -> None:
-    numbers = tensor.clone()
-
-    def put_back() -> None:
-        # A write counts as one even if nothing changes, which a pending backward refuses.
-        if not torch.equal(tensor, numbers):
-            with torch.no_grad():
-                tensor.copy_(numbers)
-
-    log.save(name, put_back)
 
 
 def _refilling(value: set[Any] | deque[Any] | bytearray) -> Callable[[], None]:
