@@ -215,14 +215,19 @@ def _is_read_only(address: int) -> bool:
 
 
 def _refill(container: dict[Any, Any] | list[Any], held: Any) -> None:
-    if isinstance(container, dict):
-        pairs = zip(container.items(), held.items(), strict=False)
-        same = all(k is old_k and v is old_v for (k, v), (old_k, old_v) in pairs)
-        if not same or len(container) != len(held):
-            container.clear()
-            container.update(held)
-    else:
+    """Put back what a container held, and never empty it: other threads may be reading it."""
+    if not isinstance(container, dict):
         container[:] = held
+        return
+    for key in container.keys() - held.keys():
+        container.pop(key, None)
+    for key, value in held.items():
+        if key not in container or container[key] is not value:
+            container[key] = value
+    if list(container) != list(held):
+        for key, value in held.items():
+            container.pop(key, None)
+            container[key] = value
 
 
 def _set_class(module: nn.Module, kind: Any) -> None:

@@ -152,3 +152,32 @@ def test_the_sign_of_zero_is_put_back() -> None:
     zero.abs_()
     log.undo()
     assert zero.signbit().all()
+
+
+def test_other_threads_never_find_a_module_without_its_attributes() -> None:
+    module, missing = nn.Linear(2, 2), list[str]()
+    own = set(vars(module))
+
+    class Watching:
+        """Looks at the module when undo takes it off."""
+
+        def __del__(self) -> None:
+            missing.extend(own - set(vars(module)) - moved)
+
+    log = UndoLog()
+    log.module(module)
+    moved: set[str] = set()
+    module.eval()
+    vars(module)["watching"] = Watching()
+    log.undo()
+    assert "watching" not in vars(module)
+    assert not missing
+
+    log = UndoLog()
+    log.module(module)
+    module.training, moved = Watching(), {"training"}  # type: ignore[assignment]
+    vars(module)["_parameters"] = vars(module).pop("_parameters")  # the order is another one
+    order = list(vars(nn.Linear(2, 2)))
+    log.undo()
+    assert list(vars(module)) == order
+    assert not missing
