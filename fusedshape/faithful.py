@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fusedshape.guard import Guard, save_place
-from fusedshape.layers import features, kind_of
+from fusedshape.kinds import features, kind_of
 from fusedshape.tracing import Reading, Slot, required
 from fusedshape.undo import UndoLog, generator_of
 

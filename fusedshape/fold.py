@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fusedshape.faithful import differs, inputs_for, leaving_no_trace
-from fusedshape.layers import Kind, features, kind_of
+from fusedshape.kinds import Kind, features, kind_of
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
 from fusedshape.nodes import is_number, is_query
 from fusedshape.proxies import UntraceableError

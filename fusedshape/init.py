@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.validate import flag, instance, integer, real, shown
 
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]

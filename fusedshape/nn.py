@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from fusedshape import ops
 from fusedshape.init import init_module_
-from fusedshape.layers import FusedLayer, Kind, kind_of
+from fusedshape.kinds import FusedLayer, Kind, kind_of
 from fusedshape.ops.dispatch import BACKENDS, Backend
 from fusedshape.ops.engine import ENGINES, Engine
 from fusedshape.ops.stock import shape_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedshape import ops
-from fusedshape.layers import FusedLayer, kind_of
+from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import SHAPED
 from fusedshape.ops.checks import transformed
 from fusedshape.validate import shown

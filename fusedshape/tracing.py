@@ -23,7 +23,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.nodes import Tensors, is_query
 from fusedshape.proxies import (
     AttributeValue,

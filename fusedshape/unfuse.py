@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fusedshape.convert.calls import Calls, Site, refuse_wrapped
 from fusedshape.convert.fusion import OUTPUT_HOOKS, Fusion
 from fusedshape.convert.report import Change
-from fusedshape.layers import FusedLayer
+from fusedshape.kinds import FusedLayer
 from fusedshape.nn import SHAPED, ShapedActivation, ShapedChain, is_place, place
 from fusedshape.undo import UndoLog, all_or_nothing
 

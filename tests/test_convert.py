@@ -29,7 +29,7 @@ from fusedshape import ActSpec, reference, theory
 from fusedshape.convert import Report, convert
 from fusedshape.diagnose import diagnose
 from fusedshape.fold import fold
-from fusedshape.layers import FusedLayer, kind_of
+from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import (
     NormalizedSum,
     PerLocationNorm,

@@ -38,7 +38,7 @@ from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
 from fusedshape.diagnose.measure import sample
 from fusedshape.diagnose.tape import Tape
 from fusedshape.init import delta_orthogonal_, gaussian_, init_module_, suo_, suo_full_
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.models.vanilla import vanilla_convnet
 from fusedshape.nn import ShapedLinear
 from fusedshape.ops.engine import Engine

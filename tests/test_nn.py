@@ -24,7 +24,7 @@ from fusedshape import (
     reference,
 )
 from fusedshape.init import suo_
-from fusedshape.layers import KINDS, features, kind_of
+from fusedshape.kinds import KINDS, features, kind_of
 
 SPEC = shaped("softplus")
 PAIRS = [

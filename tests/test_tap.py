@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fusedshape.convert import convert
-from fusedshape.layers import FusedLayer, kind_of
+from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import ShapedChain, ShapedConv2d, ShapedLinear
 from fusedshape.tap import Tapped, tap
 from fusedshape.unfuse import unfuse

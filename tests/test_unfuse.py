@@ -18,7 +18,7 @@ from torch.nn.utils import fusion, parametrizations, prune
 
 from fusedshape.convert import convert
 from fusedshape.fold import fold
-from fusedshape.layers import KINDS, FusedLayer
+from fusedshape.kinds import KINDS, FusedLayer
 from fusedshape.nn import (
     ShapedActivation,
     ShapedChain,

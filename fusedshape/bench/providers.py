@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fusedshape.convert import convert
 from fusedshape.kernels import roofline
 from fusedshape.kernels.roofline import Traffic, traffic
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.ops import bias_act, conv_act, linear_act, shaped_act
 from fusedshape.ops.chain import ChainLayer, conv_chain
 from fusedshape.reference import own_weight

@@ -27,7 +27,7 @@ from fusedshape.convert.positions import unread_positions
 from fusedshape.convert.report import Change, Report
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.init import Method
-from fusedshape.layers import FusedLayer
+from fusedshape.kinds import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
 from fusedshape.ops.dispatch import Backend, why_not
 from fusedshape.rewriting import Rewritten

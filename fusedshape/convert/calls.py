@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fusedshape import rewriting
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.nn import ShapedChain
 from fusedshape.nodes import is_query
 from fusedshape.proxies import UntraceableError

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from fusedshape.convert.calls import Calls, Site
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.nn import SHAPED
 
 #: Those that see a module's output, or its gradient.

@@ -14,7 +14,7 @@ from fusedshape.convert.calls import FUNCTIONAL, Calls
 from fusedshape.convert.fusion import HOOKS, Fusion
 from fusedshape.convert.report import Change, Report
 from fusedshape.init import Method, check_init, init_module_
-from fusedshape.layers import features, kind_of
+from fusedshape.kinds import features, kind_of
 from fusedshape.nn import (
     SHAPED,
     ShapedActivation,

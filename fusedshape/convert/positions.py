@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fusedshape.init import Method
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.theory import Wiring
 
 _DELTA = ("suo", "delta_orthogonal")

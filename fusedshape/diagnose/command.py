@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedshape.diagnose import diagnose
-from fusedshape.layers import features, kind_of
+from fusedshape.kinds import features, kind_of
 from fusedshape.nn import PerLocationNorm
 
 

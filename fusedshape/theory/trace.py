@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.faithful import calls, inputs_for, misread
-from fusedshape.layers import features, kind_of
+from fusedshape.kinds import features, kind_of
 from fusedshape.nodes import is_query
 from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fusedshape.convert import convert
 from fusedshape.files import quoted, sweep, write_json
 from fusedshape.init import init_module_
-from fusedshape.layers import kind_of
+from fusedshape.kinds import kind_of
 from fusedshape.machine import find_device
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedshape.layers import FusedLayer, kind_of
+from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import ShapedChain, chain_rows
 from fusedshape.ops.checks import Geometry, match
 from fusedshape.ops.conv import padded
