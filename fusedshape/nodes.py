@@ -50,8 +50,8 @@ class Tensors:
 
     Args:
         placeholder: says it of a placeholder.
-        module: says it of a module's call that is given tensors, or is not torch's own.
         called: the module that a call_module node calls.
+        module: says it of a module's call that is given tensors, or is not torch's own.
     """
 
     def __init__(

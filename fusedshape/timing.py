@@ -33,9 +33,9 @@ class Candidate:
         prepare: the untimed part before every call.
         check: tensors by name, to hold against the float64 truth; None where there is nothing to
             check, or something else is computed on purpose.
+        graph: runs forward with its graph, for hooks to see what is saved; None where they cannot.
         yardstick: its error is what the others' are measured by.
         claims: whether this is the library's own, whose speed-up is reported.
-        graph: runs forward with its graph, for hooks to see what is saved; None where they cannot.
         compiled: made by torch.compile, which is left for after all others are checked.
         self_timed: `run` returns its own seconds.
         most: samples to take at most.

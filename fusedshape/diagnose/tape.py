@@ -102,10 +102,10 @@ class _Signal:
 
     Attributes:
         terms: (step, weight) pairs.
-        expr: a pointwise function of the only term's step; None for the identity.
         dim: the dimension of the channels; None for a network's input that nobody used yet.
         path: where it was computed last.
         name: the last operation that computed it.
+        expr: a pointwise function of the only term's step; None for the identity.
         version: of the tensor when that was so.
     """
 
