@@ -28,11 +28,15 @@ from fusedshape.ops import (
 from fusedshape.shortcuts import reweight_shortcuts
 from fusedshape.spec import ActSpec
 from fusedshape.tap import tap
+from fusedshape.theory import DKS, EOC, TAT
 from fusedshape.unfuse import fuse, unfuse
 
 __version__ = "0.1.0"
 __all__ = [
     "ACTIVATIONS",
+    "DKS",
+    "EOC",
+    "TAT",
     "ActSpec",
     "ChainLayer",
     "NormalizedSum",

@@ -480,6 +480,21 @@ ENTRIES: dict[str, Entry] = {
         lambda: {"activation": "leaky_relu"},
         {"activation": ACTIVATION, "sigma_b": maybe(real(0, 0)), "negative_slope": real()},
     ),
+    "TAT": Entry(
+        theory.TAT,
+        lambda: {"activation": "leaky_relu"},
+        {"activation": ACTIVATION, "eta": maybe(), "tau": maybe(), "clamp": flag},
+    ),
+    "DKS": Entry(
+        theory.DKS,
+        lambda: {"activation": "tanh"},
+        {"activation": ACTIVATION, **{n: SOLVED[n] for n in ("zeta", "q_slope", "clamp")}},
+    ),
+    "EOC": Entry(
+        theory.EOC,
+        lambda: {"activation": "leaky_relu"},
+        {"activation": ACTIVATION, "sigma_b": maybe(real(0, 0)), "negative_slope": real()},
+    ),
     "trace_wiring": Entry(
         theory.trace_wiring,
         lambda: {"model": mlp()},
@@ -522,7 +537,7 @@ ENTRIES |= {
 # Made by the package for people to read, or what it raises.
 RECORDS = {
     *("Change", "Diagnosis", "EdgeOfChaos", "Finding", "Layer", "Report", "Result"),
-    *("ShortcutReport", "SubnetMax", "UnreadableError", "Unreachable"),
+    *("Recipe", "ShortcutReport", "SubnetMax", "UnreadableError", "Unreachable"),
 }
 # Asked for far below, where it is not known by whom: "unknown backend 'a'; known: …".
 UNNAMED = ("backend", "engine")

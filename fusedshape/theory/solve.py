@@ -38,6 +38,7 @@ from fusedshape.activations import Activation, get_activation
 from fusedshape.spec import ActSpec
 from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
 from fusedshape.theory.network import Chain, Scaled, Shifted, SubnetMax, Wiring, chain
+from fusedshape.theory.recipes import Unreachable
 from fusedshape.validate import flag, number, real, shown
 
 Array = NDArray[np.float64]
@@ -55,10 +56,6 @@ _LONG = 10**5
 _SLOW = 4e-4
 # The largest C′(1) of relu with β = 1 and C(0) = 0, whatever α; beyond, β = −1.
 _RELU_TURN = 1.466942206924260361
-
-
-class Unreachable(ValueError):  # noqa: N818, as it reads better in a sentence
-    """No constants meet the conditions; the message names what can be reached and how."""
 
 
 def solve(
