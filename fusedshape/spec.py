@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fusedshape.activations import Activation, get_activation
+from fusedshape.compiling import constant_for_dynamo
 from fusedshape.files import parse_json, quoted
 from fusedshape.validate import instance, number
 
@@ -181,6 +182,7 @@ def static(spec: ActSpec) -> ActSpec:
     return from_text(spec.text) if torch.compiler.is_compiling() else spec
 
 
+@constant_for_dynamo
 def from_text(text: str) -> ActSpec:
     """The spec whose `ActSpec.text` is given.
 
@@ -190,10 +192,6 @@ def from_text(text: str) -> ActSpec:
     """
     activation, *numbers = json.loads(text)
     return ActSpec(activation, **dict(zip(CONSTANTS, numbers, strict=True)))
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
-from_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 CONSTANTS = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")

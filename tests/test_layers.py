@@ -12,7 +12,7 @@ import fusedshape
 PACKAGE = Path(fusedshape.__file__).parent
 # From the bottom up: a module may import from its own layer's package and from lower layers.
 LAYERS = [
-    {"validate"},
+    {"validate", "compiling"},
     {"activations", "kinds", "files", "interrupts"},
     {"spec"},
     {"undo", "nodes"},

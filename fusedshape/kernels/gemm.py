@@ -33,6 +33,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape.activations import ACTIVATIONS
+from fusedshape.compiling import constant_for_dynamo
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
 from fusedshape.kernels.sizes import cdiv, next_power_of_2
@@ -631,13 +632,10 @@ def why_not(*matrices: Tensor | None) -> str | None:
     return None
 
 
+@constant_for_dynamo
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU behind a device; in the interpreter a small one of compute capability 9.0."""
     return _gpu_of(device)
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
-gpu_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fusedshape.compiling import constant_for_dynamo
 from fusedshape.spec import ActSpec, static
 from fusedshape.validate import real, shown
 
@@ -44,24 +45,21 @@ def transformed() -> bool:
     )
 
 
+# Dynamo enters transforms while it traces, and compiles anew under others.
+@constant_for_dynamo
 def _functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+# torch 2.11 takes everything that Dynamo traces for an export.
+@constant_for_dynamo
 def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+@constant_for_dynamo
 def _to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it. It
-# enters transforms while it traces, and compiles anew under others; torch 2.11 takes all that it
-# traces for an export.
-_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def plain_backward(grad: Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusedshape import native
 from fusedshape.activations import get_activation
+from fusedshape.compiling import constant_for_dynamo
 from fusedshape.ops import dispatch, schema
 from fusedshape.ops.checks import Geometry, channels_last, is_channels_last
 from fusedshape.ops.dispatch import Kernels
@@ -133,12 +134,9 @@ def residual_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
     return _scaled_spec(residual_weight, False, spec.activation, *spec.kernel_args[1:])
 
 
+@constant_for_dynamo
 def _scaled_spec(residual_weight: float, own: bool, activation: str, *constants: float) -> ActSpec:
     return _cached_scaled_spec(residual_weight, own, activation, constants)
-
-
-# As _is_amd.
-_scaled_spec._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(1024)
@@ -598,12 +596,9 @@ def pinned_engine(problem: Problem) -> str:
     return "native" if min(out, per_group) >= least else "aten"
 
 
+@constant_for_dynamo
 def _is_amd() -> bool:
     return native.cpu_vendor() == "AuthenticAMD"
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
-_is_amd._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
@@ -674,12 +669,9 @@ def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | No
     )
 
 
+@constant_for_dynamo
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-# As _is_amd.
-_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The engines beside "aten" that "auto" and the tuning consider, by the tensors' device.

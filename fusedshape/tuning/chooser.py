@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fusedshape.compiling import constant_for_dynamo
 from fusedshape.kernels import tuned
 from fusedshape.ops import engine
 from fusedshape.ops.engine import Direction, Problem
@@ -140,19 +141,16 @@ def _while_compiling(direction: Direction, problem: Problem) -> str | None:
     return _traced(direction, *resized(problem, bucket(size)))
 
 
+@constant_for_dynamo
 def _traced(direction: Direction, *fields: Any) -> str | None:
     problem = Problem(*fields)
     return _learn(direction, problem, settings(problem))
 
 
+@constant_for_dynamo
 def _anything() -> bool:
     """Whether there may be anything to look up, and so a reason for guards."""
     return os.path.isdir(cache_directory())
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo, seconds of it.
-_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_anything._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _learn(direction: Direction, problem: Problem, now: tuple[bool, bool, bool]) -> str | None:
