@@ -1,4 +1,5 @@
 # make demo: set up and train the demo.  make test: set up and pass the tests.
+# make docs: build the documentation into build/docs.
 # make test-newest: pass them with the newest torch, after every change to ops.
 # make exhaustive: compile every configuration of every kernel for every GPU, diagnose hundreds of
 #   nets; half an hour.
@@ -6,8 +7,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: idle OpenMP threads of several processes wait on each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+SPHINX := $(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
-.PHONY: demo test test-newest exhaustive clean
+.PHONY: demo test docs test-newest exhaustive clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
@@ -19,6 +21,12 @@ test: .venv/ready
 	$(PYTEST) -n 2
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_chain.py -k triton
 	$(PYTEST) bench --benchmark-disable
+	$(SPHINX)
+
+# The pages in docs/ and the API from the docstrings; a warning is an error.
+docs: .venv/ready
+	$(SPHINX)
+	@echo open build/docs/index.html
 
 # The other end of the range of torch versions that is promised: by hand, after every change to ops.
 test-newest:

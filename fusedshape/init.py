@@ -13,6 +13,8 @@ from torch import Generator, Tensor, nn
 from fusedshape.kinds import kind_of
 from fusedshape.validate import flag, instance, integer, real, shown
 
+__all__ = ["delta_orthogonal_", "gaussian_", "init_module_", "suo_", "suo_full_"]
+
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
 Taps = tuple[slice, ...]  # one slice per spatial dimension
 _ALL = slice(None)
@@ -39,8 +41,8 @@ def suo_(
     one matrix, which is nearest-neighbour upsampling followed by that matrix: q arrives everywhere.
 
     Args:
-        weight: floating tensor: linear (out, in), convolution (out, in/groups, *kernel), transposed
-            convolution (in, out/groups, *kernel). Any memory format.
+        weight: floating tensor: linear `(out, in)`, convolution `(out, in/groups, *kernel)`,
+            transposed convolution `(in, out/groups, *kernel)`. Any memory format.
         groups: groups of the convolution.
         transposed: whether `weight` is a transposed convolution's.
         stride: of a transposed convolution; no other layer's matters.
@@ -131,7 +133,7 @@ def delta_orthogonal_(
 ) -> Tensor:
     r"""Fill a weight, in place: Haar-uniform orthonormal rows or columns at the centre, else zero.
 
-    W = gain · Q keeps the norm |x|² where out ≥ in, and not q = |x|²/channels: between layers of
+    W = gain · Q keeps the norm ‖x‖² where out ≥ in, and not q = ‖x‖²/channels: between layers of
     unequal width use `suo_`. Between equal widths the two are one. gain = √2 is the edge of chaos
     of ReLU.
 

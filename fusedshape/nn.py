@@ -223,7 +223,7 @@ class _ShapedConv(_Shaped):
     padding_mode: str
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, *spatial) or (C, *spatial) → convolution, bias and activation."""
+        """x: `(N, C, *spatial)` or `(C, *spatial)` → convolution, bias and activation."""
         return self._computed(x, self.spec)
 
     def _computed(self, x: Tensor, spec: ActSpec) -> Tensor:
@@ -603,7 +603,7 @@ class PerLocationNorm(nn.Module):
         self.homog_scale = float(homog_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, *spatial) → (N, C + 1, *spatial), or (N, C, *spatial) with "off"."""
+        """x: `(N, C, *spatial)` → `(N, C + 1, *spatial)`, or `(N, C, *spatial)` with "off"."""
         _check_input("PerLocationNorm", "x", x)
         _check_locations(x)
         # In float32 or better, without a branch on the dtype that torch.fx could not follow.

@@ -40,8 +40,17 @@ def test_extras_that_messages_name_exist() -> None:
         assert re.search(rf"^{name} = \[", extras, re.MULTILINE), name
 
 
-def test_the_version_is_that_of_the_project() -> None:
-    assert f'version = "{fusedshape.__version__}"' in (ROOT / "pyproject.toml").read_text()
+def test_the_version_has_one_source() -> None:
+    """The package's `__version__`, from which the build takes the project's."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project
+    assert '[tool.hatch.version]\npath = "fusedshape/__init__.py"\n' in project
+    holders = [
+        path.name
+        for path in (*ROOT.glob("*.toml"), *ROOT.glob("*.cff"), *ROOT.rglob("fusedshape/*.py"))
+        if fusedshape.__version__ in path.read_text()
+    ]
+    assert holders == ["__init__.py"]
 
 
 def test_a_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

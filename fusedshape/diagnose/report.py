@@ -36,7 +36,7 @@ class Layer:
         c_measured: measured.
         c_quantiles: 5, 25, 50, 75 and 95 % over pairs and locations.
         slope: C′(1) of a nonlinear layer at the q predicted.
-        sensitivity: predicted |x − x′|² / q of two inputs close to each other, relative to what it
+        sensitivity: predicted ‖x − x′‖² / q of two inputs close to each other, relative to what it
             is at the network's input: the product of C′(1) along the path.
         sensitivity_measured: measured with a small random change of some inputs.
         q_off: ln(q_measured / q_near), in standard deviations that finite width explains.

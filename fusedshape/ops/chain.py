@@ -45,7 +45,7 @@ class ChainLayer(NamedTuple):
     """One layer of `conv_chain`: a convolution, or a linear layer where weight is a matrix.
 
     Attributes:
-        weight: (K, C / groups, *kernel), or (out_features, in_features).
+        weight: `(K, C / groups, *kernel)`, or `(out_features, in_features)`.
         bias: (K,) or None.
         spec: the constants of its activation.
         stride: as in `conv_act`, and so are the next three; a linear layer has none of the four.

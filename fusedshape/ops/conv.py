@@ -61,8 +61,8 @@ def conv_act(
     position, as in torch's own convolutions: what sees them is nan, or made of the other taps.
 
     Args:
-        x: (N, C, *spatial) or (C, *spatial), contiguous or channels_last.
-        weight: (K, C / groups, *kernel), x's dtype.
+        x: `(N, C, *spatial)` or `(C, *spatial)`, contiguous or channels_last.
+        weight: `(K, C / groups, *kernel)`, x's dtype.
         bias: (K,) or None; x's dtype or float32.
         spec: the constants.
         stride: one number, or one for each spatial dimension.
@@ -82,7 +82,7 @@ def conv_act(
             the residual takes no part: it gets no gradient, and its inf and nan do not count.
 
     Returns:
-        (N, K, *out) or (K, *out).
+        `(N, K, *out)` or `(K, *out)`.
 
     Raises:
         TypeError: dtypes that are not supported or do not match.

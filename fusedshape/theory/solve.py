@@ -259,8 +259,8 @@ def eoc(
     r"""Edge of chaos: weights N(0, σ_w²/fan_in) and biases N(0, σ_b²) with χ₁ = 1 at a fixed q.
 
     q = σ_w² E[φ(√q z)²] + σ_b² and χ₁ = σ_w² E[φ′(√q z)²] = 1, the fixed point being attractive or
-    neutral: |σ_w² d/dq E[φ(√q z)²]| ≤ 1. See Poole et al., arXiv 1606.05340, and Schoenholz et al.,
-    arXiv 1611.01232.
+    neutral: `|σ_w² d/dq E[φ(√q z)²]| ≤ 1`. See Poole et al., arXiv 1606.05340, and Schoenholz et
+    al., arXiv 1611.01232.
 
     softplus has none: q < E[φ(√q z)²] / E[φ′(√q z)²] for every q, which leaves σ_b² < 0. sigmoid
     has, but far out, with σ_w above 10. relu and leaky_relu have theirs at σ_b = 0 only, where

@@ -13,9 +13,9 @@ class Data:
     """Train and test examples.
 
     Args:
-        train_x: (N, C, *spatial), floating.
+        train_x: `(N, C, *spatial)`, floating.
         train_y: (N,) int64, 0 … num_classes − 1.
-        test_x: (M, C, *spatial).
+        test_x: `(M, C, *spatial)`.
         test_y: (M,) int64.
         num_classes: number of classes.
 
