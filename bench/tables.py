@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from the records in bench/results.
+"""Writes the tables of the pages, and the picture of accuracy by depth, from bench/results.
 
 python -m bench.tables [--check]
 """
@@ -20,7 +20,7 @@ from fusedshape.files import ContentError, expect, read_json, write_text
 from fusedshape.kernels.roofline import ROOFS
 from fusedshape.machine import headline
 from fusedshape.timing import paired_ratios, percentiles
-from fusedshape.train.demo import final_runs
+from fusedshape.train.demo import final_runs, plot_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
@@ -418,6 +418,8 @@ def _main() -> None:
             stale.append(name)
             if not args.check:
                 write_text(ROOT / name, new)
+    if not args.check:
+        plot_sweep(_load("sweep"), RESULTS / "sweep.json")
     if args.check and stale:
         sys.exit(f"{', '.join(stale)}: not what bench/results says; run python -m bench.tables")
 

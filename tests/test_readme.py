@@ -11,6 +11,9 @@ from PIL import Image
 from fusedshape.bench import records
 from fusedshape.bench.plot import plot
 from fusedshape.cli import main, parser
+from fusedshape.files import read_json
+from fusedshape.machine import headline
+from fusedshape.train.demo import plot_sweep
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +47,14 @@ def test_pictures_are_those_of_the_results(name: str, tmp_path: Path) -> None:
         committed = RESULTS / name / path.name
         assert _description(committed) == _description(path), f"run: fusedshape bench plot {record}"
     assert len(drawn) == len(list((RESULTS / name).iterdir()))
+
+
+def test_the_picture_of_accuracy_by_depth_is_that_of_the_record(tmp_path: Path) -> None:
+    data = read_json(RESULTS / "sweep.json")
+    plot_sweep(data, tmp_path / "sweep.json")
+    drawn = _description(tmp_path / "sweep.png")
+    assert headline(data["headers"][-1]) in drawn
+    assert _description(RESULTS / "sweep.png") == drawn, "run: python -m bench.tables"
 
 
 def test_make_commands_exist() -> None:

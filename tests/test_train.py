@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fusedshape.machine import write_json
 from fusedshape.nn import PerLocationNorm, ShapedConv2d
-from fusedshape.train import Data, TrainConfig, demo, loop, run
+from fusedshape.train import Data, TrainConfig, demo, loop, plot, run
 from fusedshape.train.config import load_object, make
 from fusedshape.train.loop import build, evaluate, fit, learning_rate
 
@@ -511,6 +512,16 @@ def test_best_rates_put_diverged_runs_last() -> None:
     ]
     assert demo.best_rates(rows) == [0.01, 0.001, 0.1]
     assert demo.best_rates([rows[0], {"lr": 0.01, "final_train_loss": None}]) == [0.01, 0.1]
+
+
+def test_labels_of_lines_that_end_together_stand_apart() -> None:
+    for ends in ([0.991, 0.985, 0.866, 0.853, 0.101, 0.1], [0.5], [], [0.0] * 6, [1.0] * 6):
+        heights = plot.labels_apart(ends, 0.06)
+        gaps = [a - b for a, b in itertools.pairwise(heights)]
+        assert len(heights) == len(ends)
+        assert all(gap > 0.0599 for gap in gaps)
+        assert all(0 <= height <= 1 for height in heights)
+    assert plot.labels_apart([0.9, 0.5], 0.06) == [0.9, 0.5]
 
 
 def test_plots_without_matplotlib_name_the_extra(

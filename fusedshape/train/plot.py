@@ -11,6 +11,9 @@ from fusedshape.files import save_figure
 
 Result = Mapping[str, Any]
 
+# Okabe and Ito's palette, which colour-blind readers can tell apart, then two greys.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.45", "0.15")
+
 
 def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title: str = "") -> None:
     """Training loss and test accuracy by epoch; a line per run, a colour per label.
@@ -51,34 +54,62 @@ def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title
 
 
 def plot_depths(
-    accuracy: Mapping[str, Mapping[int, Sequence[float]]], path: str | Path, title: str = ""
+    accuracy: Mapping[str, Mapping[int, Sequence[float]]],
+    path: str | Path,
+    title: str = "",
+    source: str = "",
 ) -> None:
-    """Final test accuracy by depth; a line per label through the means, a dot per seed.
+    """Final test accuracy by depth: a line through the means with its label at the end, and a dot
+    for every seed.
 
     Args:
         accuracy: label → depth → accuracies (0 … 1).
         path: file; its suffix decides the format.
         title: over the figure.
+        source: under the figure, and in the file's metadata: where the numbers come from.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     figure_class, percent = _matplotlib()
-    figure = figure_class(figsize=(6, 4.5), layout="constrained")
+    figure = figure_class(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     depths = sorted({depth for by_depth in accuracy.values() for depth in by_depth})
+    ends = []
     for number, (label, by_depth) in enumerate(accuracy.items()):
         x = [depth for depth in depths if by_depth.get(depth)]
-        axes.plot(x, [mean(by_depth[depth]) for depth in x], color=f"C{number}", label=label)
+        y = [mean(by_depth[depth]) for depth in x]
+        color = _COLORS[number % len(_COLORS)]
+        axes.plot(x, y, color=color, linewidth=2)
         for depth in x:
             dots = by_depth[depth]
-            axes.plot([depth] * len(dots), dots, ".", color=f"C{number}")
-    axes.set(xscale="log", xlabel="nonlinear layers", title=title)
+            axes.plot([depth] * len(dots), dots, "o", markersize=4, color=color)
+        if x:
+            ends.append((y[-1], x[-1], label, color))
+    ends.sort(key=lambda end: -end[0])
+    for (_, x_end, label, color), y_label in zip(
+        ends, labels_apart([e[0] for e in ends]), strict=True
+    ):
+        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(label, (x_end, y_label), color=color, fontsize=12, **place)
+    axes.set(xscale="log", xlabel="layers with an activation")
+    axes.set_title(title, loc="left", fontsize=13)
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
     _accuracy_axis(axes, percent)
-    axes.legend()
-    save_figure(figure, path, dpi=150)
+    figure.supxlabel(source, fontsize=8, color="0.4")
+    save_figure(figure, path, dpi=150, metadata={"Description": source})
+
+
+def labels_apart(heights: Sequence[float], gap: float = 0.06) -> list[float]:
+    """Heights of labels, given from the top down, moved until they are `gap` apart."""
+    found: list[float] = []
+    for height in heights:
+        found.append(min(height, found[-1] - gap) if found else height)
+    for i in range(len(found) - 1, -1, -1):  # those at the bottom push the others up
+        found[i] = max(found[i], found[i + 1] + gap if i + 1 < len(found) else 0.02)
+    return found
 
 
 def _accuracy_axis(axes: Any, percent: Any) -> None:
