@@ -1,19 +1,20 @@
-"""The one table of activations: value, derivatives, kinks, and what backward needs.
+"""The one table of activations: what each computes, what kernels need, and what torch calls it.
 
-Everything else (reference, theory, Triton, csrc) is keyed by the rows of `ACTIVATIONS`. Each row is
-written once in torch operations, so that it serves any dtype and device and differentiates again.
+Everything else (reference, theory, Triton, csrc, convert, fold, diagnose) looks up the rows of
+`ACTIVATIONS`. φ and its derivatives are written in torch operations, so that they serve any dtype
+and device and can be differentiated again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedshape.validate import shown
 
@@ -25,12 +26,31 @@ GELU_CUBIC = 0.044715
 
 
 @dataclass(frozen=True)
+class TorchName:
+    """A name under which torch knows an activation, and what its arguments mean.
+
+    Attributes:
+        name: of the function in torch.nn.functional, of the method and of the aten operator.
+        module: the class in torch.nn; its attributes are the function's arguments.
+        options: the function's arguments after the tensor, in order, with their defaults.
+        constants: called with the options by name, the constants of the `ActSpec` that computes the
+            same; None where no constants do.
+        fixed: it is a function of its input alone; False if it has weights or draws numbers.
+    """
+
+    name: str
+    module: type[nn.Module] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    constants: Callable[..., dict[str, Any] | None] = lambda: {}
+    fixed: bool = True
+
+
+@dataclass(frozen=True)
 class Activation:
-    """One scalar function φ and what the kernels and the theory must know of it.
+    """One scalar function φ and what the kernels, the theory and tools must know of it.
 
     Attributes:
         name: the field's name for φ, as in the `dks` package.
-        id: the number by which Triton and csrc know φ.
         value: φ(u, negative_slope).
         d1: φ′(u, negative_slope); at a kink, the left derivative. There, at ±inf and at NaN, value
             and d1 are torch's where it has the function, else limits.
@@ -42,10 +62,17 @@ class Activation:
         homogeneous: φ(cu) = c·φ(u) for c > 0.
         smooth: φ′ is continuous, so that C″(1) is finite.
         exported: φ, to rounding, in operators of the older ONNX exporter; None where `value` is.
+        registers: how many a Triton kernel needs to compute φ and φ′. "few": about as many as
+            for no activation; "many": the pointwise kernels spill unless they are given a limit;
+            "most": products spill too.
+        names: what torch calls φ, by itself or with constants.
+        module: makes torch's module for a negative_slope; None if it has none.
+        function: φ(u, negative_slope) in the functions one would write without this library; a
+            model that `fusedshape.fold` makes contains them where there is no module.
+        id: the number by which kernels know φ: its position in the table.
     """
 
     name: str
-    id: int
     value: Phi
     d1: Phi
     d2: Phi
@@ -56,6 +83,11 @@ class Activation:
     homogeneous: bool = False
     smooth: bool = True
     exported: Phi | None = None
+    registers: Literal["few", "some", "many", "most"] = "some"
+    names: tuple[TorchName, ...] = ()
+    module: Callable[[float], nn.Module] | None = None
+    function: Phi | None = None
+    id: int = -1
 
 
 def _exp_neg(u: Tensor) -> Tensor:
@@ -168,10 +200,16 @@ def _bentid(u: Tensor, a: float) -> Tensor:
     return torch.where(u.abs() > 2.0**60, torch.where(u < 0, 0.5 * u, 1.5 * u), near)
 
 
+def _of_prelu(weight: Any) -> dict[str, Any] | None:
+    # One slope for all channels; others are no ActSpec's.
+    if not isinstance(weight, Tensor) or weight.min() != weight.max():
+        return None
+    return {"negative_slope": weight.flatten()[0].item()}
+
+
 _ROWS = (
     Activation(
         "relu",
-        0,
         value=lambda u, a: u.relu(),
         d1=lambda u, a: _relu_d1_from_output(u.relu(), a),
         d2=lambda u, a: torch.zeros_like(u),
@@ -180,10 +218,13 @@ _ROWS = (
         kinks=(0.0,),
         homogeneous=True,
         smooth=False,
+        registers="few",
+        names=(TorchName("relu", nn.ReLU),),
+        module=lambda a: nn.ReLU(),
+        function=lambda u, a: F.relu(u),
     ),
     Activation(
         "leaky_relu",
-        1,
         value=F.leaky_relu,
         d1=_leaky_d1,
         d2=lambda u, a: torch.zeros_like(u),
@@ -193,48 +234,83 @@ _ROWS = (
         has_slope=True,
         homogeneous=True,
         smooth=False,
+        registers="few",
+        names=(
+            TorchName(
+                "leaky_relu",
+                nn.LeakyReLU,
+                {"negative_slope": 0.01},
+                lambda negative_slope: {"negative_slope": negative_slope},
+            ),
+            TorchName("prelu", nn.PReLU, {"weight": None}, _of_prelu, fixed=False),
+        ),
+        module=nn.LeakyReLU,
+        function=F.leaky_relu,
     ),
     Activation(
         "tanh",
-        2,
         value=lambda u, a: u.tanh(),
         d1=lambda u, a: _sech2(u),
         d2=lambda u, a: -2 * u.tanh() * _sech2(u),
         saves="output",
         d1_from_output=lambda v, a: (1 - v * v).clamp(min=0),
+        names=(TorchName("tanh", nn.Tanh),),
+        module=lambda a: nn.Tanh(),
+        function=lambda u, a: torch.tanh(u),
     ),
     Activation(
         "sigmoid",
-        3,
         value=lambda u, a: u.sigmoid(),
         d1=lambda u, a: _logistic_d1(u),
         d2=lambda u, a: _logistic_d1(u) * (1 - 2 * u.sigmoid()),
         saves="output",
         d1_from_output=lambda v, a: (v * (1 - v)).clamp(min=0),
+        names=(TorchName("sigmoid", nn.Sigmoid), TorchName("special_expit")),
+        module=lambda a: nn.Sigmoid(),
+        function=lambda u, a: torch.sigmoid(u),
     ),
     Activation(
         "softplus",
-        4,
         value=_softplus,
         d1=lambda u, a: u.sigmoid(),
         d2=lambda u, a: _logistic_d1(u),
         saves="output",
         d1_from_output=lambda v, a: -torch.expm1(-v.clamp(min=0)),
         exported=_softplus_exported,
+        names=(
+            TorchName(
+                "softplus",
+                nn.Softplus,
+                {"beta": 1.0},
+                lambda beta: {"input_scale": beta, "output_scale": 1 / beta},
+            ),
+        ),
+        # Beyond its threshold torch takes u itself: at 40 that is less than float64 resolves.
+        module=lambda a: nn.Softplus(threshold=40.0),
+        function=lambda u, a: F.softplus(u),
     ),
     Activation(
         "elu",
-        5,
         value=lambda u, a: F.elu(u),
         d1=lambda u, a: torch.where(u <= 0, _exp_neg(u), 1.0),
         d2=lambda u, a: torch.where(u > 0, 0.0, _exp_neg(u)),
         saves="output",
         d1_from_output=lambda v, a: torch.where(v <= 0, (v + 1).clamp(min=0), 1.0),
         kinks=(0.0,),
+        names=(
+            TorchName("elu", nn.ELU, {"alpha": 1.0}, lambda alpha: {} if alpha == 1 else None),
+            TorchName(
+                "celu",
+                nn.CELU,
+                {"alpha": 1.0},
+                lambda alpha: {"input_scale": 1 / alpha, "output_scale": alpha},
+            ),
+        ),
+        module=lambda a: nn.ELU(),
+        function=lambda u, a: F.elu(u),
     ),
     Activation(
         "selu",
-        6,
         value=lambda u, a: F.selu(u),
         d1=lambda u, a: SELU_SCALE * torch.where(u <= 0, SELU_ALPHA * _exp_neg(u), 1.0),
         d2=lambda u, a: SELU_SCALE * torch.where(u > 0, 0.0, SELU_ALPHA * _exp_neg(u)),
@@ -244,97 +320,163 @@ _ROWS = (
         ),
         kinks=(0.0,),
         smooth=False,
+        names=(TorchName("selu", nn.SELU),),
+        module=lambda a: nn.SELU(),
+        function=lambda u, a: F.selu(u),
     ),
     Activation(
         "softsign",
-        7,
         value=lambda u, a: u / (1 + u.abs()),
         d1=lambda u, a: (1 + u.abs()).square().reciprocal() + _undefined(u),
         d2=lambda u, a: -2 * u.sign() * (1 + u.abs()).pow(-3),
         saves="output",
         d1_from_output=lambda v, a: (1 - v.abs()).square(),
         kinks=(0.0,),
+        names=(TorchName("softsign", nn.Softsign),),
+        module=lambda a: nn.Softsign(),
+        function=lambda u, a: F.softsign(u),
     ),
     Activation(
         "atan",
-        8,
         value=lambda u, a: u.atan(),
         d1=lambda u, a: (1 + u * u).reciprocal(),
         d2=lambda u, a: -2 * u / (1 + u * u).square(),
         saves="output",
         d1_from_output=lambda v, a: v.cos().square(),
+        registers="many",
+        names=(TorchName("atan"), TorchName("arctan")),
+        function=lambda u, a: torch.atan(u),
     ),
     Activation(
         "asinh",
-        9,
         value=lambda u, a: u.asinh(),
         d1=lambda u, a: (1 + u * u).rsqrt(),
         d2=lambda u, a: -u * (1 + u * u).pow(-1.5),
         saves="output",
         d1_from_output=lambda v, a: v.cosh().reciprocal(),
         exported=_asinh_exported,
+        names=(TorchName("asinh"), TorchName("arcsinh")),
+        function=lambda u, a: torch.asinh(u),
     ),
     Activation(
         "swish",
-        10,
         value=lambda u, a: u * u.sigmoid(),
         d1=_swish_d1,
         d2=_swish_d2,
         saves="input",
+        registers="many",
+        names=(TorchName("silu", nn.SiLU),),
+        module=lambda a: nn.SiLU(),
+        function=lambda u, a: F.silu(u),
     ),
-    Activation("gelu", 11, value=_gelu, d1=_gelu_d1, d2=_gelu_d2, saves="input"),
+    Activation(
+        "gelu",
+        value=_gelu,
+        d1=_gelu_d1,
+        d2=_gelu_d2,
+        saves="input",
+        names=(
+            TorchName(
+                "gelu",
+                nn.GELU,
+                {"approximate": "none"},
+                lambda approximate: {} if approximate == "tanh" else None,
+            ),
+        ),
+        module=lambda a: nn.GELU(approximate="tanh"),
+        function=lambda u, a: F.gelu(u, approximate="tanh"),
+    ),
     Activation(
         "gelu_exact",
-        12,
         value=lambda u, a: u * _normal_cdf(u),
         d1=lambda u, a: _normal_cdf(u) + u * _normal_pdf(u),
         d2=lambda u, a: _normal_pdf(u) * (2 - u * u),
         saves="input",
         exported=lambda u, a: u * (0.5 * (1 + torch.erf(u * math.sqrt(0.5)))),
+        names=(
+            TorchName(
+                "gelu",
+                nn.GELU,
+                {"approximate": "none"},
+                lambda approximate: None if approximate == "tanh" else {},
+            ),
+        ),
+        module=lambda a: nn.GELU(),
+        function=lambda u, a: F.gelu(u),
     ),
     Activation(
         "erf",
-        13,
         value=lambda u, a: u.erf(),
         d1=lambda u, a: 2 / math.sqrt(math.pi) * torch.exp(-u * u),
         d2=lambda u, a: -4 / math.sqrt(math.pi) * u * torch.exp(-u * u),
         saves="input",
+        names=(TorchName("erf"), TorchName("special_erf")),
+        function=lambda u, a: torch.erf(u),
     ),
     Activation(
         "bentid",
-        14,
         value=_bentid,
         d1=lambda u, a: 0.5 * _far(u) * (_far(u).square() + 1).rsqrt() + 1,
         d2=lambda u, a: 0.5 * (u * u + 1).pow(-1.5),
         saves="input",
+        registers="many",
+        function=lambda u, a: 0.5 * (torch.sqrt(torch.square(u) + 1) - 1) + u,
     ),
     Activation(
         "square",
-        15,
         value=lambda u, a: u * u,
         d1=lambda u, a: 2 * u,
         d2=lambda u, a: torch.full_like(u, 2.0),
         saves="input",
+        names=(TorchName("square"),),
+        function=lambda u, a: torch.square(u),
     ),
     Activation(
         "sin",
-        16,
         value=lambda u, a: u.sin(),
         d1=lambda u, a: u.cos(),
         d2=lambda u, a: -u.sin(),
         saves="input",
+        registers="most",
+        names=(TorchName("sin"),),
+        function=lambda u, a: torch.sin(u),
     ),
     Activation(
         "cos",
-        17,
         value=lambda u, a: u.cos(),
         d1=lambda u, a: -u.sin(),
         d2=lambda u, a: -u.cos(),
         saves="input",
+        registers="most",
+        names=(TorchName("cos"),),
+        function=lambda u, a: torch.cos(u),
     ),
 )
 
-ACTIVATIONS: dict[str, Activation] = {row.name: row for row in _ROWS}
+ACTIVATIONS: dict[str, Activation] = {
+    row.name: replace(row, id=position) for position, row in enumerate(_ROWS)
+}
+
+# Those of torch's activations that no row computes. A class stands before the one it derives from.
+_OF_NO_ROW = (
+    TorchName("rrelu", nn.RReLU, fixed=False),
+    TorchName("relu6", nn.ReLU6),
+    TorchName("mish", nn.Mish),
+    TorchName("hardtanh", nn.Hardtanh),
+    TorchName("hardswish", nn.Hardswish),
+    TorchName("hardsigmoid", nn.Hardsigmoid),
+    TorchName("hardshrink", nn.Hardshrink),
+    TorchName("softshrink", nn.Softshrink),
+    TorchName("tanhshrink", nn.Tanhshrink),
+    TorchName("logsigmoid", nn.LogSigmoid),
+    TorchName("threshold", nn.Threshold),
+)
+
+#: Everything that torch calls an activation, whether a row computes it or not.
+TORCH_NAMES: tuple[TorchName, ...] = (
+    *(known for row in ACTIVATIONS.values() for known in row.names),
+    *_OF_NO_ROW,
+)
 
 
 def get_activation(name: str, who: str = "get_activation") -> Activation:
@@ -359,3 +501,13 @@ def get_activation(name: str, who: str = "get_activation") -> Activation:
     except (KeyError, TypeError):
         known = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(f"{who}: unknown activation {shown(name)}; known: {known}") from None
+
+
+def options_of(name: str) -> Mapping[str, Any]:
+    """The arguments of one of torch's activations after the tensor, in order, with their defaults.
+
+    Example:
+        >>> options_of("elu"), options_of("tanh")
+        ({'alpha': 1.0}, {})
+    """
+    return next((known.options for known in TORCH_NAMES if known.name == name), {})

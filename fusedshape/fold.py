@@ -32,25 +32,6 @@ from fusedshape.validate import flag
 
 _PADS: tuple[Any, ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
-# φ by modules where torch has one, else by functions.
-_MODULES: dict[str, Callable[[float], nn.Module]] = {
-    "relu": lambda a: nn.ReLU(),
-    "leaky_relu": nn.LeakyReLU,
-    "tanh": lambda a: nn.Tanh(),
-    "sigmoid": lambda a: nn.Sigmoid(),
-    # Beyond its threshold torch takes u itself; at 40 the difference is less than float64 resolves.
-    "softplus": lambda a: nn.Softplus(threshold=40.0),
-    "elu": lambda a: nn.ELU(),
-    "selu": lambda a: nn.SELU(),
-    "softsign": lambda a: nn.Softsign(),
-    "swish": lambda a: nn.SiLU(),
-    "gelu": lambda a: nn.GELU(approximate="tanh"),
-    "gelu_exact": lambda a: nn.GELU(),
-}
-_FUNCTIONS = {
-    name: getattr(torch, name) for name in ("atan", "asinh", "erf", "square", "sin", "cos")
-}
-
 # What commutes with y ↦ s·y + t: it moves numbers, or takes means and, for s > 0, maxima of them.
 _MOVES = {"flatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze"}
 _MOVES |= {"contiguous", "detach", "mean"}
@@ -520,16 +501,19 @@ class _Folding:
         return _Value(phi, scale, spec.output_scale * spec.output_shift)
 
     def _phi(self, spec: ActSpec, path: str, u: fx.Node) -> fx.Node:
-        if spec.activation in _MODULES:
+        row = spec.row
+        if row.module is not None:
             if path not in self.parts:
-                self.parts[path] = _MODULES[spec.activation](spec.negative_slope)
+                self.parts[path] = row.module(spec.negative_slope)
             return self.graph.call_module(path, (u,))
-        if spec.activation in _FUNCTIONS:
-            return self.graph.call_function(_FUNCTIONS[spec.activation], (u,))
-        assert spec.activation == "bentid"
-        call = self.graph.call_function
-        root = call(torch.sqrt, (self._affine(call(torch.square, (u,)), 1.0, 1.0),))
-        return call(torch.add, (self._affine(self._affine(root, 1.0, -1.0), 0.5, 0.0), u))
+        if row.function is None:
+            raise ValueError(
+                f"fold: {row.name} has neither a module nor a function of torch's; give it one in "
+                "its row of fusedshape.activations.ACTIVATIONS"
+            )
+        argument: Any = fx.Proxy(u, fx.proxy.GraphAppendingTracer(self.graph))
+        made: Any = row.function(argument, spec.negative_slope)
+        return made.node
 
     def _is_sum(self, node: fx.Node) -> bool:
         if node.target not in _SUMS or len(node.args) != 2 or node.kwargs:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedshape import rewriting
-from fusedshape.convert.calls import FUNCTIONAL, Calls
+from fusedshape.activations import TORCH_NAMES
+from fusedshape.convert.calls import Calls
 from fusedshape.convert.report import Change
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
@@ -31,7 +32,7 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 _SUM_METHODS = ("add", "add_")
 _SCALINGS = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "mul_", "div", "div_")
 # Names under which torch, torch.nn.functional and Tensor know a nonlinear layer.
-_NONLINEAR = {*FUNCTIONAL.values(), "erf", "sin", "cos", "square", "atan", "asinh", "softmax"}
+_NONLINEAR = {*(known.name for known in TORCH_NAMES), "softmax"}
 _NONLINEAR |= {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
 _NONLINEAR |= {name + "_" for name in _NONLINEAR}
 _WITH_SKIPS_INSIDE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from fusedshape.activations import Activation, get_activation
+from fusedshape.activations import ACTIVATIONS, Activation, get_activation
 from fusedshape.compiling import constant_for_dynamo
 from fusedshape.files import parse_json, quoted
 from fusedshape.validate import instance, number
@@ -192,6 +193,37 @@ def from_text(text: str) -> ActSpec:
     """
     activation, *numbers = json.loads(text)
     return ActSpec(activation, **dict(zip(CONSTANTS, numbers, strict=True)))
+
+
+def from_torch(name: str, options: Mapping[str, Any]) -> ActSpec | None:
+    """The spec that computes what one of torch's activations does.
+
+    Args:
+        name: what torch calls the function, or a key of `ACTIVATIONS`.
+        options: its arguments after the tensor by name; those left out have their defaults.
+
+    Returns:
+        The spec; None where no row of the table computes it, or an argument is not known yet.
+
+    Example:
+        >>> spec = from_torch("celu", {"alpha": 2.0})
+        >>> spec.activation, spec.input_scale, spec.output_scale
+        ('elu', 0.5, 2.0)
+        >>> from_torch("mish", {}) is None
+        True
+    """
+    found = [(row, known) for row in ACTIVATIONS.values() for known in row.names]
+    found = [(row, known) for row, known in found if known.name == name]
+    for row, known in found:
+        given = {key: options.get(key, default) for key, default in known.options.items()}
+        unknown = any(
+            isinstance(default, float) and not isinstance(given[key], (int, float))
+            for key, default in known.options.items()
+        )
+        constants = None if unknown else known.constants(**given)
+        if constants is not None:
+            return ActSpec(row.name, **constants)
+    return ActSpec(name) if not found and name in ACTIVATIONS else None
 
 
 CONSTANTS = ("negative_slope", "input_scale", "input_shift", "output_shift", "output_scale")

@@ -45,18 +45,6 @@ Activate = Callable[[Tensor], Tensor]
 #: Providers that torch.compile makes, and the mode they pass to it.
 COMPILED = {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}
 
-_STOCK: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda u, a: F.relu(u),
-    "leaky_relu": F.leaky_relu,
-    "softplus": lambda u, a: F.softplus(u),
-    "elu": lambda u, a: F.elu(u),
-    "selu": lambda u, a: F.selu(u),
-    "softsign": lambda u, a: F.softsign(u),
-    "swish": lambda u, a: F.silu(u),
-    "gelu": lambda u, a: F.gelu(u, approximate="tanh"),
-    "gelu_exact": lambda u, a: F.gelu(u),
-}
-
 
 def stock(z: Tensor, spec: ActSpec) -> Tensor:
     """What one writes without this library; operations that do nothing are left out."""
@@ -64,7 +52,7 @@ def stock(z: Tensor, spec: ActSpec) -> Tensor:
         z = spec.input_scale * z
     if spec.input_shift != 0:
         z = z + spec.input_shift
-    y = _STOCK.get(spec.activation, spec.row.value)(z, spec.negative_slope)
+    y = (spec.row.function or spec.row.value)(z, spec.negative_slope)
     if spec.output_shift != 0:
         y = y + spec.output_shift
     return spec.output_scale * y if spec.output_scale != 1 else y

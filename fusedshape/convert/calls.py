@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fusedshape import rewriting
+from fusedshape.activations import TORCH_NAMES
 from fusedshape.kinds import kind_of
 from fusedshape.nn import ShapedChain
 from fusedshape.nodes import is_query
@@ -25,24 +26,9 @@ from fusedshape.tracing import (
     trace,
 )
 
-# The name under which torch, torch.nn.functional and Tensor know what a module computes.
+# What torch, torch.nn.functional and Tensor call the function that a module computes.
 FUNCTIONAL = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ELU: "elu",
-    nn.SELU: "selu",
-    nn.CELU: "celu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.Softplus: "softplus",
-    nn.Softsign: "softsign",
-    nn.Hardtanh: "hardtanh",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
+    known.module: known.name for known in TORCH_NAMES if known.module is not None and known.fixed
 }
 # By name, because importing torch._dynamo takes seconds.
 _WRAPPERS = {

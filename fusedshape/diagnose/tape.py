@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedshape.activations import ACTIVATIONS
+from fusedshape.activations import ACTIVATIONS, TORCH_NAMES
 from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
 from fusedshape.diagnose.reach import read_share
 from fusedshape.nn import PerLocationNorm
@@ -47,8 +47,7 @@ _CUTS |= {"reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "as_stride
 _CUTS |= {"replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_unshuffle"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min"}
 # Some have no tag that says so, or none yet in torch 2.11.
-_POINTWISE = {"hardswish", "mish", "threshold", "_prelu_kernel", "leaky_relu", "elu", "selu"}
-_POINTWISE |= {"celu", "hardtanh", "hardsigmoid"}
+_POINTWISE = {*(known.name for known in TORCH_NAMES), "_prelu_kernel"}
 # Modules of which only inputs and outputs are looked at.
 _WHOLE = (PerLocationNorm, nn.RNNBase, nn.RNNCellBase)
 _IDS = {row.id: name for name, row in ACTIVATIONS.items()}

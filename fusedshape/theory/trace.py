@@ -21,12 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fusedshape.activations import ACTIVATIONS
+from fusedshape.activations import ACTIVATIONS, TORCH_NAMES, options_of
 from fusedshape.faithful import calls, inputs_for, misread
 from fusedshape.kinds import features, kind_of
 from fusedshape.nodes import is_query
 from fusedshape.proxies import UntraceableError
-from fusedshape.spec import ActSpec
+from fusedshape.spec import ActSpec, from_torch
 from fusedshape.theory.network import Node, Op, Wiring
 from fusedshape.tracing import (
     Slot,
@@ -40,49 +40,9 @@ from fusedshape.validate import flag
 # A factor before these is a factor after them, or, for norm, none at all.
 _LINEAR = ("affine", "pool", "reshape", "dropout", "norm")
 _BY_HAND = "pass depth= or subnet_max= by hand"
-# The name under which torch knows what a module computes; its attributes are the arguments there.
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.ELU: "elu",
-    nn.SELU: "selu",
-    nn.CELU: "celu",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.Softplus: "softplus",
-    nn.Softsign: "softsign",
-    nn.PReLU: "prelu",
-    nn.RReLU: "rrelu",
-    nn.ReLU6: "relu6",
-    nn.Mish: "mish",
-    nn.Hardtanh: "hardtanh",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Hardshrink: "hardshrink",
-    nn.Softshrink: "softshrink",
-    nn.Tanhshrink: "tanhshrink",
-    nn.LogSigmoid: "logsigmoid",
-    nn.Threshold: "threshold",
-}
-_OTHER_NAMES = {
-    "silu": "swish",
-    "arctan": "atan",
-    "arcsinh": "asinh",
-    "special_expit": "sigmoid",
-    "special_erf": "erf",
-}
-# Arguments of torch's functions after the tensor, in order, with their defaults.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "leaky_relu": {"negative_slope": 0.01},
-    "elu": {"alpha": 1.0},
-    "celu": {"alpha": 1.0},
-    "gelu": {"approximate": "none"},
-    "softplus": {"beta": 1.0},
-    "prelu": {"weight": None},
-}
-_ACTIVATIONS = {*_MODULES.values(), *_OTHER_NAMES, *ACTIVATIONS}
+# What torch calls the function that a module computes; its attributes are the arguments there.
+_MODULES = {known.module: known.name for known in TORCH_NAMES if known.module is not None}
+_ACTIVATIONS = {*(known.name for known in TORCH_NAMES), *ACTIVATIONS}
 _SAME = {"contiguous", "detach", "to", "type_as", "float", "double", "half", "bfloat16", "cpu"}
 _SAME |= {"cuda", "requires_grad_", "alias", "identity", "checkpoint"}
 _VIEWS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze"}
@@ -382,7 +342,7 @@ class _Trace:
             return y if spec is None else self.like("nonlinear", y, path, spec=spec)
         name = next((name for cls, name in _MODULES.items() if isinstance(module, cls)), None)
         if name is not None:
-            options = {k: getattr(module, k, v) for k, v in _OPTIONS.get(name, {}).items()}
+            options = {k: getattr(module, k, v) for k, v in options_of(name).items()}
             y = self._activate(name, options, x, path)
             return self._in_place(x, y) if getattr(module, "inplace", False) else y
         if _is_ours(module, "NormalizedSum"):
@@ -416,7 +376,7 @@ class _Trace:
         return y
 
     def _activate(self, name: str, options: dict[str, Any], x: _Signal, path: str) -> _Signal:
-        spec = _spec(name, options)
+        spec = from_torch(name, options)
         y = self.like("nonlinear", x, path, spec=spec, note="" if spec else name)
         if name == "prelu":
             self.notes[f"{path!r} learns its negative slope; its present value was read"] = None
@@ -739,33 +699,9 @@ def _activation(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[str
         low, high = (*args[1:], None, None)[:2]
         low, high = kwargs.get("min", low), kwargs.get("max", high)
         return ("relu" if (low, high) == (0, None) else "hardtanh"), {}
-    options = _OPTIONS.get(name, {})
+    options = options_of(name)
     given = dict(zip(options, args[1:], strict=False))
     return name, {**options, **given, **{k: v for k, v in kwargs.items() if k in options}}
-
-
-def _spec(name: str, options: dict[str, Any]) -> ActSpec | None:
-    """The spec of one of torch's activations, if the table has it."""
-    numbers = {k: v for k, v in options.items() if isinstance(v, (int, float))}
-    if name == "prelu":
-        weight = options["weight"]
-        if not isinstance(weight, Tensor) or weight.min() != weight.max():
-            return None
-        return ActSpec("leaky_relu", negative_slope=weight.flatten()[0].item())
-    if len(numbers) < len(options) and name != "gelu":
-        return None
-    if name == "leaky_relu":
-        return ActSpec("leaky_relu", negative_slope=numbers["negative_slope"])
-    if name == "gelu":
-        return ActSpec("gelu" if options["approximate"] == "tanh" else "gelu_exact")
-    if name == "elu":
-        return ActSpec("elu") if numbers["alpha"] == 1 else None
-    if name == "celu":
-        return ActSpec("elu", 1 / numbers["alpha"], output_scale=numbers["alpha"])
-    if name == "softplus":
-        return ActSpec("softplus", numbers["beta"], output_scale=1 / numbers["beta"])
-    name = _OTHER_NAMES.get(name, name)
-    return ActSpec(name) if name in ACTIVATIONS else None
 
 
 def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
