@@ -503,6 +503,16 @@ def get_activation(name: str, who: str = "get_activation") -> Activation:
         raise ValueError(f"{who}: unknown activation {shown(name)}; known: {known}") from None
 
 
+def ids_by_registers(*registers: str) -> tuple[int, ...]:
+    """The ids of the rows whose `Activation.registers` is one of those given.
+
+    Example:
+        >>> ids_by_registers("few") == tuple(ACTIVATIONS[n].id for n in ("relu", "leaky_relu"))
+        True
+    """
+    return tuple(row.id for row in ACTIVATIONS.values() if row.registers in registers)
+
+
 def options_of(name: str) -> Mapping[str, Any]:
     """The arguments of one of torch's activations after the tensor, in order, with their defaults.
 

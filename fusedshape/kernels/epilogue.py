@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from fusedshape.activations import ACTIVATIONS
+from fusedshape.activations import ids_by_registers
 from fusedshape.kernels import phi
 from fusedshape.spec import KernelArgs
 
@@ -21,7 +21,7 @@ IDENTITY = tl.constexpr(-1)
 #: The arguments of a kernel that has no activation.
 PLAIN: KernelArgs = (IDENTITY.value, 0.0, 1.0, 0.0, 0.0, 1.0)
 #: Activations that take hardly more registers than that.
-STRAIGHT = (IDENTITY.value, *(row.id for row in ACTIVATIONS.values() if row.homogeneous))
+STRAIGHT = (IDENTITY.value, *ids_by_registers("few"))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedshape.activations import ACTIVATIONS
+from fusedshape.activations import ids_by_registers
 from fusedshape.compiling import constant_for_dynamo
 from fusedshape.kernels import epilogue, pointwise
 from fusedshape.kernels.epilogue import IDENTITY
@@ -49,7 +49,7 @@ LEAST_SHARED = 101_376
 #: Numbers that one program of wgrad's second stage reads at a time, and of how many parts at most.
 SUM_TILE, SUM_PARTS = 2048, 32
 #: Activations that take most registers.
-_HUNGRY = tuple(ACTIVATIONS[name].id for name in ("sin", "cos"))
+_HUNGRY = ids_by_registers("most")
 #: For `cost`, in multiplications: how long an element of an operand takes from L2, without and with
 #: tensor cores, and what each number of a tile costs at the beginning and the end of its program.
 #: Estimates: in the time of 16 elements an H200 multiplies 2048 pairs, an A100 in that of 12 1024,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedshape.activations import ACTIVATIONS
+from fusedshape.activations import ids_by_registers
 from fusedshape.kernels import epilogue
 from fusedshape.kernels.sizes import cdiv, next_power_of_2
 from fusedshape.kernels.tuned import REMEMBERED
@@ -46,7 +46,7 @@ WIDE = 2**31 - 2**22
 NUM_WARPS = 4
 #: Where ptxas, left alone, spills a few registers for the sake of more warps.
 _MAX_REGISTERS = 128
-_HUNGRY = tuple(ACTIVATIONS[name].id for name in ("atan", "swish", "bentid", "sin", "cos"))
+_HUNGRY = ids_by_registers("many", "most")
 
 _BIG_ARGS = ["rows", "vectors", "channels", "steps"]
 
