@@ -19,7 +19,7 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -n 2
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/test_ops.py tests/test_chain.py -k triton
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_ops.py tests/ops/test_chain.py -k triton
 	$(PYTEST) bench --benchmark-disable
 	$(SPHINX)
 
@@ -35,7 +35,7 @@ test-newest:
 	.venv-newest/bin/fusedshape build --optional
 	.venv-newest/bin/python -c 'import torch; print("torch", torch.__version__)'
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-newest/bin/pytest -n 2 tests/test_ops.py tests/test_chain.py -k triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-newest/bin/pytest -n 2 tests/ops/test_ops.py tests/ops/test_chain.py -k triton
 
 exhaustive: .venv/ready
 	$(PYTEST) -n 2 -m exhaustive

@@ -15,7 +15,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS
 from torch import Tensor
 
 from fusedshape import (
@@ -31,6 +30,7 @@ from fusedshape.bench.providers import _undecided as undecided
 from fusedshape.bench.providers import stock
 from fusedshape.ops import conv_act, linear_act, shaped_act
 from fusedshape.theory import Unreachable, solve
+from tests.support.backends import BACKENDS
 
 HALF = [torch.bfloat16, torch.float16]
 DEPTHS = (10, 50, 300)

@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS, SPECS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +19,8 @@ from fusedshape import ACTIVATIONS, ActSpec, native
 from fusedshape.activations import Activation
 from fusedshape.ops import shaped_act
 from fusedshape.spec import saves_output
+from tests.support.backends import BACKENDS
+from tests.support.specs import SPECS
 
 ROWS = list(ACTIVATIONS.values())
 SLOPE = 0.37

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from interrupting import interrupted_at, state
 from torch import Tensor, nn
 
 from fusedshape import convert, fold, reweight_shortcuts, theory
 from fusedshape.convert import plan
+from tests.support.interrupting import interrupted_at, state
 
 
 class Block(nn.Module):
@@ -132,8 +132,8 @@ LOOKS: dict[str, Callable[[nn.Module], Any]] = {
 def test_read_only_weights_are_not_written(name: str, tmp_path: Path) -> None:
     # In a process of its own, as a write would end it.
     code = (
-        f"import sys, numpy, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        "from torch import nn; from test_atomic import Block, LOOKS; "
+        f"import sys, numpy, torch; sys.path.insert(0, {str(Path(__file__).parent.parent)!r}); "
+        "from torch import nn; from tests.test_atomic import Block, LOOKS; "
         "file = numpy.memmap(sys.argv[1], numpy.float32, 'r', shape=(4, 4)); "
         "model = nn.Sequential(Block(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)); "
         "model[1].weight = nn.Parameter(torch.from_numpy(file)); "

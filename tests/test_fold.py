@@ -11,8 +11,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from conftest import shaped
 from torch import Tensor, fx, nn
 
 from fusedshape import (
@@ -31,6 +29,8 @@ from fusedshape import (
     reweight_shortcuts,
 )
 from fusedshape.models import rescaled_resnet, vanilla_convnet, vanilla_mlp
+from tests.support import zoo
+from tests.support.specs import shaped
 
 SPEC = shaped("softplus")
 LEAKY = shaped("leaky_relu")

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INTERPRET, SPECS, assert_as_good_as, shaped
 from torch import Tensor
 
 from fusedshape import ActSpec, convert, diagnose, reference, timing, tuning
@@ -34,6 +33,9 @@ from fusedshape.train.loop import fit
 from fusedshape.tuning import command, measuring
 from fusedshape.tuning.contest import difference_of
 from fusedshape.tuning.problems import operands, terms_of
+from tests.support.backends import INTERPRET
+from tests.support.specs import SPECS, shaped
+from tests.support.tolerance import assert_as_good_as
 
 pytestmark = [
     pytest.mark.gpu,

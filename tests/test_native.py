@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SPECS, assert_as_good_as
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec, native, reference
 from fusedshape.activations import Activation
 from fusedshape.ops import schema  # defines the ops
 from fusedshape.spec import saves_output
+from tests.support.specs import SPECS
+from tests.support.tolerance import assert_as_good_as
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPILER = (os.environ.get("CXX") or "g++").split()[0]

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from conftest import shaped
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -25,6 +24,7 @@ from fusedshape import (
 )
 from fusedshape.init import suo_
 from fusedshape.kinds import KINDS, features, kind_of
+from tests.support.specs import shaped
 
 SPEC = shaped("softplus")
 PAIRS = [

@@ -1,4 +1,4 @@
-"""Rewriting twice, and reading what was rewritten: what `tests/test_convert.py` does not reach."""
+"""Rewriting twice, and reading what was rewritten: what `tests/convert/` does not reach."""
 
 from __future__ import annotations
 

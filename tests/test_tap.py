@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shaped
-from test_convert import ZOO, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +19,8 @@ from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import ShapedChain, ShapedConv2d, ShapedLinear
 from fusedshape.tap import Tapped, tap
 from fusedshape.unfuse import unfuse
+from tests.support.convertible import ZOO, run
+from tests.support.specs import shaped
 
 SPEC = shaped("tanh")
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interrupting import interrupted_at, state
 from torch import Tensor, nn
 
 from fusedshape.undo import UndoLog, all_or_nothing, why_not_written
+from tests.support.interrupting import interrupted_at, state
 
 
 class Noisy(nn.Linear):

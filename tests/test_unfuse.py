@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shaped
-from test_convert import ZOO, run
 from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, prune
 
@@ -30,6 +28,8 @@ from fusedshape.nn import (
 from fusedshape.theory import trace_wiring
 from fusedshape.undo import UndoLog
 from fusedshape.unfuse import Unfused, fuse, unfuse
+from tests.support.convertible import ZOO, run
+from tests.support.specs import shaped
 
 SPEC = shaped("softplus")
 ROW = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -8,12 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import SPECS, assert_as_good_as, shaped
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.activations import Activation
 from fusedshape.kernels import phi, pointwise
+from tests.support.specs import SPECS, shaped
+from tests.support.tolerance import assert_as_good_as
 
 pytestmark = [
     # NumPy warns where the hardware silently returns inf or NaN.

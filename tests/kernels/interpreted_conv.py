@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SPECS, assert_as_good_as, shaped
 from torch import Tensor
 
 from fusedshape import ActSpec, reference
@@ -17,6 +16,8 @@ from fusedshape.kernels import conv, gemm
 from fusedshape.kernels.conv import Config
 from fusedshape.ops import conv_act, linear_act
 from fusedshape.spec import saves_output
+from tests.support.specs import SPECS, shaped
+from tests.support.tolerance import assert_as_good_as
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shaped
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from fusedshape import ShapedChain, ShapedConv2d, reference
 from fusedshape.ops import ChainLayer, conv_act, conv_chain, dispatch, linear_act
 from fusedshape.ops.engine import Direction, Problem, install_chooser
 from fusedshape.spec import saves_output
+from tests.support.specs import shaped
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

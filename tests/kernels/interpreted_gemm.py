@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SPECS, assert_as_good_as, shaped
 from torch import Tensor
 
 from fusedshape import ActSpec, reference
 from fusedshape.kernels import gemm, pointwise
 from fusedshape.kernels.gemm import CONFIGS, Config
+from tests.support.specs import SPECS, shaped
+from tests.support.tolerance import assert_as_good_as
 
 pytestmark = [
     # NumPy warns where the hardware silently returns inf or NaN.

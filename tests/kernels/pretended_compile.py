@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shaped
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -24,6 +23,7 @@ from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_ac
 from fusedshape.ops.engine import problem_of
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record
+from tests.support.specs import shaped
 
 # Without a shift the output is saved in half precision too.
 LEAKY, SWISH = replace(shaped("leaky_relu"), output_shift=0.0), shaped("swish")

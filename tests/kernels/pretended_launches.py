@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import shaped
 from pretend_gpu import GPUS, LAUNCHES, Descriptor, Launch
 from torch import Tensor
 
 from fusedshape.kernels import conv, gemm, pointwise
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
+from tests.support.specs import shaped
 
 F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
 LEAKY, SWISH, ATAN = shaped("leaky_relu"), shaped("swish"), shaped("atan")

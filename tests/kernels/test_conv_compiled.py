@@ -23,7 +23,6 @@ from aot import (
     assert_no_spills,
     multiplies,
 )
-from conftest import shaped
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS
@@ -31,6 +30,7 @@ from fusedshape.bench.cases import VGG16
 from fusedshape.kernels import conv, gemm, pointwise
 from fusedshape.kernels.conv import Config, Direction
 from fusedshape.kernels.roofline import Arithmetic, Problem, resnet50
+from tests.support.specs import shaped
 
 pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
 

@@ -20,12 +20,12 @@ from aot import (
     assert_no_spills,
     multiplies,
 )
-from conftest import shaped
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.kernels import gemm, pointwise
 from fusedshape.kernels.gemm import Config, Problem
+from tests.support.specs import shaped
 
 pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
 

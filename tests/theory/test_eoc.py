@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from oracle import derivatives, nodes
 
 from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.theory import EdgeOfChaos, Unreachable, eoc
+from tests.support.oracle import derivatives, nodes
 
 
 def check(edge: EdgeOfChaos) -> None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SPECS
-from oracle import derivatives, local, nodes
 
 from fusedshape import ActSpec
 from fusedshape.theory import c_curve, c_map, c_slope, q_map, q_slope
+from tests.support.oracle import derivatives, local, nodes
+from tests.support.specs import SPECS
 
 CS = [-1.0, -0.8, -0.1, 0.0, 0.3, 0.95, 1.0]
 

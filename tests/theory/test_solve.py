@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import MIRRORED, canonical, derivatives, local
 
 from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.theory import Unreachable, c_map, chain, dks, eoc, resnet, solve, tat
 from fusedshape.theory.maps import leaky_c_map
 from fusedshape.theory.network import Scaled, Shifted
 from fusedshape.theory.solve import SPREAD, STEEPEST, _spread, _steepest
+from tests.support.oracle import MIRRORED, canonical, derivatives, local
 
 TOLERANCE = 1e-9
 RECTIFIERS = ("relu", "leaky_relu")

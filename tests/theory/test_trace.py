@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -19,6 +18,7 @@ from fusedshape import ActSpec, convert
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedConv2d
 from fusedshape.theory import UnreadableError, c_map, chain, resnet, solve, trace_wiring
 from fusedshape.theory.maps import leaky_c_map
+from tests.support import zoo
 
 LayerMap = Callable[[float], float]
 MAPS: list[tuple[float, LayerMap]] = [

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import canonical, local
 
 from fusedshape import ActSpec
 from fusedshape.theory import solve
+from tests.support.oracle import canonical, local
 
 FILE = json.loads((Path(__file__).parent / "vectors/dks_reference.json").read_text())
 CASES = FILE["cases"]

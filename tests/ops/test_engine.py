@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRET, shaped
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,6 +28,8 @@ from fusedshape.ops.engine import (
     rivals,
     why_not,
 )
+from tests.support.backends import INTERPRET
+from tests.support.specs import shaped
 
 LEAKY = shaped("leaky_relu")
 X, W = torch.ones(2, 3, 5, 4), torch.ones(6, 3, 3, 3)

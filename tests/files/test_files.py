@@ -30,7 +30,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes, owners and modes o
 AS_ROOT = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="only root gives files away"
 )
-RESULTS = Path(__file__).parent.parent / "bench/results"
+RESULTS = Path(__file__).parents[2] / "bench/results"
 
 # ------------------------------------------------------------------ JSON
 

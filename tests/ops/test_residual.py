@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS, INTERPRET, SPECS, shaped
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedshape import ActSpec, native, reference
 from fusedshape.ops import conv_act, linear_act
 from fusedshape.ops.engine import Direction, Problem, install_chooser, joined_spec
+from tests.support.backends import BACKENDS, INTERPRET
+from tests.support.specs import SPECS, shaped
 
 F32, F64 = torch.float32, torch.float64
 LEAKY = shaped("leaky_relu")  # saves its output

@@ -1,0 +1,64 @@
+"""A cache of each test's own, the log, and a rival engine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedshape import tuning
+from fusedshape.ops import engine
+from fusedshape.ops.engine import Problem
+from fusedshape.tuning import chooser, measuring
+from fusedshape.tuning.cache import Record
+from tests.support.rivals import FACTORY, Rival
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FUSEDSHAPE_CACHE", str(tmp_path / "cache"))
+    with tuning.mode("cached"):
+        yield tmp_path / "cache" / "tuning"
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "fusedshape.tuning")
+    return caplog
+
+
+@pytest.fixture
+def rival(monkeypatch: pytest.MonkeyPatch) -> Rival:
+    """A second engine for CPU tensors."""
+    one = Rival()
+    monkeypatch.setitem(engine._ENGINES, "triton", one)
+    monkeypatch.setitem(engine._SERVED, "cpu", ("triton",))
+    monkeypatch.setattr(engine, "why_not", lambda name, *_: None if name == "triton" else "not now")
+    return one
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was measured; the rival wins but in wgrad."""
+    log: list[str] = []
+
+    def fake(direction: str, problem: Problem, device: torch.device) -> measuring.Result:
+        log.append(direction)
+        winner = "aten" if direction == "wgrad" else "triton"
+        return measuring.Result(Record(winner, None, 3, 2.0, 1.0), {}, {})
+
+    monkeypatch.setattr(chooser.measuring, "measure", fake)
+    return log
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "tune_mine.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield
+    sys.modules.pop("tune_mine", None)
