@@ -220,6 +220,7 @@ class Calls:
             names = {str(getattr(target, "__name__", target)).rstrip("_") for target in calls}
             present = {type(module) for module in self.names}
             known = [k for k, word in FUNCTIONAL.items() if k in present or word in names]
+            known.sort(key=lambda kind: kind in _GATES)
             others = {k: f"nn.{k.__name__}" for k in known if FUNCTIONAL[k] not in self.words}
             # What is between 0 and 1 is a gate where there are other activations.
             hidden = [name for kind, name in others.items() if kind not in _GATES]
