@@ -14,8 +14,8 @@ from typing_extensions import Self
 from fusedshape import ops
 from fusedshape.init import init_module_
 from fusedshape.kinds import FusedLayer, Kind, kind_of
+from fusedshape.ops.choice import ENGINES, Engine
 from fusedshape.ops.dispatch import BACKENDS, Backend
-from fusedshape.ops.engine import ENGINES, Engine
 from fusedshape.ops.stock import shape_of
 from fusedshape.reference import add_scaled
 from fusedshape.spec import ActSpec

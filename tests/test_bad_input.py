@@ -40,8 +40,8 @@ from fusedshape import (
     train,
     tuning,
 )
+from fusedshape.ops.choice import ENGINES
 from fusedshape.ops.dispatch import BACKENDS
-from fusedshape.ops.engine import ENGINES
 from fusedshape.theory import Node, Wiring
 
 SECONDS = 20  # for one call, on a busy machine

@@ -26,7 +26,10 @@ from fusedshape.bench.providers import _undecided
 from fusedshape.cli import main
 from fusedshape.models import vanilla_convnet
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
-from fusedshape.ops.engine import ATEN, DIRECTIONS, Before, Direction, engines_for, problem_of
+from fusedshape.ops.choice import engines_for
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.layer import Before
+from fusedshape.ops.problem import DIRECTIONS, Direction, problem_of
 from fusedshape.spec import saves_output
 from fusedshape.train import Data, TrainConfig
 from fusedshape.train.loop import fit

@@ -30,7 +30,7 @@ from fusedshape.diagnose.reach import reach
 from fusedshape.diagnose.report import Diagnosis, Finding, Layer
 from fusedshape.diagnose.tape import Step, Tape
 from fusedshape.diagnose.verdict import CAUSES, Case, findings
-from fusedshape.ops.engine import apart
+from fusedshape.ops.apart import apart
 from fusedshape.validate import real
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Layer", "diagnose"]

@@ -25,17 +25,11 @@ from fusedshape.ops.checks import (
     plain_backward,
     transformed,
 )
+from fusedshape.ops.choice import Engine, asked_engine, engines_for, forward_engine
 from fusedshape.ops.dispatch import Backend, choose
-from fusedshape.ops.engine import (
-    Before,
-    Engine,
-    Engines,
-    asked_engine,
-    channel_dim,
-    engines_for,
-    forward_engine,
-)
-from fusedshape.ops.layer import Step, composed
+from fusedshape.ops.engines.protocol import Engines
+from fusedshape.ops.layer import Before, channel_dim
+from fusedshape.ops.layer_act import Step, composed
 from fusedshape.reference import product_bias
 from fusedshape.spec import ActSpec, saves_output
 from fusedshape.validate import shown

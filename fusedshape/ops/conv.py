@@ -21,9 +21,10 @@ from fusedshape.ops.checks import (
     is_channels_last,
     match,
 )
+from fusedshape.ops.choice import Engine, asked_engine
 from fusedshape.ops.dispatch import Backend, choose
-from fusedshape.ops.engine import Engine, Shortcut, asked_engine
-from fusedshape.ops.layer import Step, run
+from fusedshape.ops.layer import Shortcut
+from fusedshape.ops.layer_act import Step, run
 from fusedshape.ops.residual import join
 from fusedshape.spec import ActSpec
 

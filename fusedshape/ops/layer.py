@@ -1,119 +1,104 @@
-"""One layer, a convolution or linear, and its activation as an autograd node, by any engine."""
+"""A layer as engines are given it, and the activation before it as dgrad goes through it."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedshape import reference
-from fusedshape.ops.checks import Geometry, node, plain_backward, transformed
+from fusedshape.compiling import constant_for_dynamo
+from fusedshape.ops.checks import Geometry
 from fusedshape.ops.dispatch import Kernels
-from fusedshape.ops.engine import (
-    ATEN,
-    Engines,
-    Shortcut,
-    channel_dim,
-    engines_for,
-    forward_engine,
-)
-from fusedshape.ops.pointwise import act_grad, remember
-from fusedshape.spec import ActSpec, saves_output
+from fusedshape.reference import own_weight
+from fusedshape.spec import ActSpec
 
 
-class Step(NamedTuple):
-    """A checked layer without its tensors; no geometry for a linear one."""
+class Before(NamedTuple):
+    """The layer before, as dgrad's epilogue wants it.
 
-    spec: ActSpec
-    geometry: Geometry | None
-    kernels: Kernels
-    engine: str
-
-
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
-    """φ̂(x ⋆ W + b) of checked arguments."""
-    spec, geometry, kernels, asked = step
-    if transformed():
-        return composed(x, weight, bias, spec, geometry)
-    wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not (wanted and torch.is_grad_enabled()):
-        engine = forward_engine(asked, x, weight, spec, geometry)
-        return engine.fprop_act(x, weight, bias, spec, geometry, kernels)
-    engines = engines_for(asked, x, weight, spec, geometry)
-    return node(LayerAct)(x, weight, bias, spec, geometry, kernels, engines)
-
-
-def composed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    spec: ActSpec,
-    geometry: Geometry | None,
-    shortcut: Shortcut | None = None,
-) -> Tensor:
-    """A layer in plain PyTorch."""
-    joining = () if shortcut is None else shortcut
-    if geometry is None:
-        return reference.linear_act(x, weight, bias, spec, *joining)
-    stride, padding, dilation, _, _, groups = geometry
-    sizes = stride, padding, dilation, groups
-    return reference.conv_act(x, weight, bias, spec, *sizes, *joining)
-
-
-class LayerAct(torch.autograd.Function):
-    """A layer with one saved activation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: ActSpec,
-        geometry: Geometry | None,
-        kernels: Kernels,
-        engines: Engines,
-    ) -> Tensor:
-        from_output = saves_output(spec, x.dtype)
-        if from_output:
-            y = saved = engines.fprop.fprop_act(x, weight, bias, spec, geometry, kernels)
-        else:
-            own, rest = reference.product_bias(bias, x, weight)
-            saved = engines.fprop.fprop(x, weight, geometry, None, own)
-            y = kernels.bias_act(saved, rest, spec, channel_dim(saved, geometry))
-        remember(ctx, spec, channel_dim(saved, geometry), kernels)
-        ctx.geometry = geometry
-        ctx.engines = engines
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, saved, None if from_output else bias)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved, bias = ctx.saved_tensors
-        own, rest = reference.product_bias(bias, x, weight)
-        if torch.is_grad_enabled() and not saves_output(ctx.spec, x.dtype):
-            # What was saved has no graph to differentiate again.
-            saved = ATEN.fprop(x, weight, ctx.geometry, None, own)
-        dz, dbias = act_grad(ctx, grads[0], saved, rest, bias_index=2)
-        dx, dweight = product_grads(ctx, dz, x, weight)
-        return dx, dweight, dbias, None, None, None, None
-
-
-def product_grads(
-    ctx: Any, dz: Tensor, x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x ⋆ W, for a Function that keeps `engines` and `geometry` on `ctx`.
-
-    Under create_graph and vmap torch makes them, which serves both.
+    Attributes:
+        saved: its output where `spec` saves that in its dtype, else its pre-activation without
+            `bias`.
+        bias: what of its bias is added after its product; used only where the pre-activation was
+            saved.
+        spec: its constants.
+        kernels: who runs its pointwise pass, where that is one by itself.
+        bias_grad: whether its bias wants a gradient.
     """
-    need_x, need_weight = ctx.needs_input_grad[:2]
-    _, dgrad, wgrad = (ATEN, ATEN, ATEN) if plain_backward(dz) else ctx.engines
-    if need_x and need_weight and dgrad is wgrad:
-        dx, _, dweight = dgrad.both(dz, weight, x, ctx.geometry, None)
-        return dx, dweight
-    return (
-        dgrad.dgrad(dz, weight, x, ctx.geometry, None)[0] if need_x else None,
-        wgrad.wgrad(dz, x, weight, ctx.geometry) if need_weight else None,
-    )
+
+    saved: Tensor
+    bias: Tensor | None
+    spec: ActSpec
+    kernels: Kernels
+    bias_grad: bool
+
+
+class Shortcut(NamedTuple):
+    """What joins a layer before its activation, φ̂(√(1 − w²)·(x ⋆ W + b) + w·r).
+
+    With √(1 − w²) in α (`joined_spec`) that is φ̂(x ⋆ W + w/√(1 − w²)·r + b): one number to add to
+    the product, and gradients that are those of a plain layer, but for r's, which is a multiple of
+    the product's.
+
+    Attributes:
+        residual: r, of the output's shape and dtype.
+        weight: w, above 0 and below 1.
+    """
+
+    residual: Tensor
+    weight: float
+
+
+def share(residual_weight: float) -> float:
+    """w/√(1 − w²): how much of the residual is added to the product."""
+    return residual_weight / own_weight(residual_weight)
+
+
+def joined_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
+    """The constants with √(1 − w²) in α.
+
+    Example:
+        >>> joined_spec(ActSpec("relu", input_scale=5.0), 0.6).input_scale
+        4.0
+    """
+    return _scaled_spec(residual_weight, True, spec.activation, *spec.kernel_args[1:])
+
+
+def residual_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
+    """`joined_spec` with w/√(1 − w²) in γ: its gradient is that of the residual.
+
+    Where backward works from an output, only in half precision, whose sign alone counts.
+
+    Example:
+        >>> joined = residual_spec(ActSpec("relu", input_scale=5.0), 0.6)
+        >>> joined.input_scale, round(joined.output_scale, 9)
+        (4.0, 0.75)
+    """
+    return _scaled_spec(residual_weight, False, spec.activation, *spec.kernel_args[1:])
+
+
+@constant_for_dynamo
+def _scaled_spec(residual_weight: float, own: bool, activation: str, *constants: float) -> ActSpec:
+    return _cached_scaled_spec(residual_weight, own, activation, constants)
+
+
+@functools.lru_cache(1024)
+def _cached_scaled_spec(
+    residual_weight: float, own: bool, activation: str, constants: tuple[float, ...]
+) -> ActSpec:
+    slope, input_scale, input_shift, output_shift, output_scale = constants
+    input_scale *= own_weight(residual_weight)
+    output_scale *= 1.0 if own else share(residual_weight)
+    return ActSpec(activation, input_scale, input_shift, output_shift, output_scale, slope)
+
+
+def wide(bias: Tensor | None, z: Tensor) -> Tensor | None:
+    """The bias, in float32 where z is."""
+    return bias if bias is None or z.dtype != torch.float32 else bias.float()
+
+
+def channel_dim(x: Tensor, geometry: Geometry | None) -> int:
+    """The dimension of the channels or features."""
+    return 1 if geometry is not None else x.ndim - 1

@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 
 from fusedshape import reference
+from fusedshape.ops.apart import is_apart
 from fusedshape.ops.checks import Geometry, node, transformed
-from fusedshape.ops.engine import (
-    ATEN,
-    Engines,
-    Shortcut,
-    channel_dim,
-    engines_for,
-    forward_engine,
-    is_apart,
-    joined_spec,
-    residual_spec,
-    share,
-    wide,
-)
-from fusedshape.ops.layer import Step, composed, product_grads
+from fusedshape.ops.choice import engines_for, forward_engine
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.engines.protocol import Engines
+from fusedshape.ops.layer import Shortcut, channel_dim, joined_spec, residual_spec, share, wide
+from fusedshape.ops.layer_act import Step, composed, product_grads
 from fusedshape.ops.pointwise import BiasAct, act_grad, act_grad_alone, remember
 from fusedshape.spec import is_half, saves_output
 

@@ -29,8 +29,8 @@ from fusedshape.ops.checks import (
     conv_geometry,
     match,
 )
+from fusedshape.ops.choice import ENGINES
 from fusedshape.ops.dispatch import choose, refuse
-from fusedshape.ops.engine import ENGINES
 from fusedshape.spec import ActSpec
 
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)

@@ -248,6 +248,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def kernel_hash(package: Path) -> str:
     """Hash of the sources that decide how fast an engine is."""
     digest = hashlib.sha256()
-    for path in [*sorted((package / "kernels").glob("*.py")), package / "ops" / "engine.py"]:
+    folders = package / "kernels", package / "ops" / "engines"
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fusedshape.compiling import constant_for_dynamo
 from fusedshape.kernels import tuned
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Direction, Problem
+from fusedshape.ops import choice
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.tuning import measuring
 from fusedshape.tuning.cache import Cache, Record, cache_directory, environment
 from fusedshape.tuning.kernels import adopt
@@ -96,12 +96,12 @@ def _set(name: str) -> None:
 
 
 def _install(name: str) -> None:
-    engine.install_chooser(None if name == "off" else choose, steady=name != "full")
+    choice.install_chooser(None if name == "off" else choose, steady=name != "full")
 
 
 def forget() -> None:
     """Forget what this process has read of the cache, so that it is read anew."""
-    engine.forget_choices()
+    choice.forget_choices()
     _answers.clear()
     _caches.clear()
     tuned.unpin()

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fusedshape.ops.engine import Direction, Problem, pinned_engine, rivals
+from fusedshape.ops.choice import pinned_engine, rivals
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory

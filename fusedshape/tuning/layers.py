@@ -14,7 +14,7 @@ from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import ShapedChain, chain_rows
 from fusedshape.ops.checks import Geometry, match
 from fusedshape.ops.conv import padded
-from fusedshape.ops.engine import Direction, Problem, problem_of
+from fusedshape.ops.problem import Direction, Problem, problem_of
 from fusedshape.validate import instance
 
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from fusedshape.kernels import tuned
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Direction, LayerEngine, Problem
+from fusedshape.ops.choice import engines_for
+from fusedshape.ops.choice import rivals as choosable
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.engines.protocol import LayerEngine
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import contest
 from fusedshape.tuning.cache import Record
@@ -85,12 +88,12 @@ def _measure(direction: Direction, problem: Problem, device: torch.device, clock
     rivals, failed = able(problem, device)
     if not rivals:
         return Result(None, {}, failed)
-    tensors = operands(problem, engine.ATEN, device)
+    tensors = operands(problem, ATEN, device)
     entrants: dict[str, _Entrant] = {}
     for name, rival in rivals.items():
         entrants |= _entrants(name, functools.partial(tensors.call, rival, direction))
     verdict = contest.contest(
-        functools.partial(tensors.call, engine.ATEN, direction),
+        functools.partial(tensors.call, ATEN, direction),
         {name: entrant.call for name, entrant in entrants.items()},
         clock=clock,
         terms=terms_of(direction, problem),
@@ -115,9 +118,9 @@ def able(problem: Problem, device: torch.device) -> tuple[dict[str, LayerEngine]
     reasons: dict[str, str] = {}
     x = empty_input(problem, device)
     weight = torch.empty(problem.weight, dtype=problem.dtype, device=device)
-    for name in engine.rivals(device.type):
+    for name in choosable(device.type):
         try:
-            engines = engine.engines_for(name, x, weight, spec_of(problem), geometry_of(problem))
+            engines = engines_for(name, x, weight, spec_of(problem), geometry_of(problem))
         except (ValueError, RuntimeError) as error:
             reasons[name] = str(error)
         else:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fusedshape.activations import ACTIVATIONS
-from fusedshape.ops import dispatch, engine
+from fusedshape.ops import choice, dispatch
 from fusedshape.ops.checks import Geometry
-from fusedshape.ops.engine import Before, Direction, LayerEngine, Problem, channel_dim
+from fusedshape.ops.engines.protocol import LayerEngine
+from fusedshape.ops.layer import Before, channel_dim
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.spec import ActSpec, saves_output
 
 
@@ -79,7 +81,7 @@ def is_passed_over(problem: Problem) -> bool:
     """
     if problem.device != "cpu":
         return False
-    return engine.only_aten("auto", empty_input(problem, torch.device("cpu")))
+    return choice.only_aten("auto", empty_input(problem, torch.device("cpu")))
 
 
 def resized(problem: Problem, size: int) -> Problem:

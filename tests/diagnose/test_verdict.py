@@ -26,7 +26,7 @@ from fusedshape.init import gaussian_, suo_
 from fusedshape.kinds import kind_of
 from fusedshape.models.vanilla import vanilla_convnet
 from fusedshape.nn import ShapedLinear
-from fusedshape.ops.engine import Engine
+from fusedshape.ops.choice import Engine
 from fusedshape.shortcuts import reweight_shortcuts
 from tests.support.nets import assert_finds, converted, initialised, mlp
 

@@ -22,7 +22,7 @@ from fusedshape.cli import main
 from fusedshape.files import distrust, trust, user_cache
 from fusedshape.native import library_path
 from fusedshape.ops import dispatch
-from fusedshape.ops.engine import Problem
+from fusedshape.ops.problem import Problem
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Cache, Record
 

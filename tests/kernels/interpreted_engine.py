@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedshape import ShapedChain, ShapedConv2d, reference
 from fusedshape.ops import ChainLayer, conv_act, conv_chain, dispatch, linear_act
-from fusedshape.ops.engine import Direction, Problem, install_chooser
+from fusedshape.ops.choice import install_chooser
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.spec import saves_output
 from tests.support.specs import shaped
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fusedshape import ActSpec, conv_act, linear_act, tuning
 from fusedshape.kernels.tuned import asked
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Problem
+from fusedshape.ops.choice import engines_for
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.problem import DIRECTIONS, Direction, Problem
 from fusedshape.timing import Candidate
 from fusedshape.tuning import chooser
 
@@ -65,8 +66,8 @@ KINDS = {"conv": (8, 16, 3, 3), "1x1": (8, 16, 1, 1), "linear": (8, 16)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("direction", engine.DIRECTIONS)
-def test_choices_are_found_kept_and_taken(kind: str, direction: engine.Direction) -> None:
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_choices_are_found_kept_and_taken(kind: str, direction: Direction) -> None:
     one = problem(KINDS[kind])
     result = tuning.measure(direction, one, CPU, Favour(2))
     assert (result.wrong, result.failed) == ({}, {})
@@ -80,8 +81,8 @@ def test_choices_are_found_kept_and_taken(kind: str, direction: engine.Direction
         own = one._replace(input=(size, *one.input[1:]))
         if kind == "linear" and size == 4:  # 28 rows are of the bucket of 21 rows, 35 are not
             own = one._replace(input=(28, 16))
-        tensors = tuning.problems.operands(own, engine.ATEN, CPU)
-        runs = engine.engines_for("triton", *tensors[:2], *tensors[3:5]).fprop
+        tensors = tuning.problems.operands(own, ATEN, CPU)
+        runs = engines_for("triton", *tensors[:2], *tensors[3:5]).fprop
         with asked() as log:
             tensors.call(runs, direction)
         ((tunable, args),) = log

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedshape import tuning
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act
-from fusedshape.ops.engine import problem_of
+from fusedshape.ops.problem import problem_of
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record
 from tests.support.specs import shaped

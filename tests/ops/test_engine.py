@@ -13,21 +13,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedshape import ShapedConv2d, ShapedLinear, native
-from fusedshape.ops import conv_act, engine, linear_act
-from fusedshape.ops.engine import (
-    DIRECTIONS,
-    Direction,
-    Problem,
+from fusedshape.ops import apart, conv_act, linear_act
+from fusedshape.ops.choice import (
     asked_engine,
     choose_engine,
     engines_for,
     install_chooser,
     only_aten,
     pinned_engine,
-    problem_of,
     rivals,
     why_not,
 )
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.problem import DIRECTIONS, Direction, Problem, problem_of
 from tests.support.backends import INTERPRET
 from tests.support.specs import shaped
 
@@ -119,7 +117,7 @@ def test_other_answers_mean_aten(answer: str | None) -> None:
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter serves CPU tensors")
 def test_on_the_cpu_nobody_is_asked(asked: list[tuple[Direction, Problem]]) -> None:
-    assert engines_for("auto", X, W, LEAKY, GEOMETRY) == (engine.ATEN,) * 3
+    assert engines_for("auto", X, W, LEAKY, GEOMETRY) == (ATEN,) * 3
     weight = W.clone().requires_grad_()
     conv_act(X, weight, None, LEAKY).sum().backward()
     assert weight.grad is not None
@@ -257,7 +255,7 @@ def test_only_aten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_chooser_is_not_asked_for_small_inputs(asked: list[tuple[Direction, Problem]]) -> None:
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     w = last(64, 64, 1, 1)
-    assert engines_for("auto", last(8, 64, 8, 7), w, LEAKY, geometry) == (engine.ATEN,) * 3
+    assert engines_for("auto", last(8, 64, 8, 7), w, LEAKY, geometry) == (ATEN,) * 3
     assert not asked
     found = engines_for("auto", last(8, 64, 8, 8), w, LEAKY, geometry, chained=True)
     assert [direction for direction, _ in asked] == ["fprop", "dgrad_act", "wgrad"]
@@ -331,22 +329,22 @@ def test_apart() -> None:
         want = linear_act(x, weight, bias, LEAKY, engine="native")
         assert ran == ["native_conv_act"]
         ran.clear()
-        with engine.apart():
-            with engine.apart():
+        with apart.apart():
+            with apart.apart():
                 pass
             got = linear_act(x, weight, bias, LEAKY, engine="native")
         assert ran == ["native_conv", "native_bias_act_"]
-    with pytest.raises(ZeroDivisionError), engine.apart():
+    with pytest.raises(ZeroDivisionError), apart.apart():
         _ = 1 / 0
-    assert not engine._apart
+    assert not apart._apart
     torch.testing.assert_close(got, want)
 
 
 def test_apart_holds_for_its_thread_alone() -> None:
-    with engine.apart(), ThreadPoolExecutor(1) as pool:
-        assert engine.is_apart()
-        assert not pool.submit(engine.is_apart).result()
-    assert not engine.is_apart()
+    with apart.apart(), ThreadPoolExecutor(1) as pool:
+        assert apart.is_apart()
+        assert not pool.submit(apart.is_apart).result()
+    assert not apart.is_apart()
 
 
 class Recorder(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedshape import ActSpec, ShapedConv2d, ShapedLinear, native, reference
 from fusedshape.ops import ChainLayer, conv_act, conv_chain, linear_act
-from fusedshape.ops.engine import install_chooser
+from fusedshape.ops.choice import install_chooser
 from tests.support.backends import INTERPRET
 from tests.support.convolutions import (
     EPS,

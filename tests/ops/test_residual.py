@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedshape import ActSpec, native, reference
 from fusedshape.ops import conv_act, linear_act
-from fusedshape.ops.engine import Direction, Problem, install_chooser, joined_spec
+from fusedshape.ops.choice import install_chooser
+from fusedshape.ops.layer import joined_spec
+from fusedshape.ops.problem import Direction, Problem
 from tests.support.backends import BACKENDS, INTERPRET
 from tests.support.specs import SPECS, shaped
 

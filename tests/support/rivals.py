@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fusedshape import ActSpec
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Problem
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.problem import Problem
 from fusedshape.timing import Candidate
 from fusedshape.tuning.cache import Record
 
@@ -22,7 +22,7 @@ PROBLEM = Problem(
 )
 
 
-class Rival(type(engine.ATEN)):
+class Rival(type(ATEN)):
     """An engine that stands in for Triton's: ATen's numbers, and a note of its calls."""
 
     name = "triton"

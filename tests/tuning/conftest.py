@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fusedshape import tuning
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Problem
+from fusedshape.ops import choice, engines
+from fusedshape.ops.problem import Problem
 from fusedshape.tuning import chooser, measuring
 from fusedshape.tuning.cache import Record
 from tests.support.rivals import FACTORY, Rival
@@ -35,9 +35,9 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def rival(monkeypatch: pytest.MonkeyPatch) -> Rival:
     """A second engine for CPU tensors."""
     one = Rival()
-    monkeypatch.setitem(engine._ENGINES, "triton", one)
-    monkeypatch.setitem(engine._SERVED, "cpu", ("triton",))
-    monkeypatch.setattr(engine, "why_not", lambda name, *_: None if name == "triton" else "not now")
+    monkeypatch.setitem(engines.REGISTRY, "triton", one)
+    monkeypatch.setitem(choice._SERVED, "cpu", ("triton",))
+    monkeypatch.setattr(choice, "why_not", lambda name, *_: None if name == "triton" else "not now")
     return one
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fusedshape import tuning
 from fusedshape.native import library_path
-from fusedshape.ops import engine
+from fusedshape.ops import choice
 from fusedshape.tuning import cache, chooser
 from fusedshape.tuning.cache import Cache, Record
 from tests.support.rivals import CPU, PROBLEM, RECORD
@@ -146,11 +146,11 @@ def test_other_devices_and_versions(tmp_path: Path, log: pytest.LogCaptureFixtur
 def test_the_kernels_sources_count(tmp_path: Path) -> None:
     package = tmp_path / "fusedshape"
     for name in ("kernels", "ops"):
-        shutil.copytree(Path(engine.__file__).parents[1] / name, package / name)
+        shutil.copytree(Path(choice.__file__).parents[1] / name, package / name)
     cache.kernel_hash.cache_clear()
     before = cache.kernel_hash(package)
     assert before == cache.environment(CPU)["kernels"]
-    for name in ("kernels/conv.py", "kernels/phi.py", "ops/engine.py"):
+    for name in ("kernels/conv.py", "kernels/phi.py", "ops/engines/aten.py"):
         text = (package / name).read_text()
         (package / name).write_text(text + "\n# another\n")
         cache.kernel_hash.cache_clear()

@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounter
 
 from fusedshape import conv_act, linear_act, tuning
 from fusedshape.nn import ShapedLinear
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Problem
+from fusedshape.ops import choice
+from fusedshape.ops.problem import Problem
 from fusedshape.tuning import chooser, measuring
 from tests.support.rivals import CPU, LEAKY, PROBLEM, RECORD, Rival, layer
 
@@ -33,7 +33,7 @@ def test_modes(rival: Rival, measured: list[str]) -> None:
 
     with tuning.mode("off"):
         want = step()
-        assert engine.only_aten("auto", x)
+        assert choice.only_aten("auto", x)
     step()
     assert (measured, rival.calls) == ([], [])
     with tuning.mode("full"):
@@ -74,9 +74,9 @@ def test_known_answers_are_a_look_into_a_dictionary(
 
 
 def test_cpu_tensors_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_chooser", None)
+    monkeypatch.setattr(choice, "_chooser", None)
     chooser._set("full")
-    monkeypatch.setattr(engine, "problem_of", None)
+    monkeypatch.setattr(choice, "problem_of", None)
     conv_act(*layer(), None, LEAKY)
 
 
@@ -89,7 +89,7 @@ def test_mode_of_the_environment(
         monkeypatch.setattr(chooser, "_mode", None)
         assert [tuning.current_mode() for _ in range(2)] == [mode, mode]
         assert len(log.records) == lines
-    code = "from fusedshape.ops import engine; print(engine._chooser is None)"
+    code = "from fusedshape.ops import choice; print(choice._chooser is None)"
     environment = os.environ | {"FUSEDSHAPE_TUNING": "off"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fusedshape import native, tuning
 from fusedshape.cli import main
 from fusedshape.nn import ShapedConv2d
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Problem
+from fusedshape.ops import choice
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.tuning import cache, chooser, command, measuring
 from tests.support.rivals import CPU, LEAKY, PROBLEM, RECORD, Rival, steady
 
@@ -135,13 +135,13 @@ def test_an_interrupt_shows_what_was_measured(
 def test_the_table_says_who_computes_a_layer_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing has been measured, and where nobody looks at what has."""
     asked: list[str] = []
-    choose = engine.choose_engine
+    choose = choice.choose_engine
 
     def spy(*args: Any) -> str:
         asked.append(choose(*args))
         return asked[-1]
 
-    monkeypatch.setattr(engine, "choose_engine", spy)
+    monkeypatch.setattr(choice, "choose_engine", spy)
     monkeypatch.setattr(command, "measure", fresh_clocks(0.5))
     layer = ShapedConv2d(64, 64, 1, spec=LEAKY).to(memory_format=torch.channels_last)
     for batch, dry, measured in (
@@ -153,7 +153,7 @@ def test_the_table_says_who_computes_a_layer_on_a_cpu(monkeypatch: pytest.Monkey
         (row, _) = command.tune(found, CPU, dry_run=True, progress=False)
         assert command._figures(row)[0] == dry
         asked.clear()
-        engine.forget_choices()
+        choice.forget_choices()
         layer(x).sum().backward()
         assert (asked or ["aten"])[0] == dry.split()[0]
         rows = list(command.tune(found, CPU, progress=False))
@@ -165,7 +165,7 @@ def test_who_cannot_run_is_told(rival: Rival, monkeypatch: pytest.MonkeyPatch) -
     def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
         return None if groups == 1 else f"groups={groups}"
 
-    monkeypatch.setattr(engine, "why_not", why_not)
+    monkeypatch.setattr(choice, "why_not", why_not)
     model = nn.Sequential(*(ShapedConv2d(4, 4, 1, groups=n, spec=LEAKY) for n in (1, 2, 4, 2)))
     found = tuning.fused_layers(model, torch.zeros(1, 4, 3, 3))
     lines = command.text(list(command.tune(found, CPU, dry_run=True))).splitlines()
@@ -181,7 +181,7 @@ def test_who_cannot_run_is_told(rival: Rival, monkeypatch: pytest.MonkeyPatch) -
 
 def fresh_clocks(factor: float) -> Callable[..., measuring.Result]:
     def run(
-        direction: engine.Direction, problem: Problem, device: torch.device, _: object
+        direction: Direction, problem: Problem, device: torch.device, _: object
     ) -> measuring.Result:
         return tuning.measure(direction, problem, device, steady(factor))
 

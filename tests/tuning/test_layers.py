@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fusedshape import ActSpec, convert, tuning
 from fusedshape.models import vanilla_convnet
 from fusedshape.nn import ShapedChain, ShapedConv2d, ShapedLinear
-from fusedshape.ops import engine
-from fusedshape.ops.engine import Problem
+from fusedshape.ops import choice
+from fusedshape.ops.problem import Problem
 from fusedshape.tuning import layers
 from tests.support.rivals import LEAKY
 
@@ -25,9 +25,9 @@ def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
     def note(direction: str, problem: Problem) -> None:
         seen.append((direction, problem))
 
-    monkeypatch.setitem(engine._SERVED, "cpu", ("triton",))
-    monkeypatch.setattr(engine, "_chooser", note)
-    monkeypatch.setattr(engine, "_remembers", False)
+    monkeypatch.setitem(choice._SERVED, "cpu", ("triton",))
+    monkeypatch.setattr(choice, "_chooser", note)
+    monkeypatch.setattr(choice, "_remembers", False)
     model(x).sum().backward()
     monkeypatch.undo()
     return seen

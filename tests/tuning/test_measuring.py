@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fusedshape import ACTIVATIONS, tuning
-from fusedshape.ops import engine
+from fusedshape.ops.engines import ATEN
+from fusedshape.ops.problem import DIRECTIONS, problem_of
 from fusedshape.tuning import problems
 from tests.support.rivals import CPU, PROBLEM, Rival, steady
 
@@ -27,7 +28,7 @@ def test_every_direction_can_be_measured(activation: str, linear: bool, rival: R
             continue
         found.append(saves_output)
         assert spec.saves_output == saves_output
-        for direction in engine.DIRECTIONS:
+        for direction in DIRECTIONS:
             result = tuning.measure(direction, problem, CPU, steady(0.5))
             assert (result.record.engine, result.wrong, result.failed) == ("triton", {}, {})
             assert result.record.seconds == pytest.approx(result.record.base_seconds / 2)
@@ -38,11 +39,11 @@ def test_every_direction_can_be_measured(activation: str, linear: bool, rival: R
 def test_operands_are_the_problems() -> None:
     for change in ({}, {"channels_last": False}, {"dtype": torch.bfloat16}, {"stride": (2, 1)}):
         problem = PROBLEM._replace(**change)
-        x, weight, _, spec, geometry, before, dz = problems.operands(problem, engine.ATEN, CPU)
-        assert engine.problem_of(x, weight, spec, geometry) == problem
+        x, weight, _, spec, geometry, before, dz = problems.operands(problem, ATEN, CPU)
+        assert problem_of(x, weight, spec, geometry) == problem
         assert before.saved.stride() == x.stride()
-        assert torch.equal(x, problems.operands(problem, engine.ATEN, CPU).x)
-        assert dz.shape == engine.ATEN.fprop(x, weight, geometry).shape
+        assert torch.equal(x, problems.operands(problem, ATEN, CPU).x)
+        assert dz.shape == ATEN.fprop(x, weight, geometry).shape
 
 
 def test_a_rival_that_computes_wrongly(rival: Rival, log: pytest.LogCaptureFixture) -> None:

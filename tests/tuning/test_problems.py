@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fusedshape.kernels.roofline import Problem as KernelProblem
 from fusedshape.kernels.tuned import asked, tunable
-from fusedshape.ops.engine import Problem
+from fusedshape.ops.problem import Problem
 from fusedshape.tuning import problems
 from tests.support.rivals import PROBLEM
 
