@@ -40,7 +40,7 @@ class TorchName:
 
     name: str
     module: type[nn.Module] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     constants: Callable[..., dict[str, Any] | None] = lambda: {}
     fixed: bool = True
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.files import distrust, read_bytes, replacing, sweep, user_cache
 
 logger = logging.getLogger("fusedshape.native")
@@ -35,6 +36,8 @@ _FLAGS = (
     "-fPIC",
     "-shared",
 )
+# The rows' names make the enumeration of ids, so that the two can never differ.
+_DEFINITIONS = (f"-DFS_ACTIVATIONS={','.join(ACTIVATIONS)}",)
 _DIGEST_SIZE = hashlib.sha256().digest_size
 #: Bytes that a library may have.
 _LIMIT = 256 << 20
@@ -92,7 +95,7 @@ def _file_name() -> str:
         if path.suffix in (".h", ".cpp"):
             key.update(path.name.encode() + path.read_bytes())
     torch_version = ".".join(torch.__version__.split(".")[:2])
-    for part in (*_FLAGS, torch_version, platform.machine(), _cpu_flags()):
+    for part in (*_FLAGS, *_DEFINITIONS, torch_version, platform.machine(), _cpu_flags()):
         key.update(part.encode() + b"\0")
     return f"cpu-{key.hexdigest()[:16]}.so"
 
@@ -196,6 +199,7 @@ def _command(library: Path) -> list[str]:
     return [
         *shlex.split(os.environ.get("CXX") or "g++"),
         *_FLAGS,
+        *_DEFINITIONS,
         *(f"cpu/{source.name}" for source in sorted((_sources() / "cpu").glob("*.cpp"))),
         f"-I{torch_root / 'include'}",
         f"-L{torch_root / 'lib'}",
@@ -256,11 +260,22 @@ def _problem(path: Path) -> str | None:
     try:
         content = read_bytes(path, _LIMIT)
     except (OSError, ValueError) as error:
-        built = "not built yet" if isinstance(error, FileNotFoundError) else str(error)
-        return f"{built}; run `fusedshape build` or fusedshape.native.build()"
+        reason = _missing() if isinstance(error, FileNotFoundError) else str(error)
+        return f"{reason}; run `fusedshape build` or fusedshape.native.build()"
     if hashlib.sha256(content[:-_DIGEST_SIZE]).digest() != content[-_DIGEST_SIZE:]:
         return f"{path} is damaged; run `fusedshape build` or fusedshape.native.build()"
     return None
+
+
+def _missing() -> str:
+    """Why there is no library of the name that is looked for."""
+    for directory in _directories():
+        for other in directory.glob("cpu-*.so"):
+            return (
+                f"{other} is out of date: it was built from other sources, or for another torch or "
+                "CPU"
+            )
+    return "not built yet"
 
 
 def load() -> None:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 import pickle
+import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedshape import ACTIVATIONS, ActSpec, native
-from fusedshape.activations import Activation
+from fusedshape.activations import TORCH_NAMES, Activation
 from fusedshape.ops import shaped_act
-from fusedshape.spec import saves_output
+from fusedshape.spec import from_torch, saves_output
 from tests.support.backends import BACKENDS
 from tests.support.specs import SPECS
 
+ROOT = Path(__file__).parents[1]
 ROWS = list(ACTIVATIONS.values())
 SLOPE = 0.37
 TORCH = {
@@ -51,6 +57,13 @@ def points(row: Activation) -> Tensor:
     return u.requires_grad_()
 
 
+def in_torch(name: str) -> Callable[..., Tensor]:
+    """The function of torch that goes by a name."""
+    homes = (F, torch, torch.special)
+    name = name.removeprefix("special_")
+    return next(getattr(home, name) for home in homes if hasattr(home, name))
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_derivatives_are_those_of_autograd(row: Activation) -> None:
     u = points(row)
@@ -75,8 +88,101 @@ def test_values_are_torchs(name: str) -> None:
 
 
 def test_the_table_is_in_order() -> None:
-    assert [row.id for row in ROWS] == list(range(18))
+    assert [row.id for row in ROWS] == list(range(len(ROWS)))
     assert all(ACTIVATIONS[row.name] is row for row in ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_has_its_twins_in_triton(row: Activation) -> None:
+    functions = {
+        node.name: {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        for node in ast.parse((ROOT / "fusedshape/kernels/phi.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    wanted = ["value", "d1", *(["d1_from_output"] if row.saves == "output" else [])]
+    for function in wanted:
+        assert row.name.upper() in functions[function], (
+            f"fusedshape/kernels/phi.py: {function} has no branch for {row.name.upper()}"
+        )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_has_its_twin_in_csrc(row: Activation) -> None:
+    text = (ROOT / "csrc/cpu/phi.h").read_text()
+    twins = dict(re.findall(r"^FS_PHI\((\w+), (\w+)\)", text, re.MULTILINE))
+    assert row.name in twins, f"csrc/cpu/phi.h has no FS_PHI({row.name}, …)"
+    base = "FromOutput" if row.saves == "output" else "Defaults"
+    assert twins[row.name] == base, f"csrc/cpu/phi.h: FS_PHI({row.name}, …) must be a {base}"
+    assert set(twins) == set(ACTIVATIONS), "csrc/cpu/phi.h has a twin of no row"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_has_a_form_without_this_library(row: Activation) -> None:
+    assert row.function is not None, (
+        f"fusedshape/activations.py: the row {row.name} has no `function`, so fold cannot write it "
+        "and the benchmarks have nothing to compare it with"
+    )
+    u = points(row).detach()
+    wanted = row.value(u, SLOPE)
+    # F.softplus is linear beyond its threshold; a root less 1 cancels.
+    loose = row.name in ("softplus", "bentid")
+    tolerance = {"rtol": 1e-13, "atol": 1e-8 if loose else 1e-14}
+    torch.testing.assert_close(row.function(u, SLOPE), wanted, **tolerance)
+    if row.module is not None:
+        torch.testing.assert_close(row.module(SLOPE)(u), wanted, rtol=1e-13, atol=1e-14)
+        assert type(row.module(SLOPE)) in {known.module for known in row.names}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_knows_its_names_in_torch(row: Activation) -> None:
+    names = {known.name for known in row.names}
+    for home in (torch, F):
+        assert not hasattr(home, row.name) or row.name in names, (
+            f"fusedshape/activations.py: the row {row.name} lacks TorchName({row.name!r}), which "
+            f"{home.__name__} has: trace, convert and diagnose do not know it there"
+        )
+    u = points(row).detach()
+    of_rows = {known for other in ROWS for known in other.names}
+    for known in TORCH_NAMES:
+        if known in of_rows or not known.fixed or known.name == "threshold":  # that takes numbers
+            continue
+        found = in_torch(known.name)(u)
+        assert not torch.allclose(found, row.value(u, SLOPE), rtol=1e-9), (
+            f"fusedshape/activations.py: torch's {known.name} is {row.name}; move its TorchName to "
+            "that row"
+        )
+
+
+def test_the_names_of_torch_are_unique() -> None:
+    known = Counter((name.name, name.module) for name in TORCH_NAMES)
+    assert [key for key, count in known.items() if count > 1] == [("gelu", nn.GELU)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_names_are_read_as_the_function_they_name(row: Activation) -> None:
+    u = torch.linspace(-3, 3, 61, dtype=torch.float64) + 0.0123
+    for known in row.names:
+        options: dict[str, Any] = dict(known.options)
+        if known.name == "prelu":
+            options["weight"] = torch.tensor([0.25], dtype=torch.float64)
+        for scale in (1.0, 2.0):
+            options |= {k: scale for k, v in options.items() if isinstance(v, float)}
+            spec = from_torch(known.name, options)
+            if spec is None:  # elu of another alpha
+                assert (known.name, scale) == ("elu", 2.0)
+                continue
+            wanted = in_torch(known.name)(u, **options)
+            torch.testing.assert_close(shaped_act(u, spec), wanted, rtol=1e-9, atol=1e-8)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_performance_page_says_what_each_row_saves(row: Activation) -> None:
+    page = (ROOT / "docs/performance.md").read_text().partition("| float32, float64 |")[2]
+    both, float32, neither = (set(re.findall(r"\w+", line)) for line in page.splitlines()[2:5])
+    place = f"docs/performance.md: the table of what backward saves has {row.name} in another line"
+    assert (row.name in both) == (row.saves == "output" and row.homogeneous), place
+    assert (row.name in float32 - {"relu"}) == (row.saves == "output" and row.name != "relu"), place
+    assert (row.name in neither) == (row.saves == "input" or row.homogeneous), place
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)

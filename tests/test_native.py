@@ -409,6 +409,19 @@ def test_nothing_built_is_no_error(elsewhere: Path) -> None:
     assert "fusedshape build" in native.why_not()
 
 
+def test_a_library_of_other_sources_is_out_of_date(elsewhere: Path, library: Path) -> None:
+    (elsewhere / "_native").mkdir()
+    other = elsewhere / "_native/cpu-0123456789abcdef.so"
+    other.write_bytes(library.read_bytes())
+    native.load()
+    assert not native.available()
+    assert f"{other} is out of date" in native.why_not()
+    assert "fusedshape build" in native.why_not()
+    shutil.copy(library, elsewhere / "_native" / library.name)
+    native.load()
+    assert native.available()
+
+
 def test_damaged_libraries_are_reported(elsewhere: Path, library: Path) -> None:
     content = library.read_bytes()
     path = native.library_path()

@@ -1,6 +1,6 @@
-// The twins of the rows of fusedshape/activations.py: φ, φ′ and φ′ from the output, by id.
+// The twins of the rows of fusedshape/activations.py: φ, φ′ and φ′ from the output.
 //
-// Scalar and free of branches: the loops over them are vectorised by the compiler. A is float or
+// Scalar and free of branches, so that the compiler can vectorise the loops over them. A is float or
 // double; `a` is negative_slope.
 #pragma once
 
@@ -8,10 +8,19 @@
 
 namespace fusedshape {
 
-constexpr int kActivations = 18;
+// The rows' names in their order, which makes an activation's number its id. `fusedshape build` takes
+// them from the table and passes them to the compiler.
+#ifndef FS_ACTIVATIONS
+#error "compile with `fusedshape build --verbose`, which defines FS_ACTIVATIONS"
+#endif
+enum class Id : int { FS_ACTIVATIONS, count };
 
-template <int id>
-struct Phi;
+constexpr int kActivations = static_cast<int>(Id::count);
+
+template <Id id>
+struct Phi {
+  static_assert(id == Id::count, "csrc/cpu/phi.h lacks FS_PHI of this row of activations.py");
+};
 
 struct Defaults {
   static constexpr bool from_output = false;      // has d1_from_output
@@ -23,9 +32,9 @@ struct FromOutput : Defaults {
   static constexpr bool from_output = true;
 };
 
-#define FS_PHI(id, base) \
-  template <>            \
-  struct Phi<id> : base
+#define FS_PHI(name, base) \
+  template <>              \
+  struct Phi<Id::name> : base
 #define FS_VALUE template <class A> static FS_INLINE A value(A u, [[maybe_unused]] A a)
 #define FS_D1 template <class A> static FS_INLINE A d1(A u, [[maybe_unused]] A a)
 #define FS_D1_FROM_OUTPUT \
@@ -43,22 +52,19 @@ FS_INLINE A undefined(A u) {
   return u - u;
 }
 
-// relu
-FS_PHI(0, FromOutput) {
+FS_PHI(relu, FromOutput) {
   FS_VALUE { return math::at_least(u, A(0)); }
   FS_D1 { return u <= 0 ? A(0) : A(1); }  // 1 at NaN, as in torch; so are elu and selu
   FS_D1_FROM_OUTPUT { return v <= 0 ? A(0) : A(1); }
 };
 
-// leaky_relu
-FS_PHI(1, FromOutput) {
+FS_PHI(leaky_relu, FromOutput) {
   FS_VALUE { return u > 0 ? u : a * u; }
   FS_D1 { return u > 0 ? A(1) : a; }
   FS_D1_FROM_OUTPUT { return v > 0 ? A(1) : a; }
 };
 
-// tanh
-FS_PHI(2, FromOutput) {
+FS_PHI(tanh, FromOutput) {
   FS_VALUE { return math::tanh(u); }
   FS_D1 {
     // sech² from exp, since 1 - tanh² cancels in the tails
@@ -89,8 +95,7 @@ FS_INLINE Logistic<A> logistic_pair(A u) {
   return {u < 0 ? small : large, u < 0 ? large : small};
 }
 
-// sigmoid
-FS_PHI(3, FromOutput) {
+FS_PHI(sigmoid, FromOutput) {
   FS_VALUE { return logistic(u); }
   FS_D1 {
     const auto s = logistic_pair(u);
@@ -99,22 +104,19 @@ FS_PHI(3, FromOutput) {
   FS_D1_FROM_OUTPUT { return math::at_least(v * (1 - v), A(0)); }
 };
 
-// softplus
-FS_PHI(4, FromOutput) {
+FS_PHI(softplus, FromOutput) {
   FS_VALUE { return math::at_least(u, A(0)) + math::log1p_pos(math::exp_neg(-math::abs(u))); }
   FS_D1 { return logistic(u); }
   FS_D1_FROM_OUTPUT { return -math::expm1_neg(-math::at_least(v, A(0))); }
 };
 
-// elu
-FS_PHI(5, FromOutput) {
+FS_PHI(elu, FromOutput) {
   FS_VALUE { return u > 0 ? u : math::expm1_neg(math::at_most(u, A(0))); }
   FS_D1 { return u <= 0 ? math::exp_neg(math::at_most(u, A(0))) : A(1); }
   FS_D1_FROM_OUTPUT { return v <= 0 ? math::at_least(v + 1, A(0)) : A(1); }
 };
 
-// selu
-FS_PHI(6, FromOutput) {
+FS_PHI(selu, FromOutput) {
   static constexpr double scale = 1.0507009873554804934193349852946;
   static constexpr double alpha = 1.6732632423543772848170429916717;
   FS_VALUE {
@@ -130,8 +132,7 @@ FS_PHI(6, FromOutput) {
   }
 };
 
-// softsign
-FS_PHI(7, FromOutput) {
+FS_PHI(softsign, FromOutput) {
   FS_VALUE { return u / (1 + math::abs(u)); }
   FS_D1 {
     const A r = 1 / (1 + math::abs(u));
@@ -143,8 +144,7 @@ FS_PHI(7, FromOutput) {
   }
 };
 
-// atan
-FS_PHI(8, FromOutput) {
+FS_PHI(atan, FromOutput) {
   static constexpr bool periodic_output = true;
   FS_VALUE { return math::atan(u); }
   FS_D1 { return 1 / (1 + u * u); }
@@ -154,8 +154,7 @@ FS_PHI(8, FromOutput) {
   }
 };
 
-// asinh
-FS_PHI(9, FromOutput) {
+FS_PHI(asinh, FromOutput) {
   FS_VALUE { return math::asinh(u); }
   FS_D1 { return 1 / math::sqrt(1 + u * u); }
   FS_D1_FROM_OUTPUT {
@@ -164,8 +163,7 @@ FS_PHI(9, FromOutput) {
   }
 };
 
-// swish
-FS_PHI(10, Defaults) {
+FS_PHI(swish, Defaults) {
   FS_VALUE { return u * logistic(u); }
   FS_D1 {
     const auto s = logistic_pair(u);
@@ -174,7 +172,7 @@ FS_PHI(10, Defaults) {
 };
 
 // gelu: (1 + tanh w)/2 is the logistic function of 2w, which does not cancel for negative u
-FS_PHI(11, Defaults) {
+FS_PHI(gelu, Defaults) {
   static constexpr double k = 1.5957691216057307117597842397375;  // 2 √(2/π)
   static constexpr double cubic = 0.044715;
   FS_VALUE {
@@ -190,8 +188,7 @@ FS_PHI(11, Defaults) {
   }
 };
 
-// gelu_exact
-FS_PHI(12, Defaults) {
+FS_PHI(gelu_exact, Defaults) {
   FS_VALUE {
     const A w = math::at_least(u, A(-64));
     return u * math::normal_cdf(w, math::exp_neg_square(w, A(0.5)));
@@ -203,14 +200,13 @@ FS_PHI(12, Defaults) {
   }
 };
 
-// erf
-FS_PHI(13, Defaults) {
+FS_PHI(erf, Defaults) {
   FS_VALUE { return math::erf(u); }
   FS_D1 { return A(1.1283791670955125738961589031215) * math::exp_neg_square(u, A(1)); }
 };
 
 // bentid: (√(u² + 1) - 1)/2 as u²/(1 + √(u² + 1))/2, which keeps its digits for small u
-FS_PHI(14, Defaults) {
+FS_PHI(bentid, Defaults) {
   FS_VALUE {
     const A w = clamp(u, A(0x1p60));
     return u * (1 + A(0.5) * (w / (1 + math::sqrt(1 + w * w))));
@@ -221,21 +217,18 @@ FS_PHI(14, Defaults) {
   }
 };
 
-// square
-FS_PHI(15, Defaults) {
+FS_PHI(square, Defaults) {
   FS_VALUE { return u * u; }
   FS_D1 { return 2 * u; }
 };
 
-// sin
-FS_PHI(16, Defaults) {
+FS_PHI(sin, Defaults) {
   static constexpr bool periodic = true;
   FS_VALUE { return math::sin(u); }
   FS_D1 { return math::cos(u); }
 };
 
-// cos
-FS_PHI(17, Defaults) {
+FS_PHI(cos, Defaults) {
   static constexpr bool periodic = true;
   FS_VALUE { return math::cos(u); }
   FS_D1 { return -math::sin(u); }

@@ -108,10 +108,10 @@ void grad_from_output(const A* grad, const A* y, const A*, A* dx, A* sums, int64
       });
 }
 
-template <int id, Along along, class A>
+template <class P, Along along, class A>
 constexpr GradRow<A> output_row() {
-  if constexpr (Phi<id>::from_output) {
-    return grad_from_output<Phi<id>, along, A>;
+  if constexpr (P::from_output) {
+    return grad_from_output<P, along, A>;
   } else {
     return nullptr;
   }
@@ -125,9 +125,9 @@ struct Table {
 
 template <class A, Along along, int... id>
 constexpr Table<A> make_table(std::integer_sequence<int, id...>) {
-  return {{value<Phi<id>, along, A>...},
-          {grad_from_input<Phi<id>, along, A>...},
-          {output_row<id, along, A>()...}};
+  return {{value<Phi<Id(id)>, along, A>...},
+          {grad_from_input<Phi<Id(id)>, along, A>...},
+          {output_row<Phi<Id(id)>, along, A>()...}};
 }
 
 template <class A, Along along>
