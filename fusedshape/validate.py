@@ -17,6 +17,25 @@ _T = TypeVar("_T")
 _LONGEST = 80  # of a value in a message
 
 
+class _Unset:
+    def __repr__(self) -> str:
+        return "<not given>"
+
+
+#: The default of an argument whose absence is not the same as None; see `given`.
+UNSET: Any = _Unset()
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that were given, those whose value is not `UNSET`.
+
+    Example:
+        >>> given(eta=0.9, tau=UNSET)
+        {'eta': 0.9}
+    """
+    return {name: value for name, value in arguments.items() if value is not UNSET}
+
+
 def shown(value: object) -> str:
     """A value as messages quote it, not too long.
 

@@ -179,8 +179,6 @@ SOLVED = {
 
 def solver(f: Any, activation: str, **more: Any) -> Entry:
     legal = {**SOLVED, "method": word("DKS", "TAT")}
-    if f is theory.solve:  # DKS does not use them
-        legal |= {"eta": real(), "tau": real()}
     names = inspect.signature(f).parameters
     given = {"activation": activation, "depth": 20, **more}
     return Entry(
@@ -380,6 +378,7 @@ ENTRIES: dict[str, Entry] = {
         lambda: {"spec": None, "clamp": True},
         {
             "model": nothing,
+            "recipe": maybe(),
             "method": word("TAT", "DKS", "EOC"),
             "sigma_b": maybe(),
             "spec": maybe(),
@@ -394,7 +393,6 @@ ENTRIES: dict[str, Entry] = {
             "backend": BACKEND,
             "chain": lambda v: flag(v) or whole(1, 2**2001)(v),
             **{n: k for n, k in SOLVED.items() if n != "q_slope"},
-            **dict.fromkeys(("zeta", "tau"), real()),  # which TAT of leaky_relu does not use
         },
         fusedshape.convert,
         ("tat", "chain"),

@@ -119,7 +119,9 @@ def constants(
     """
 
     def solve() -> ActSpec:
-        return theory.solve(method, activation, depth=depth, zeta=ZETA, eta=eta, tau=TAU)
+        if method == "DKS":
+            return theory.dks(activation, depth=depth, zeta=ZETA)
+        return theory.tat(activation, depth=depth, eta=eta, tau=TAU)
 
     def check() -> dict[str, Tensor]:
         return {"conditions": achieved(method, solve(), depth, eta)[0]}

@@ -11,6 +11,7 @@ from torch import Generator, fx, nn
 from torch.nn.utils import parametrize
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
+from fusedshape.convert.constants import Constants
 from fusedshape.convert.fusion import HOOKS, Fusion
 from fusedshape.convert.report import Change, Report
 from fusedshape.init import Method, check_init, init_module_
@@ -25,7 +26,6 @@ from fusedshape.nn import (
 )
 from fusedshape.ops.dispatch import Backend
 from fusedshape.rewriting import source, subclass
-from fusedshape.spec import ActSpec
 from fusedshape.tracing import write_out_of_place
 from fusedshape.undo import UndoLog, generator_of, overlapping, why_not_written
 
@@ -35,18 +35,6 @@ _HOOK_FLAGS = (
     "_forward_pre_hooks_with_kwargs",
     "_is_full_backward_hook",
 )
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What goes into the model: the spec, and how its layers start."""
-
-    method: str
-    spec: ActSpec
-    gain: float = 1.0
-    bias_std: float = 0.0
-    depth: int | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -286,7 +274,7 @@ class Plan:
     def report(self, dry_run: bool) -> Report:
         """Say what was planned."""
         return Report(
-            method=self.constants.method,
+            recipe=self.constants.recipe,
             spec=self.constants.spec,
             depth=self.constants.depth,
             init=self.init,

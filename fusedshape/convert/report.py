@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedshape.spec import ActSpec
+from fusedshape.theory import Recipe
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Report:
     """What `convert` did to a model, or would do.
 
     Attributes:
-        method: "TAT", "DKS", "EOC", or "given" for a ready spec.
+        recipe: what was solved for, or the spec that was given.
         spec: the constants put in.
         depth: nonlinear layers on the longest path, as given or counted; None if neither.
         init: the initialiser, or None.
@@ -40,7 +41,7 @@ class Report:
         counts: "fused", "shaped", "rewritten", "stripped", "chained", "initialised", "skipped".
     """
 
-    method: str
+    recipe: Recipe | ActSpec
     spec: ActSpec
     depth: int | None
     init: str | None
@@ -50,6 +51,11 @@ class Report:
     counts: dict[str, int]
 
     @property
+    def method(self) -> str:
+        """Name of the recipe's method; "given" where the constants were given."""
+        return self.recipe.method if isinstance(self.recipe, Recipe) else "given"
+
+    @property
     def skipped(self) -> tuple[Change, ...]:
         """The rows that say what was left alone, and why."""
         return tuple(c for c in self.changes if c.now == c.was)
@@ -57,7 +63,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON."""
         rows = [vars(c).copy() for c in self.changes]
-        data = {**vars(self), "spec": self.spec.to_dict(), "changes": rows}
+        data = {"method": self.method, **vars(self), "recipe": self.recipe.to_dict()}
+        data |= {"spec": self.spec.to_dict(), "changes": rows}
         return {**data, "notes": list(self.notes), "counts": dict(self.counts)}
 
     def __str__(self) -> str:

@@ -133,6 +133,34 @@ class Recipe:
         found = {name: target.default(row) for name, target in cls.targets().items()}
         return {name: value for name, value in found.items() if value is not None}
 
+    @classmethod
+    def spelled(cls: type[_R], who: str, given: Mapping[str, Any]) -> _R:
+        """The recipe that keywords spell; its errors name the function that took them.
+
+        Args:
+            who: that function.
+            given: those keywords that were given.
+
+        Raises:
+            ValueError: as the class, or a target that belongs to another method.
+            TypeError: as the class.
+            Unreachable: as the class.
+        """
+        row = get_activation(given.get("activation", cls.activation), who)
+        own = {f.name for f in fields(cls)}
+        for name, value in given.items():
+            if name not in own:
+                raise ValueError(f"{who}: {_strange(cls, row.name, name, value)}")
+            if name in cls.targets():
+                number(who, name, value)  # what is given is no None
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            said, own_name = str(error), f"{cls.method}: "
+            if said.startswith(own_name):
+                said = f"{who}: {said.removeprefix(own_name)}"
+            raise type(error)(said) from None
+
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         del values["activation"]
@@ -343,24 +371,14 @@ def recipe_of(who: str, method: str, given: Mapping[str, Any]) -> Recipe:
     kind = METHODS.get(method.upper()) if isinstance(method, str) else None
     if kind is None:
         raise ValueError(f"{who}: unknown method {shown(method)}; known: {', '.join(METHODS)}")
-    row = get_activation(given.get("activation", kind.activation), who)
-    own = {f.name for f in fields(kind)}
-    for name in (name for name in given if name not in own):
-        raise ValueError(f"{who}: {_strange(kind, row.name, name, given[name])}")
-    try:
-        return kind(**given)
-    except (TypeError, ValueError) as error:
-        said, own_name = str(error), f"{kind.method}: "
-        if said.startswith(own_name):
-            said = f"{who}: {said.removeprefix(own_name)}"
-        raise type(error)(said) from None
+    return kind.spelled(who, given)
 
 
 def _strange(kind: type[Recipe], activation: str, name: str, value: object) -> str:
     """Say that a method does not aim at a target, and whose the target is."""
     aim = next(iter(kind.defaults(activation)))
-    owners = [other.method for other in METHODS.values() if name in other.targets()]
-    whose = "other activations" if name in kind.targets() else " and ".join(owners)
+    takers = [k.method for k in METHODS.values() if name in {f.name for f in fields(k)}]
+    whose = "other activations" if kind.method in takers else " and ".join(takers)
     belongs = f", which belongs to {whose}" if whose else ""
     return (
         f"{kind.method} of {activation} aims at {aim}, not at {name}={shown(value)}{belongs}; "

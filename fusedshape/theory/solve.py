@@ -29,6 +29,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ from fusedshape.activations import Activation, get_activation
 from fusedshape.spec import ActSpec
 from fusedshape.theory.maps import Local, corners_of, leaky_c_map, normal_pdf
 from fusedshape.theory.network import Chain, Scaled, Shifted, SubnetMax, Wiring, chain
-from fusedshape.theory.recipes import Unreachable
-from fusedshape.validate import flag, number, real, shown
+from fusedshape.theory.recipes import DKS, EOC, TARGETS, TAT, Recipe, Unreachable, recipe_of
+from fusedshape.validate import UNSET, given, real, shown
 
 Array = NDArray[np.float64]
 
@@ -59,61 +60,76 @@ _RELU_TURN = 1.466942206924260361
 
 
 def solve(
-    method: str,
-    activation: str,
+    method: TAT | DKS | str,
+    activation: str = UNSET,
     *,
     depth: int | None = None,
     subnet_max: SubnetMax | None = None,
-    zeta: float = 1.5,
-    eta: float = 0.9,
-    tau: float = 0.3,
-    q_slope: float = 1.0,
-    clamp: bool = False,
+    zeta: float = UNSET,
+    eta: float = UNSET,
+    tau: float = UNSET,
+    q_slope: float = UNSET,
+    clamp: bool = UNSET,
 ) -> ActSpec:
-    """Constants of `activation` by `method`, for a network given by depth or by `subnet_max`.
+    """Constants that meet a recipe in a network given by depth or by `subnet_max`.
 
     Args:
-        method: "DKS" or "TAT", in any case; see `dks` and `tat`.
-        activation: a name of the activation table.
+        method: a recipe, `TAT` or `DKS`; or the name of one, in any case, whose arguments are the
+            keywords below.
+        activation: a name of the activation table, for a method given by name.
         depth: number of nonlinear layers of a plain chain.
         subnet_max: any other network, see `fusedshape.theory.network`. Exactly one of the two.
-        zeta: target of DKS.
-        eta: target of TAT for relu and leaky_relu.
-        tau: target of TAT for all others.
-        q_slope: Q′(1) of every layer under DKS.
-        clamp: take the nearest target that can be reached, where the given one cannot.
+        zeta: target of DKS. Default 1.5.
+        eta: target of TAT for relu and leaky_relu; for others it is checked and not used. Default
+            0.9.
+        tau: target of TAT for all others; for relu and leaky_relu it is checked and not used.
+            Default 0.3.
+        q_slope: Q′(1) of every layer under DKS. Default 1.
+        clamp: take the nearest target that can be reached, where the given one cannot. Default
+            False.
 
     Returns:
         The solved spec; its `origin` says how.
 
     Raises:
-        ValueError: unknown method or activation, or a target out of its range.
+        ValueError: unknown method or activation, a target out of its range or of another method,
+            or a keyword beside a recipe.
         TypeError: an argument of the wrong type.
         Unreachable: the network or the activation cannot reach the target.
 
     Example:
-        >>> spec = solve("TAT", "leaky_relu", depth=49)
+        >>> spec = solve(TAT("leaky_relu", eta=0.9), depth=49)
         >>> round(spec.negative_slope, 4), round(spec.output_scale, 4)
         (0.4259, 1.3011)
+        >>> solve("TAT", "leaky_relu", depth=49, eta=0.9) == spec
+        True
     """
-    flag("solve", "clamp", clamp)
-    for target, value in (("zeta", zeta), ("eta", eta), ("tau", tau), ("q_slope", q_slope)):
-        number("solve", target, value)
-    name = method.upper() if isinstance(method, str) else method
-    if name == "DKS":
-        return dks(
-            activation,
-            depth=depth,
-            subnet_max=subnet_max,
-            zeta=zeta,
-            q_slope=q_slope,
-            clamp=clamp,
-        )
-    if name == "TAT":
-        return tat(activation, depth=depth, subnet_max=subnet_max, eta=eta, tau=tau, clamp=clamp)
-    raise ValueError(
-        f"solve: unknown method {shown(method)}; known: 'DKS', 'TAT' (and eoc() for EOC)"
+    keywords = given(
+        activation=activation, zeta=zeta, eta=eta, tau=tau, q_slope=q_slope, clamp=clamp
     )
+    recipe: Recipe
+    if isinstance(method, Recipe):
+        recipe = method
+        if keywords:
+            raise ValueError(
+                f"solve: {method} is a whole recipe; give it {', '.join(keywords)} when it is made"
+            )
+    else:
+        name = method.upper() if isinstance(method, str) else method
+        if name not in ("DKS", "TAT"):
+            raise ValueError(
+                f"solve: unknown method {shown(method)}; known: 'DKS', 'TAT' (and eoc() for EOC)"
+            )
+        if "activation" not in keywords:
+            raise TypeError(f"solve: activation is missing; name the function that {name} shapes")
+        if name == "TAT":
+            keywords = _tat_keywords("solve", keywords)
+        recipe = recipe_of("solve", name, keywords)
+    if isinstance(recipe, TAT):
+        return _solve_tat(recipe, _Net.of("solve", depth, subnet_max))
+    if isinstance(recipe, DKS):
+        return _solve_dks(recipe, _Net.of("solve", depth, subnet_max))
+    raise ValueError(f"solve: {recipe} is solved by eoc(), for it knows no depth")
 
 
 def dks(
@@ -121,8 +137,8 @@ def dks(
     *,
     depth: int | None = None,
     subnet_max: SubnetMax | None = None,
-    zeta: float = 1.5,
-    q_slope: float = 1.0,
+    zeta: float = DKS.zeta,
+    q_slope: float = DKS.q_slope,
     clamp: bool = False,
 ) -> ActSpec:
     r"""Deep Kernel Shaping: Q(1) = 1, Q′(1) = 1, C(0) = 0, C′(1) = s.
@@ -155,21 +171,13 @@ def dks(
         >>> round(spec.input_scale, 4), round(spec.output_scale, 4)
         (0.2056, 6.8292)
     """
-    row = get_activation(activation, "dks")
-    flag("dks", "clamp", clamp)
-    net = _Net.of("dks", depth, subnet_max)
-    zeta = number("dks", "zeta", zeta, above=1.0)
-    q_slope = number("dks", "q_slope", q_slope, above=0.0)
-    if q_slope > 1:
-        raise ValueError(
-            f"dks: q_slope must be in (0, 1], got {q_slope}: q = 1 would not be stable"
-        )
-    if row.name == "square":
-        raise Unreachable(
-            "DKS cannot shape square: C(0) = 0 gives it Q'(1) = C'(1) > 1 whatever the constants; "
-            "use another activation"
-        )
-    return _shape(_Conditions(row, "DKS", q_slope), net, "zeta", zeta, clamp)
+    keywords = {"activation": activation, "zeta": zeta, "q_slope": q_slope, "clamp": clamp}
+    return _solve_dks(DKS.spelled("dks", keywords), _Net.of("dks", depth, subnet_max))
+
+
+def _solve_dks(recipe: DKS, net: _Net) -> ActSpec:
+    conditions = _Conditions(get_activation(recipe.activation), "DKS", recipe.q_slope)
+    return _shape(conditions, net, "zeta", recipe.zeta, recipe.clamp)
 
 
 def tat(
@@ -177,8 +185,8 @@ def tat(
     *,
     depth: int | None = None,
     subnet_max: SubnetMax | None = None,
-    eta: float = 0.9,
-    tau: float = 0.3,
+    eta: float = UNSET,
+    tau: float = UNSET,
     clamp: bool = False,
 ) -> ActSpec:
     r"""Tailored Activation Transformation.
@@ -201,8 +209,10 @@ def tat(
         activation: a name of the activation table.
         depth: number of nonlinear layers of a plain chain.
         subnet_max: any other network. Exactly one of the two.
-        eta: η in (0, 1), for relu and leaky_relu. Default 0.9, the paper's.
-        tau: τ > 0, for all others. Default 0.3, the paper's.
+        eta: η in (0, 1), for relu and leaky_relu; for others it is checked and not used. Default
+            0.9, the paper's.
+        tau: τ > 0, for all others; for relu and leaky_relu it is checked and not used. Default
+            0.3, the paper's.
         clamp: take the largest η or τ that can be reached, where the given one cannot.
 
     Returns:
@@ -219,21 +229,29 @@ def tat(
         >>> round(tat("tanh", depth=49, tau=0.2).output_scale, 3)
         19.307
     """
-    row = get_activation(activation, "tat")
-    flag("tat", "clamp", clamp)
-    net = _Net.of("tat", depth, subnet_max)
-    eta = number("tat", "eta", eta, above=0.0)
-    tau = number("tat", "tau", tau, above=0.0)
-    if eta >= 1:
-        raise ValueError(f"tat: eta must be in (0, 1), got {eta}: at 1 all inputs would look alike")
-    if row.name in ("relu", "leaky_relu"):
-        return _tailored_rectifier(net, eta, clamp)
-    if row.name == "square":
-        raise Unreachable(
-            "TAT cannot shape square: Q'(1) = C'(1) gives it E[phi] = 0, hence C''(1) = 0, "
-            "whatever the constants; use another activation"
-        )
-    return _shape(_Conditions(row, "TAT", 1.0), net, "tau", tau, clamp)
+    keywords = {"activation": activation, **given(eta=eta, tau=tau), "clamp": clamp}
+    recipe = TAT.spelled("tat", _tat_keywords("tat", keywords))
+    return _solve_tat(recipe, _Net.of("tat", depth, subnet_max))
+
+
+def _tat_keywords(who: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Check both of TAT's targets, and leave out the one that the activation does not aim at.
+
+    Callers with a list of activations give both for all of them, as the public package wants it.
+    """
+    aims = TAT.defaults(get_activation(keywords["activation"], who).name)
+    own = TAT.targets().keys() & keywords.keys()
+    for name in own:
+        TARGETS[name].check(who, name, keywords[name])
+    return {name: value for name, value in keywords.items() if name in aims or name not in own}
+
+
+def _solve_tat(recipe: TAT, net: _Net) -> ActSpec:
+    if recipe.eta is not None:
+        return _tailored_rectifier(net, recipe.eta, recipe.clamp)
+    assert recipe.tau is not None
+    conditions = _Conditions(get_activation(recipe.activation), "TAT", 1.0)
+    return _shape(conditions, net, "tau", recipe.tau, recipe.clamp)
 
 
 @dataclass(frozen=True)
@@ -254,7 +272,7 @@ class EdgeOfChaos:
 
 
 def eoc(
-    activation: str, *, sigma_b: float | None = None, negative_slope: float = 0.0
+    activation: EOC | str, *, sigma_b: float | None = None, negative_slope: float = UNSET
 ) -> EdgeOfChaos:
     r"""Edge of chaos: weights N(0, σ_w²/fan_in) and biases N(0, σ_b²) with χ₁ = 1 at a fixed q.
 
@@ -267,34 +285,39 @@ def eoc(
     every q is fixed; q = 1 is returned.
 
     Args:
-        activation: a name of the activation table.
+        activation: a recipe, `EOC`; or a name of the activation table.
         sigma_b: σ_b ≥ 0. Default 0 for relu and leaky_relu, 0.2 for all others.
-        negative_slope: slope of leaky_relu.
+        negative_slope: slope of leaky_relu. Default 0.
 
     Returns:
         The spec, σ_w, σ_b and q; of several fixed points the one with the smallest q.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or a keyword beside a recipe.
         TypeError: an argument of the wrong type.
         Unreachable: no such fixed point; the message says for which σ_b there is.
 
     Example:
         >>> round(eoc("tanh").sigma_w, 3), round(eoc("relu").sigma_w, 6)
         (1.304, 1.414214)
+        >>> eoc(EOC("tanh", sigma_b=0.1)) == eoc("tanh", sigma_b=0.1)
+        True
     """
-    get_activation(activation, "eoc")
-    negative_slope = number("eoc", "negative_slope", negative_slope)
-    spec = ActSpec(activation, negative_slope=negative_slope, origin="EOC")
-    row = spec.row
-    bias = (0.0 if row.homogeneous else 0.2) if sigma_b is None else sigma_b
-    bias = number("eoc", "sigma_b", bias, 0.0)
+    bias = UNSET if sigma_b is None else sigma_b
+    keywords = given(sigma_b=bias, negative_slope=negative_slope)
+    if not isinstance(activation, EOC):
+        return _solve_eoc(EOC.spelled("eoc", {"activation": activation, **keywords}))
+    if keywords:
+        raise ValueError(
+            f"eoc: {activation} is a whole recipe; give it {', '.join(keywords)} when it is made"
+        )
+    return _solve_eoc(activation)
+
+
+def _solve_eoc(recipe: EOC) -> EdgeOfChaos:
+    spec, row, bias = recipe.spec, recipe.spec.row, recipe.sigma_b
+    assert bias is not None
     if row.homogeneous:
-        if bias > 0:
-            raise Unreachable(
-                f"eoc: {activation} at the edge of chaos adds sigma_b^2 to q in every layer, so "
-                f"that no q is fixed with sigma_b={bias:g}; pass sigma_b=0"
-            )
         return EdgeOfChaos(spec, math.sqrt(2 / (1 + spec.negative_slope**2)), 0.0, 1.0)
 
     def weights2(q: float) -> tuple[float, float, float]:
@@ -329,7 +352,7 @@ def eoc(
         else "whatever sigma_b; use DKS or TAT"
     )
     raise Unreachable(
-        f"{activation} has no edge of chaos with sigma_b={bias:g}, as no q up to 1e4 is an "
+        f"{recipe.activation} has no edge of chaos with sigma_b={bias:g}, as no q up to 1e4 is an "
         f"attractive fixed point with chi_1 = 1: {ways}"
     )
 

@@ -6,14 +6,26 @@ import copy
 import json
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
+from torch import nn
 
 import fusedshape
-from fusedshape import ACTIVATIONS, DKS, EOC, TAT
-from fusedshape.theory import METHODS, TARGETS, Recipe, Unreachable
+from fusedshape import ACTIVATIONS, DKS, EOC, TAT, ActSpec, convert
+from fusedshape.theory import (
+    METHODS,
+    TARGETS,
+    EdgeOfChaos,
+    Recipe,
+    Unreachable,
+    dks,
+    eoc,
+    solve,
+    tat,
+)
 from fusedshape.theory.recipes import recipe_of
 
 EVERY = [(kind, activation) for kind in METHODS.values() for activation in kind.activations()]
@@ -126,3 +138,80 @@ def test_errors_of_keywords_name_the_function() -> None:
         recipe_of("convert", "DKS", {"activation": "nope"})
     with pytest.raises(Unreachable, match=r"^convert: relu at the edge of chaos"):
         recipe_of("convert", "EOC", {"activation": "relu", "sigma_b": 0.1})
+
+
+def mlp() -> nn.Sequential:
+    layers = [layer for _ in range(20) for layer in (nn.Linear(4, 4), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(4, 2))
+
+
+def outcome(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a call returns, or the words of its refusal."""
+    try:
+        return call(*args, **kwargs)
+    except Unreachable as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("kind", "activation"), EVERY)
+def test_keywords_spell_the_same_recipe(kind: type[Recipe], activation: str) -> None:
+    recipe, targets = kind(activation), kind.defaults(activation)
+    if isinstance(recipe, EOC):
+        solved = outcome(eoc, recipe)
+        assert solved == outcome(eoc, activation, **targets)
+    else:
+        assert isinstance(recipe, (TAT, DKS))
+        solved = solve(recipe, depth=20)
+        assert solved == solve(kind.method.lower(), activation, depth=20, **targets)
+        assert solved == {"DKS": dks, "TAT": tat}[kind.method](activation, depth=20)
+    targets.pop("q_slope", None)  # which convert takes in a recipe only
+    named = {"method": kind.method, "activation": activation}
+    report = outcome(convert, mlp(), recipe, dry_run=True)
+    assert report == outcome(convert, mlp(), **named, **targets, dry_run=True)
+    if isinstance(solved, str):
+        assert report == solved
+    else:
+        assert report.spec == (solved.spec if isinstance(solved, EdgeOfChaos) else solved)
+
+
+def test_a_report_says_its_recipe() -> None:
+    report = convert(mlp(), TAT("tanh"), dry_run=True)
+    assert (report.recipe, report.method) == (TAT("tanh"), "TAT")
+    assert report.to_dict()["recipe"] == TAT("tanh").to_dict()
+    ready = convert(mlp(), report.spec, dry_run=True)
+    assert ready == convert(mlp(), spec=report.spec, dry_run=True)
+    assert (ready.recipe, ready.method, ready.spec) == (report.spec, "given", report.spec)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keywords", "message"),
+    [
+        (None, {"zeta": 1.5}, "convert: TAT of leaky_relu aims at eta, not at zeta=1.5, which bel"),
+        (None, {"method": "DKS", "eta": 0.9}, "DKS of leaky_relu aims at zeta, not at eta=0.9"),
+        (None, {"method": "EOC", "clamp": True}, "EOC of leaky_relu .* not at clamp=True"),
+        (None, {"activation": "tanh", "eta": 0.9}, "TAT of tanh aims at tau, not at eta=0.9"),
+        (TAT(), {"eta": 0.9}, r"TAT\('leaky_relu', eta=0.9\) is a whole recipe; give it eta when"),
+        (TAT(), {"activation": "tanh"}, "is a whole recipe; give it activation"),
+        (TAT(), {"spec": ActSpec("tanh")}, "and spec are both given"),
+        (ActSpec("tanh"), {"method": "DKS", "zeta": 2}, "spec is ready; drop method, zeta"),
+        (ActSpec("tanh"), {"depth": 3}, "spec is ready; drop depth"),
+        (EOC("tanh"), {"depth": 3}, "EOC knows no depth"),
+        ("TAT", {}, "recipe must be a TAT, DKS, EOC or ActSpec, got 'TAT'"),
+    ],
+)
+def test_convert_takes_one_recipe(recipe: Any, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        convert(mlp(), recipe, **keywords)
+
+
+def test_solve_takes_one_recipe() -> None:
+    with pytest.raises(ValueError, match=r"^solve: TAT\(.*\) is a whole recipe; give it eta when"):
+        solve(TAT(), depth=20, eta=0.5)
+    with pytest.raises(ValueError, match=r"^solve: EOC\(.*\) is solved by eoc"):
+        solve(EOC(), depth=20)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^solve: activation is missing"):
+        solve("TAT", depth=20)
+    with pytest.raises(ValueError, match=r"^solve: TAT of tanh aims at tau, not at zeta=2, which"):
+        solve("TAT", "tanh", depth=20, zeta=2)
+    with pytest.raises(ValueError, match=r"^eoc: EOC\(.*\) is a whole recipe; give it sigma_b"):
+        eoc(EOC("tanh"), sigma_b=0.1)

@@ -1,0 +1,117 @@
+"""What a caller asks of convert, checked: `Request`, a value that everything below receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Generator, nn
+
+from fusedshape.init import Method
+from fusedshape.ops.dispatch import Backend
+from fusedshape.spec import ActSpec
+from fusedshape.theory import EOC, Recipe, SubnetMax
+from fusedshape.theory.recipes import recipe_of
+from fusedshape.validate import flag, function, instance, integer, shown
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """All arguments of `convert` but the model; see there.
+
+    Raises:
+        ValueError: an argument out of its range, or two that exclude each other.
+        TypeError: an argument of the wrong type.
+    """
+
+    recipe: Recipe | ActSpec
+    depth: int | None
+    subnet_max: SubnetMax | None
+    init: Method | None
+    generator: Generator | None
+    fuse: bool
+    replace: Sequence[type[nn.Module]]
+    filter_fn: Callable[[str, nn.Module], bool] | None
+    strip_batchnorm: bool
+    on_untraceable: Literal["error", "report"]
+    dry_run: bool
+    backend: Backend
+    chain: bool | int
+    example: Any
+
+    def __post_init__(self) -> None:
+        for name in ("fuse", "strip_batchnorm", "dry_run"):
+            flag("convert", name, getattr(self, name))
+        if self.depth is not None:
+            integer("convert", "depth", self.depth, 1)
+        if self.subnet_max is not None and not callable(self.subnet_max):
+            raise TypeError(
+                "convert: subnet_max must be called as subnet_max(x, r), got "
+                f"{shown(self.subnet_max)}"
+            )
+        if self.given_wiring and isinstance(self.recipe, ActSpec):
+            raise ValueError("convert: spec is ready; drop depth, subnet_max and sigma_b")
+        if self.given_wiring and isinstance(self.recipe, EOC):
+            raise ValueError("convert: EOC knows no depth; drop depth and subnet_max")
+        if self.init is not None and not _is_word(self.init, *get_args(Method)):
+            known = ", ".join(get_args(Method))
+            raise ValueError(f"convert: init: unknown method {shown(self.init)}; known: {known}")
+        if not _is_word(self.on_untraceable, "error", "report"):
+            raise ValueError(
+                f"convert: on_untraceable={self.on_untraceable!r}; known: 'error', 'report'"
+            )
+        if not isinstance(self.chain, int) or (self.chain is not False and self.chain < 1):
+            raise ValueError(
+                f"convert: chain={self.chain!r} must be True, False or a positive integer"
+            )
+        if not isinstance(self.replace, Sequence) or isinstance(self.replace, (str, bytes)):
+            raise TypeError(f"convert: replace must be a sequence of classes, got {self.replace!r}")
+        for wanted in self.replace:
+            if not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
+                raise TypeError(f"convert: replace must hold nn.Module classes, got {wanted!r}")
+        function("convert", "filter_fn", self.filter_fn, optional=True)
+        if self.generator is not None and not isinstance(self.generator, Generator):
+            raise TypeError(
+                f"convert: generator must be a torch.Generator or None, got {self.generator!r}"
+            )
+
+    @property
+    def given_wiring(self) -> bool:
+        """Whether the caller says how deep the network is, so that it is not read off it."""
+        return self.depth is not None or self.subnet_max is not None
+
+
+def _is_word(value: object, *known: str) -> bool:
+    return isinstance(value, str) and value in known
+
+
+def requested_recipe(
+    recipe: Recipe | ActSpec | None, spec: ActSpec | None, keywords: Mapping[str, Any]
+) -> Recipe | ActSpec:
+    """The one recipe that the arguments of `convert` come to.
+
+    Args:
+        recipe: the argument of that name.
+        spec: the argument of that name.
+        keywords: those of method, activation and the targets that were given.
+
+    Raises:
+        ValueError: a recipe that cannot be, or two at once.
+        TypeError: an argument of the wrong type.
+    """
+    instance("convert", "spec", spec, ActSpec, optional=True)
+    if recipe is not None and not isinstance(recipe, (Recipe, ActSpec)):
+        raise TypeError(f"convert: recipe must be a TAT, DKS, EOC or ActSpec, got {shown(recipe)}")
+    if recipe is not None and spec is not None:
+        raise ValueError(f"convert: {recipe} and spec are both given; drop one")
+    ready = spec if recipe is None else recipe
+    if ready is None:
+        rest = dict(keywords)
+        return recipe_of("convert", rest.pop("method", "TAT"), rest)
+    if keywords:
+        names = ", ".join(keywords)
+        if isinstance(ready, ActSpec):
+            raise ValueError(f"convert: spec is ready; drop {names}")
+        raise ValueError(f"convert: {ready} is a whole recipe; give it {names} when it is made")
+    return ready
