@@ -68,26 +68,39 @@ class ActSpec:
                 f"ActSpec: {self.activation} takes no negative_slope, got {self.negative_slope}; "
                 "leave it at 0 or use leaky_relu"
             )
-        # Kept beside the fields, because ops read it on every call.
-        object.__setattr__(self, "kernel_args", (row.id, *(getattr(self, n) for n in CONSTANTS)))
-        # The branch of a falling leaky_relu cannot be read off the output; nor, but for rounding,
-        # can that of a flat one whose constant branch is γδ instead of an exact zero.
-        flat = row.name == "relu" or (row.has_slope and self.negative_slope == 0)
-        readable = self.negative_slope >= 0 and not (flat and self.output_shift != 0)
-        saves_output = row.saves == "output" and readable
-        object.__setattr__(self, "saves_output", saves_output)
-        in_half = saves_output and row.homogeneous and self.output_shift == 0
-        object.__setattr__(self, "saves_output_in_half", in_half)
-        object.__setattr__(self, "text", json.dumps([self.activation, *self.kernel_args[1:]]))
+        # The output of a falling leaky_relu does not tell the branch. Nor does that of a flat one
+        # whose constant branch is γδ, which is rounded, instead of an exact zero.
+        flat = row.homogeneous and self.negative_slope == 0
+        tells = self.negative_slope >= 0 and not (flat and self.output_shift != 0)
+        readable = row.saves == "output" and tells
+        in_half = readable and row.homogeneous and self.output_shift == 0
+        # Kept beside the fields, because ops read them on every call.
+        kept = {
+            "kernel_args": (row.id, *(getattr(self, name) for name in CONSTANTS)),
+            "readable": readable,
+            "readable_in_half": in_half,
+            "text": json.dumps([self.activation, *(getattr(self, name) for name in CONSTANTS)]),
+        }
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
 
     #: The constants as kernels take them.
     kernel_args: KernelArgs = field(init=False, repr=False, compare=False)
-    #: Whether backward works from the output in float32 and float64; if not, from the input.
-    saves_output: bool = field(init=False, repr=False, compare=False)
-    #: The same in bfloat16 and float16; see `saves_output`.
-    saves_output_in_half: bool = field(init=False, repr=False, compare=False)
+    #: Whether φ′ can be read off the output in float32 and float64; see `saves_output`.
+    readable: bool = field(init=False, repr=False, compare=False)
+    #: The same in bfloat16 and float16.
+    readable_in_half: bool = field(init=False, repr=False, compare=False)
     #: The constants as a string, exact; see `static`.
     text: str = field(init=False, repr=False, compare=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What is kept beside the fields may mean something else in the version that unpickles.
+        ActSpec.__init__(self, **{f.name: state[f.name] for f in fields(self) if f.init})
+
+    @property
+    def saves_output(self) -> bool:
+        """`saves_output(self, torch.float32)`, for those who have no dtype to ask for."""
+        return self.readable
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         # torch.fx takes no object as an argument: its code says how to make this one.
@@ -166,7 +179,7 @@ def saves_output(spec: ActSpec, dtype: torch.dtype) -> bool:
         True
     """
     # A function of two attributes: Dynamo calls no method of the specs that `static` makes.
-    return spec.saves_output_in_half if is_half(dtype) else spec.saves_output
+    return spec.readable_in_half if is_half(dtype) else spec.readable
 
 
 def is_half(dtype: torch.dtype) -> bool:

@@ -103,7 +103,7 @@ def test_every_activation_in_every_dtype(spec: ActSpec, dtype: torch.dtype) -> N
 def saving_input(spec: ActSpec) -> ActSpec:
     """The same constants, with backward from the input."""
     copy = ActSpec.from_dict(spec.to_dict())
-    object.__setattr__(copy, "saves_output", False)
+    object.__setattr__(copy, "readable", False)
     return copy
 
 
