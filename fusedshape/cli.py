@@ -1,7 +1,7 @@
-"""The command `fusedshape`: constants, convert, diagnose, train, bench, tune, build, info.
+"""The command `fusedshape`: its subcommands, its messages and its exit codes.
 
-Exit codes: 0 done, 1 the request cannot be met (one line on stderr says why), 2 wrong usage,
-130 interrupted, 141 whoever reads the output closed it, 143 terminated.
+Each command is declared beside what it runs, in a `command.py`. Messages of the library name
+arguments of Python; they are written as options here, in one place.
 """
 
 from __future__ import annotations
@@ -11,24 +11,19 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from torch import nn
-
-from fusedshape import convert, native, theory
-from fusedshape.activations import ACTIVATIONS
+from fusedshape import native
 from fusedshape.bench import command as bench
+from fusedshape.convert import command as conversion
 from fusedshape.diagnose import command as diagnosis
 from fusedshape.interrupts import Terminated, terminable
-from fusedshape.machine import find_device, machine, version
-from fusedshape.train import demo, run
-from fusedshape.train.config import TARGETS, TrainConfig, load_object, make, strange_targets
+from fusedshape.loading import FactoryError
+from fusedshape.machine import machine, version
+from fusedshape.shell import EXIT_CODES, Commands, respell, spelling
+from fusedshape.theory import command as constants
+from fusedshape.train import command as training
 from fusedshape.tuning import command as tuning
-
-#: What `constants --model` takes where nothing is named.
-_OF_A_MODEL = {"method": "TAT", "activation": "leaky_relu"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit code.
+        The exit code: 0 done, 1 it cannot be done or what was run has failed (one line on stderr
+        says why), 2 wrong usage, 130 interrupted, 141 the reader of the output went away, 143
+        terminated.
 
     Example:
         >>> main(["constants", "TAT", "leaky_relu", "--depth", "16"])  # doctest: +ELLIPSIS
@@ -47,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ...
         0
     """
-    # What a terminal cannot show is no reason to lose what has been computed.
+    # A character that the terminal cannot show must not cost the result.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    args = _parse(sys.argv[1:] if argv is None else list(argv))
+    args = commands().parse(sys.argv[1:] if argv is None else argv)
     try:
         with terminable():
             args.run(args)
@@ -62,209 +59,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fusedshape: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Python flushes once more at its end, into nothing.
+        # Python flushes once more when it exits, and must find somewhere to write.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        print(f"fusedshape: error: {_said(error)}", file=sys.stderr)
+        print(f"fusedshape: error: {_message(error, args)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    whole, commands = _declare()
-    if argv and argv[0] in commands:
-        # Options may stand before, between and behind files: bench compare --suite cpu A B.
-        return commands[argv[0]].parse_intermixed_args(argv[1:])
-    return whole.parse_args(argv)
+def commands() -> Commands:
+    """All commands and their options."""
+    about = "Deep vanilla networks: shaped activations, fused with the layers before them."
+    parser = argparse.ArgumentParser(prog="fusedshape", description=about, epilog=EXIT_CODES)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"fusedshape {version()}",
+        help="show the version and exit",
+    )
+    found = Commands(parser)
+    for module in (constants, conversion, diagnosis, training, bench, tuning):
+        module.declare(found)
+    _declare_build(found)
+    _declare_info(found)
+    return found
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception, args: argparse.Namespace) -> str:
+    """What an error says, with the command's options in place of Python's arguments."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    if isinstance(error, FactoryError):
+        return str(error)
+    return respell(str(error), spelling(args))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments of every command."""
-    return _declare()[0]
-
-
-def _declare() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    about = "Deep vanilla networks: shaped activations, fused with the layers before them."
-    whole = argparse.ArgumentParser(prog="fusedshape", description=about)
-    whole.add_argument("--version", action="version", version=f"fusedshape {version()}")
-    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
-    found: dict[str, argparse.ArgumentParser] = {}
-
-    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> Any:
-        found[name] = commands.add_parser(name, help=about, description=about)
-        found[name].set_defaults(run=run, command=name)
-        return found[name]
-
-    constants = add("constants", _constants, "compute the constants of a shaped activation")
-    constants.add_argument("method", nargs="?", help="DKS, TAT or EOC")
-    constants.add_argument("activation", nargs="?", help=", ".join(ACTIVATIONS))
-    for name, default in _OF_A_MODEL.items():
-        about = f"with --model; default {default}"
-        constants.add_argument(f"--{name}", dest=f"its_{name}", metavar=name.upper(), help=about)
-    constants.add_argument("--model", help="pkg.module:factory, whose wiring to solve for")
-    constants.add_argument("--strip-batchnorm", action="store_true", help="read past BatchNorm")
-    constants.set_defaults(wrong_usage=constants.error)
-    _add_targets(constants)
-
-    model = add("convert", _convert, "say what convert() would do to a model; changes nothing")
-    model.add_argument("model", help="pkg.module:factory, called without arguments")
-    model.add_argument("--method", default="TAT", help="DKS, TAT or EOC (default TAT)")
-    model.add_argument("--activation", default="leaky_relu", help="default leaky_relu")
-    model.add_argument("--strip-batchnorm", action="store_true", help="remove BatchNorm layers")
-    _add_targets(model)
-
-    about = "compare a model with what theory says of it, layer by layer, and name what is wrong"
-    diagnosis.add_arguments(add("diagnose", _diagnose, about))
-
-    train = add("train", _train, "train the demo, the evidence sweep, or a configuration of yours")
-    train.add_argument("what", nargs="?", default="demo", help="demo, sweep, or a JSON file")
-    train.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
-    train.add_argument("--depth", type=int, help="of the demo's network (default 300)")
-    train.add_argument("--epochs", type=int, help="of the demo (default 20)")
-    train.add_argument("--seed", type=int, help="of the demo (default 0)")
-    train.add_argument("--threads", type=int, help="CPU threads of the demo")
-    train.add_argument("--jobs", type=int, help="processes of the sweep (default 2)")
-
-    about = "measure speed, memory and accuracy; show, compare and plot what was measured"
-    bench.add_arguments(add("bench", bench.main, about))
-
-    about = "measure which engine computes each fused layer of a model fastest, and keep it"
-    tuning.add_arguments(add("tune", _tune, about))
-
-    build = add("build", _build, "compile the CPU kernels for this machine")
-    build.add_argument("--force", action="store_true", help="compile even what is up to date")
-    build.add_argument(
-        "--optional", action="store_true", help="without a compiler, say so and go on"
+def _declare_build(commands: Commands) -> None:
+    parser = commands.add("build", _build, "compile the CPU kernels for this machine")
+    parser.add_argument("--force", action="store_true", help="compile even what is up to date")
+    parser.add_argument(
+        "--optional", action="store_true", help="without a compiler, say so and exit with 0"
     )
-    build.add_argument("--verbose", action="store_true", help="show the compiler's command")
-
-    info = add("info", _info, "say what is installed, built and chosen on this machine")
-    info.add_argument("--json", action="store_true", help="as JSON")
-    return whole, found
-
-
-def _add_targets(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--depth", type=int, help="nonlinear layers of a plain chain")
-    command.add_argument("--subnet-max", help="pkg.module:function, called with (x, r)")
-    command.add_argument("--zeta", type=float, help="DKS: largest slope of the network's C map")
-    command.add_argument("--eta", type=float, help="TAT of leaky_relu: C_f(0) of the network")
-    command.add_argument("--tau", type=float, help="TAT: curvature of the network's C map at 1")
-    command.add_argument("--sigma-b", type=float, help="EOC: standard deviation of biases")
-    command.add_argument("--clamp", action="store_true", help="take the nearest reachable target")
-    command.add_argument("--json", action="store_true", help="as JSON")
-
-
-def _targets(args: argparse.Namespace) -> dict[str, Any]:
-    given = {n: getattr(args, n) for n in ("depth", *TARGETS) if getattr(args, n) is not None}
-    strange = strange_targets(args.method, args.activation, given)
-    if strange:
-        raise ValueError(f"{strange}; drop what is not its own")
-    if args.subnet_max is not None:
-        given["subnet_max"] = load_object(args.subnet_max)
-    if args.clamp:
-        given["clamp"] = True
-    return given
-
-
-def _constants(args: argparse.Namespace) -> None:
-    row: dict[str, Any]
-    for name, default in _OF_A_MODEL.items():
-        here, there = getattr(args, name), getattr(args, f"its_{name}")
-        if here and there:
-            args.wrong_usage(f"{name} is given twice, as {here} and as {there}")
-        setattr(args, name, here or there or (args.model and default))
-    if not (args.method and args.activation):
-        args.wrong_usage("give a method and an activation, or --model")
-    targets = _targets(args)
-    wiring = None
-    if args.model is not None:
-        if targets.keys() & {"depth", "subnet_max"} or args.method.upper() == "EOC":
-            raise ValueError("--model tells the depth; drop --depth and --subnet-max, and EOC")
-        wiring = theory.trace_wiring(_model(args.model), strip_batchnorm=args.strip_batchnorm)
-        targets["subnet_max"] = wiring
-    if args.method.upper() == "EOC":
-        sigma_b = targets.pop("sigma_b", None)
-        if targets:
-            raise ValueError(f"EOC takes --sigma-b only, got {sorted(targets)}")
-        edge = theory.eoc(args.activation, sigma_b=sigma_b)
-        row = {"method": "EOC", "activation": args.activation}
-        row |= {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b, "q": edge.q}
-    else:
-        spec = theory.solve(args.method, args.activation, **targets)
-        row = {"method": args.method.upper(), **spec.to_dict()}
-        if wiring is not None:
-            row |= {"depth": wiring.depth, "notes": list(wiring.notes)}
-    if args.json:
-        print(json.dumps(row))
-    else:
-        for key, value in row.items():
-            print(f"{key:<14} {value!r}" if isinstance(value, float) else f"{key:<14} {value}")
-
-
-def _model(name: str) -> nn.Module:
-    """What a user's pkg.module:factory makes."""
-    model = make(name)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} returned {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _convert(args: argparse.Namespace) -> None:
-    report = convert(
-        _model(args.model),
-        method=args.method,
-        activation=args.activation,
-        strip_batchnorm=args.strip_batchnorm,
-        dry_run=True,
-        **_targets(args),
-    )
-    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
-
-
-def _diagnose(args: argparse.Namespace) -> None:
-    diagnosis.run(_model(args.model), args, load_object)
-
-
-def _train(args: argparse.Namespace) -> None:
-    takes = {"demo": ("depth", "epochs", "seed", "threads"), "sweep": ("jobs",)}
-    names = takes.get(args.what, ())
-    given = {n: getattr(args, n) for own in takes.values() for n in own}
-    given = {name: value for name, value in given.items() if value is not None}
-    strange = ", ".join(f"--{name}" for name in given if name not in names)
-    if strange:
-        way = "it decides all of a run" if args.what not in takes else "leave it out"
-        raise ValueError(f"train {args.what} takes no {strange}; {way}")
-    if args.what == "demo":
-        demo.run_demo(args.out, **given)
-    elif args.what == "sweep":
-        demo.run_sweep(args.out / "sweep.json", **given)
-    else:
-        _train_file(args.what, args.out)
-
-
-def _train_file(path: str, out: Path) -> None:
-    if not os.path.lexists(path):
-        raise ValueError(f"train {path}: no such file; give demo, sweep, or a JSON file")
-    result = run(TrainConfig.load(path), out)
-    epochs, place = len(result["epochs"]), out / "result.json"
-    if result["status"] == "diverged":
-        raise RuntimeError(f"the loss of epoch {epochs} is not finite; lower lr. See {place}")
-    print(
-        f"{epochs} epochs, {result['seconds']:.0f} s: training loss "
-        f"{result['final_train_loss']:.4f}, test accuracy {result['final_accuracy']:.1%} "
-        f"(best {result['best_accuracy']:.1%})\nwritten to {place}"
-    )
-
-
-def _tune(args: argparse.Namespace) -> None:
-    tuning.run(_model(args.model), args, find_device(args.device))
+    parser.add_argument("--verbose", action="store_true", help="show the compiler's command")
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -276,6 +113,12 @@ def _build(args: argparse.Namespace) -> None:
         print(f"fusedshape build: {error}\nGoing on without; CPU tensors take the reference.")
     else:
         print(f"built {path}")
+
+
+def _declare_info(commands: Commands) -> None:
+    about = "say what is installed, built and chosen on this machine"
+    parser = commands.add("info", _info, about)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
 def _info(args: argparse.Namespace) -> None:

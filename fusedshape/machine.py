@@ -58,32 +58,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def find_device(name: str | None = None) -> torch.device:
-    """The device of that name, if this machine has it; None takes the GPU, or the CPU without one.
-
-    Args:
-        name: "cpu", "cuda" or "cuda:1", …
-
-    Raises:
-        ValueError: another name, or a GPU that is not there.
-
-    Example:
-        >>> find_device("cpu")
-        device(type='cpu')
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind == "cpu":
-        return torch.device(kind)
-    number = int(index or 0) if kind == "cuda" and (index or "0").isdecimal() else None
-    if number is None:
-        raise ValueError(f"device {name!r}; known: cpu, cuda, or cuda:1 and so on")
-    count = torch.cuda.device_count()
-    if number >= count:
-        raise ValueError(f"device {name!r}: there are {count} CUDA device(s) here; take cpu")
-    return torch.device("cuda", number)
-
-
 def provenance() -> dict[str, Any]:
     """Where a result came from: machine, date, command, and the commit of the source tree.
 

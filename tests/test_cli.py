@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fusedshape import ActSpec, machine, theory
-from fusedshape.cli import main
+from fusedshape.cli import commands, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -83,7 +84,7 @@ def test_constants_from_a_users_wiring(
         (("constants", "TAT", "reul", "--depth", "5"), "unknown activation 'reul'"),
         (("constants", "EOC", "softplus"), "softplus"),
         (("constants", "EOC", "relu", "--depth", "3"), "takes --sigma-b only"),
-        (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "not at sigma_b"),
+        (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "not at --sigma-b"),
         (("constants", "TAT", "relu", "--depth", "50", "--zeta", "2"), "aims at eta, not at zeta"),
         (("convert", "json:JSONDecoder", "--method", "DKS", "--tau", "1"), "not an nn.Module"),
         (("convert", "builtins:iter"), "builtins:iter raised TypeError"),
@@ -92,8 +93,6 @@ def test_constants_from_a_users_wiring(
         (("convert", "json:nothing"), "has no 'nothing'"),
         (("convert", "builtins:dict"), "not an nn.Module"),
         (("train", "missing.json"), "give demo, sweep, or a JSON file"),
-        (("train", "missing.json", "--epochs", "3"), "takes no --epochs"),
-        (("train", "demo", "--jobs", "3"), "takes no --jobs"),
         (("bench", "show", "missing.json"), "missing.json: No such file"),
     ],
 )
@@ -105,6 +104,50 @@ def test_errors_are_one_line(
     assert out == ""
     assert err.startswith("fusedshape: error: ")
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ("train", "missing.json", "--epochs", "3"),
+            "train run: error: unrecognized arguments: --e",
+        ),
+        (("train", "demo", "--jobs", "3"), "train demo: error: unrecognized arguments: --jobs"),
+        (("train",), "train run: error: the following arguments are required: FILE"),
+        (("train", "race"), "choose from 'run', 'demo', 'sweep'"),
+        (("bench", "show", "r.json", "--seed", "1"), "bench show: error: unrecognized arguments"),
+        (("bench", "race"), "choose from 'run', 'list', 'show', 'compare', 'plot'"),
+        (("constants", "SHAPE", "relu"), "choose from 'DKS', 'TAT', 'EOC'"),
+        (("constants", "TAT", "relu"), "give the network once: --depth"),
+        (("convert", "torch.nn:ReLU", "--chain", "0"), "no positive integer, nor 'all'"),
+        (("convert", "torch.nn:ReLU", "--init", "zeros"), "choose from 'suo', 'suo_full'"),
+    ],
+)
+def test_each_command_knows_its_own_options_only(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_option_has_a_line_of_help() -> None:
+    parsers = list(commands().parsers())
+    assert len(parsers) == 1 + 8 + 3 + 5
+    for parser in parsers:
+        assert parser.description
+        assert "exit codes: 0" in parser.format_help()
+        for action in parser._actions:
+            about = action.help or ""
+            name = f"{parser.prog} {action.dest}"
+            if action.nargs == argparse.PARSER:
+                continue
+            assert len(about.split()) > 1, f"{name} has no help"
+            # What can be read by itself begins with no preposition and is no name of a default.
+            first = about.split()[0]
+            assert first not in ("of", "with", "as", "default", "instead"), f"{name}: {about}"
 
 
 def test_convert_says_what_it_would_do(

@@ -13,7 +13,7 @@ PACKAGE = Path(fusedshape.__file__).parent
 # From the bottom up: a module may import from its own layer's package and from lower layers.
 LAYERS = [
     {"validate", "compiling"},
-    {"activations", "kinds", "files", "interrupts"},
+    {"activations", "kinds", "files", "interrupts", "loading", "shell"},
     {"spec"},
     {"undo", "nodes"},
     {"guard"},

@@ -10,6 +10,7 @@ import pytest
 
 import fusedshape
 from fusedshape import machine
+from fusedshape.validate import find_device
 
 ROOT = Path(__file__).parent.parent
 #: In torch's headers, and younger than the oldest torch that is allowed.
@@ -100,7 +101,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cuda:99", "cuda:x", "abacus", "meta", "cuda:-1", ""])
 def test_devices(name: str) -> None:
     if not name:
-        assert machine.find_device(name) == machine.find_device()
+        assert find_device(name) == find_device()
         return
     with pytest.raises(ValueError, match=f"device '{name}'"):
-        machine.find_device(name)
+        find_device(name)

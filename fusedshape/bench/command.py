@@ -1,4 +1,4 @@
-"""`fusedshape bench`: run, show, list, compare, plot."""
+"""`fusedshape bench`: run, list, show, compare, plot."""
 
 from __future__ import annotations
 
@@ -6,76 +6,93 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fusedshape.bench import compare, plot, records, revisions, text
 from fusedshape.bench.runner import NoDeviceError, OccupiedError, run_suite
 from fusedshape.bench.suites import SUITES
-
-#: Files that each action takes.
-_FILES = {"run": 0, "list": 0, "show": 1, "compare": 2, "plot": 1}
+from fusedshape.shell import Commands
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `fusedshape bench`."""
+def declare(commands: Commands) -> None:
+    """Declare `fusedshape bench run|list|show|compare|plot`."""
+    about = "measure speed, memory and accuracy; show, compare and plot what was measured"
+    bench = commands.group("bench", about, usual="run")
+
+    parser = bench.add("run", _run, "run a suite and write its record")
+    _add_cases(parser)
     parser.add_argument(
-        "action", nargs="?", choices=_FILES, default="run", metavar="action", help=", ".join(_FILES)
+        "--seed", type=int, default=0, help="seed of all random numbers (default 0)"
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no case that would end later than this (default: the suite's own limit)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the record at --out has, and run what it lacks",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file of the record (default under runs/, named by suite and time)",
+    )
+
+    _add_cases(bench.add("list", _list, "list the cases of a suite"))
+
+    parser = bench.add("show", _show, "show a record as tables")
+    parser.add_argument("record", type=Path, metavar="FILE", help="record to show")
+
+    about = "say what changed between records, or between two git revisions"
+    parser = bench.add("compare", _compare, about)
     parser.add_argument(
         "files",
-        nargs="*",
         type=Path,
-        help="records, for show, plot and compare; compare takes two, or as many of before as of "
-        "after, or two git revisions",
+        nargs="+",
+        metavar="RECORD",
+        help="records of before, then as many of after; or two git revisions, which are then "
+        "measured in turns",
     )
-    about = "; ".join(f"{suite.name}: {suite.about}" for suite in SUITES.values())
-    parser.add_argument("--suite", choices=SUITES, default="cpu", help=f"default cpu. {about}")
+    _add_cases(parser, " of git revisions")
+
+    parser = bench.add("plot", _plot, "draw the plots of a record")
+    parser.add_argument("record", type=Path, metavar="FILE", help="record to plot")
     parser.add_argument(
-        "--case", default="*", help="run or list only cases like this: 'conv_act/*'"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the plots (default: the record's name without its suffix)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default 0)")
-    parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="of the run, instead of the suite's own"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="run what the record at --out does not have yet"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="file of the record, or folder of the plots (default under runs/)"
-    )
-    parser.set_defaults(error=parser.error)
 
 
-def main(args: argparse.Namespace) -> None:
-    """Do what the arguments say.
-
-    Raises:
-        SystemExit: 2, wrong usage: files that the action does not take, or a GPU that is not there.
-        ValueError: a record that cannot be read, or not be gone on with.
-        RuntimeError: a case failed its check, or the GPU; the record is written all the same.
-        KeyboardInterrupt: interrupted or terminated; finished rows are kept.
-    """
-    count, wanted = len(args.files), _FILES[args.action]
-    if count != wanted and (args.action != "compare" or count < 2 or count % 2):
-        more = ", or as many of before as of after" if args.action == "compare" else ""
-        args.error(f"{args.action} takes {wanted} file(s){more}, got {count}")
-    actions: dict[str, Callable[[argparse.Namespace], None]] = {
-        "run": _run,
-        "list": _list,
-        "show": _show,
-        "compare": _compare,
-        "plot": _plot,
-    }
-    actions[args.action](args)
+def _add_cases(parser: argparse.ArgumentParser, whose: str = "") -> None:
+    suites = "; ".join(f"{suite.name}: {suite.about}" for suite in SUITES.values())
+    parser.add_argument(
+        "--suite",
+        choices=SUITES,
+        default="cpu",
+        metavar="NAME",
+        help=f"suite of cases{whose} (default cpu). {suites}",
+    )
+    parser.add_argument(
+        "--case",
+        default="*",
+        metavar="PATTERN",
+        help=f"take only the cases{whose} whose names match this: 'conv_act/*' (default all)",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     out = args.out or Path("runs") / f"bench-{args.suite}-{stamp}.json"
     if args.resume and args.out is None:
-        args.error("--resume needs --out, the record to go on with")
+        args.parser.error("--resume needs --out, the record to go on with")
     before = out.stat().st_mtime_ns if out.exists() else None
     own = True
     try:
@@ -89,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
             progress=True,
         )
     except NoDeviceError as error:
-        args.error(str(error))
+        args.parser.error(str(error))
     except OccupiedError:
         own = False
         raise
@@ -118,12 +135,14 @@ def _told_of(files: Sequence[Path]) -> Iterator[None]:
 
 
 def _show(args: argparse.Namespace) -> None:
-    with _told_of(args.files):
-        print(text.report(records.load(args.files[0])))
+    with _told_of([args.record]):
+        print(text.report(records.load(args.record)))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    half = len(args.files) // 2
+    half, odd = divmod(len(args.files), 2)
+    if odd:
+        args.parser.error(f"compare takes as many of before as of after, got {len(args.files)}")
     if len(args.files) == 2 and not any(map(os.path.lexists, args.files)):
         names = list(map(str, args.files))
         before, after = revisions.measure(names, args.suite, args.case, _say)
@@ -144,7 +163,6 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    (file,) = args.files
-    with _told_of(args.files):
-        for path in plot.plot(records.load(file), args.out or file.with_suffix("")):
+    with _told_of([args.record]):
+        for path in plot.plot(records.load(args.record), args.out or args.record.with_suffix("")):
             print(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,60 @@ from torch import Tensor, nn
 
 from fusedshape.diagnose import diagnose
 from fusedshape.kinds import features, kind_of
+from fusedshape.loading import load_object, make_model
 from fusedshape.nn import PerLocationNorm
+from fusedshape.shell import Commands, shape
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `fusedshape diagnose`."""
-    parser.add_argument("model", help="pkg.module:factory, called without arguments")
+def declare(commands: Commands) -> None:
+    """Declare `fusedshape diagnose`."""
+    about = "compare a model with what theory says of it, layer by layer, and name what is wrong"
+    parser = commands.add("diagnose", _run, about)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="model to diagnose: pkg.module:factory, called without arguments",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--data",
-        help="pkg.module:name of a tensor, of an iterable of batches, or of a function that makes "
-        "one; default normal random numbers that fit the model's first layer",
+        metavar="PKG.MODULE:NAME",
+        help="take the data from here: a tensor, an iterable of batches, or a function that "
+        "returns one (default: normal random numbers that fit the model's first layer)",
     )
     source.add_argument(
-        "--input", type=_shape, metavar="N,C,H,W", help="shape of normal random numbers"
+        "--input",
+        type=shape,
+        metavar="N,C,H,W",
+        help="take normal random numbers of this shape as data",
     )
-    parser.add_argument("--batches", type=int, default=4, help="batches to take (default 4)")
-    parser.add_argument("--sigma-w", type=float, help="σ_w that the weights should have")
-    parser.add_argument("--sigma-b", type=float, help="σ_b that the biases should have")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure")
-    parser.add_argument("--all", action="store_true", help="show every layer of a deep model")
+    parser.add_argument(
+        "--batches", type=int, default=4, help="number of batches to take (default 4)"
+    )
+    parser.add_argument(
+        "--sigma-w",
+        type=float,
+        metavar="NUMBER",
+        help="σ_w that the weights should have (default: as they are)",
+    )
+    parser.add_argument(
+        "--sigma-b",
+        type=float,
+        metavar="NUMBER",
+        help="σ_b that the biases should have (default: as they are)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything to this file as JSON"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure in this file")
+    parser.add_argument(
+        "--all", action="store_true", help="show every layer of a deep model, not some of them"
+    )
 
 
-def run(model: nn.Module, args: argparse.Namespace, load: Callable[[str], Any]) -> None:
-    """Diagnose, print, and write what was asked for.
-
-    Args:
-        model: what `args.model` made.
-        args: as declared by `add_arguments`.
-        load: finds ``pkg.module:name``.
-    """
-    data = _data(model, args, load)
+def _run(args: argparse.Namespace) -> None:
+    model = make_model(args.model)
+    data = _data(model, args)
     found = diagnose(model, data, batches=args.batches, sigma_w=args.sigma_w, sigma_b=args.sigma_b)
     if args.json is not None:
         found.save(args.json)
@@ -54,14 +76,12 @@ def run(model: nn.Module, args: argparse.Namespace, load: Callable[[str], Any]) 
     print(found)
 
 
-def _data(
-    model: nn.Module, args: argparse.Namespace, load: Callable[[str], Any]
-) -> Tensor | Iterable[Any]:
+def _data(model: nn.Module, args: argparse.Namespace) -> Tensor | Iterable[Any]:
     if args.data is not None:
-        found: Any = load(args.data)
+        found: Any = load_object(args.data)
         return found() if callable(found) else found
-    shape = args.input or _fitting(model)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    size = args.input or _fitting(model)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def _fitting(model: nn.Module) -> tuple[int, ...]:
@@ -78,13 +98,3 @@ def _fitting(model: nn.Module) -> tuple[int, ...]:
         "diagnose: the model has no linear or convolution layer to tell the shape of its input; "
         "pass --input or --data"
     )
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive integers like 32,3,8,8")
-    return shape

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
-import traceback
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fusedshape.files import parse_json, quoted, read_json, write_json
 from fusedshape.init import Method
+from fusedshape.loading import is_path
+from fusedshape.theory.command import strange_targets
 from fusedshape.validate import real
 
 #: Bytes of a configuration's file.
@@ -28,7 +26,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 MODELS = ("convnet", "mlp")
 DATA = ("digits",)
 WHOLE = ("depth", "width", "epochs", "batch_size", "seed", "threads")
-TARGETS = ("zeta", "eta", "tau", "sigma_b")
 OPTIONAL = ("depth", "zeta", "eta", "tau", "sigma_b", "threads")
 LIMITS: dict[str, tuple[float, float]] = {
     "depth": (1, 2**31 - 1),
@@ -140,7 +137,7 @@ class TrainConfig:
                 )
         for name, builtin in (("model", MODELS), ("data", DATA)):
             value = getattr(self, name)
-            if value not in builtin and not _is_path(value):
+            if value not in builtin and not is_path(value):
                 raise ValueError(
                     f"TrainConfig: {name}={value!r}; known: {_listed(builtin)}, or the form "
                     "pkg.module:factory"
@@ -214,91 +211,6 @@ class TrainConfig:
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
         write_json(Path(path), self.to_dict())
-
-
-def load_object(path: str) -> Any:
-    """Import ``pkg.module:name``, from the current folder too.
-
-    Raises:
-        ValueError: another form, or no such name.
-        ImportError: no such module, or one that cannot be imported.
-
-    Example:
-        >>> load_object("math:pi")
-        3.141592653589793
-    """
-    if not _is_path(path):
-        raise ValueError(f"{path!r} must have the form pkg.module:name")
-    module, _, name = path.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise ImportError(f"{path}: importing {module} raised {_said(error)}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"module {module!r} has no {name!r}")
-        found = getattr(found, part)
-    return found
-
-
-def make(path: str, **arguments: Any) -> Any:
-    """Call ``pkg.module:factory``.
-
-    Raises:
-        TypeError: what is there cannot be called.
-        RuntimeError: the factory raised something; the message says what and where.
-        ValueError, ImportError: as `load_object`.
-
-    Example:
-        >>> make("builtins:dict", a=1)
-        {'a': 1}
-    """
-    factory = load_object(path)
-    if not callable(factory):
-        raise TypeError(f"{path} is no function or class, but {factory!r:.60}")
-    try:
-        return factory(**arguments)
-    except Exception as error:
-        raise RuntimeError(f"{path} raised {_said(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    """An error of a user's code, with the line it comes from."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, (ImportError, SyntaxError)):
-        return text
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{text} ({last.filename}, line {last.lineno})"
-
-
-def strange_targets(method: str | None, activation: str, given: Mapping[str, object]) -> str | None:
-    """Say which of the targets that are given, and not None, a method does not aim at.
-
-    Example:
-        >>> strange_targets("TAT", "tanh", {"zeta": 1.5, "tau": 0.3})
-        'TAT of tanh aims at tau, not at zeta'
-        >>> strange_targets("DKS", "tanh", {"zeta": 1.5, "tau": None})
-    """
-    aims: dict[str | None, str | None] = {"DKS": "zeta", "TAT": "tau", "EOC": "sigma_b", None: None}
-    name = method and method.upper()
-    if name not in aims:
-        return None  # who knows the methods says so
-    aim = "eta" if name == "TAT" and activation in ("relu", "leaky_relu") else aims[name]
-    strange = [other for other in TARGETS if given.get(other) is not None and other != aim]
-    if not strange:
-        return None
-    of = f"{name} of {activation}" if name else "method null"
-    return f"{of} aims at {aim or 'nothing'}, not at {', '.join(strange)}"
-
-
-def _is_path(value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    module, colon, name = value.partition(":")
-    parts = [*module.split("."), *name.split(".")]
-    return bool(colon) and all(part.isidentifier() for part in parts)
 
 
 def _listed(values: tuple[str | None, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -297,34 +296,6 @@ def summary(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: ``python -m fusedshape.train.demo demo|sweep [--out FOLDER] …``."""
-    parser = argparse.ArgumentParser(prog="python -m fusedshape.train.demo", description=__doc__)
-    parser.add_argument("what", choices=("demo", "sweep"))
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of the sweep")
-    parser.add_argument("--depths", type=int, nargs="+", help="depths, in this order")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="arms of the sweep")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the sweep")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="CPU threads of the demo")
-    args = parser.parse_args(argv)
-    if args.what == "demo":
-        for depth in args.depths or DEPTHS[:1]:
-            run_demo(args.out, depth=depth, epochs=args.epochs, threads=args.threads)
-    else:
-        data = run_sweep(
-            args.out / "sweep.json",
-            jobs=args.jobs,
-            depths=args.depths or DEPTHS,
-            arms=args.arms,
-            seeds=args.seeds,
-            epochs=args.epochs,
-        )
-        _print(summary(data))
-    return 0
-
-
 def _train_all(configs: Sequence[TrainConfig], jobs: int) -> Iterator[tuple[TrainConfig, Result]]:
     """Results as they come in."""
     if jobs == 1 or len(configs) < 2:
@@ -389,7 +360,3 @@ def _table_line(row: Result) -> str:
 
 def _print(line: str) -> None:
     print(line, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,14 +19,14 @@ from fusedshape.convert import convert
 from fusedshape.files import quoted, sweep, write_json
 from fusedshape.init import init_module_
 from fusedshape.kinds import kind_of
-from fusedshape.machine import find_device
+from fusedshape.loading import make, make_model
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm
 from fusedshape.train.checkpoint import Result, keep, resume
-from fusedshape.train.config import TrainConfig, make
+from fusedshape.train.config import TrainConfig
 from fusedshape.train.data import Data, digits
 from fusedshape.train.plot import plot_curves
-from fusedshape.validate import instance
+from fusedshape.validate import find_device, instance
 
 WARM_UP = 0.3  # share of the steps
 START, END = 1 / 25, 1 / 250_000  # of the peak learning rate
@@ -204,9 +204,7 @@ def build(config: TrainConfig, data: Data) -> nn.Module:
         assert config.depth is not None
         model = vanilla_mlp(config.depth, config.width, math.prod(shape), data.num_classes)
     else:
-        model = make(config.model, in_channels=shape[0], num_classes=data.num_classes)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{config.model} returned {type(model).__name__}, not an nn.Module")
+        model = make_model(config.model, in_channels=shape[0], num_classes=data.num_classes)
     generator = torch.Generator().manual_seed(config.seed)
     if config.method is not None:
         names = ["zeta", "eta", "tau", "sigma_b"]

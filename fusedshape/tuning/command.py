@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
+from fusedshape.loading import make_model
 from fusedshape.ops.choice import pinned_engine, rivals
 from fusedshape.ops.problem import Direction, Problem
+from fusedshape.shell import Commands, shape
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory
 from fusedshape.tuning.layers import Layer, fused_layers
 from fusedshape.tuning.measuring import Result, able, measure
 from fusedshape.tuning.problems import is_passed_over, settings
+from fusedshape.validate import find_device
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -29,38 +31,47 @@ _DTYPES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `fusedshape tune`."""
-    parser.add_argument("model", help="pkg.module:factory, called without arguments")
+def declare(commands: Commands) -> None:
+    """Declare `fusedshape tune`."""
+    about = "measure which engine computes each fused layer of a model fastest, and keep it"
+    parser = commands.add("tune", _run, about)
     parser.add_argument(
-        "--input", required=True, type=_shape, metavar="N,C,H,W", help="shape of the model's input"
+        "model",
+        metavar="MODEL",
+        help="model to tune: pkg.module:factory, called without arguments",
     )
-    parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="default fp32")
+    parser.add_argument(
+        "--input", required=True, type=shape, metavar="N,C,H,W", help="shape of the model's input"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="fp32",
+        metavar="DTYPE",
+        help=f"dtype of model and input: {', '.join(_DTYPES)} (default fp32)",
+    )
     parser.add_argument(
         "--autocast",
         action="store_true",
         help="leave the model in fp32 and run it under autocast to --dtype",
     )
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument(
+        "--device",
+        help="device to measure: cpu, cuda, cuda:1, … (default cuda where there is one, else cpu)",
+    )
     parser.add_argument(
         "--no-channels-last", action="store_true", help="leave model and input contiguous"
     )
-    parser.add_argument("--benchmark", action="store_true", help="with cudnn.benchmark = True")
-    parser.add_argument("--force", action="store_true", help="measure what is in the cache, too")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="measure with cudnn.benchmark = True"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="measure also what the cache has already"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="measure nothing, show what is chosen now"
     )
-    parser.add_argument("--json", action="store_true", help="as JSON")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive integers like 32,3,8,8")
-    return shape
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
 class Row(NamedTuple):
@@ -81,19 +92,8 @@ class Row(NamedTuple):
     result: Result | None
 
 
-def run(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
-    """Tune a model's layers as the arguments say, and print what was found.
-
-    Args:
-        model: what `args.model` made.
-        args: as declared by `add_arguments`.
-        device: what `args.device` names.
-
-    Raises:
-        ValueError: no fused layers, or autocast to a dtype that it does not know.
-        RuntimeError: the model cannot take the input, "aten" cannot run, or what was found could
-            not be kept; it is shown all the same.
-    """
+def _run(args: argparse.Namespace) -> None:
+    model, device = make_model(args.model), find_device(args.device)
     dtype = _DTYPES[args.dtype]
     if args.autocast and args.dtype not in ("fp16", "bf16"):
         raise ValueError(f"--autocast is to fp16 or bf16, got --dtype {args.dtype}; name one")

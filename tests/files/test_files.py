@@ -157,8 +157,8 @@ def test_the_command_says_it_in_one_line(
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_bytes(content)
     for path in paths:
-        compared = argv[-1] == "compare"
-        rest = [str(path)] if compared else ["--out", str(tmp_path / "out")]
+        out = ["--out", str(tmp_path / "out")]
+        rest = {"compare": [str(path)], "show": []}.get(argv[-1], out)
         assert main([*argv, str(path), *rest]) == 1
         shown = capsys.readouterr()
         assert shown.out == ""

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusedshape.loading import load_object, make
 from fusedshape.machine import write_json
 from fusedshape.nn import PerLocationNorm, ShapedConv2d
 from fusedshape.train import Data, TrainConfig, demo, loop, plot, run
-from fusedshape.train.config import load_object, make
 from fusedshape.train.loop import build, evaluate, fit, learning_rate
 
 
