@@ -10,7 +10,7 @@ from PIL import Image
 
 from fusedshape.bench import records
 from fusedshape.bench.plot import plot
-from fusedshape.cli import main, parser
+from fusedshape.cli import commands, main
 from fusedshape.files import read_json
 from fusedshape.machine import headline
 from fusedshape.train.demo import plot_sweep
@@ -81,8 +81,8 @@ def test_other_commands_are_understood() -> None:
     lines |= set(re.findall(r"^\.venv/bin/fusedshape (.*)$", block, re.MULTILINE))
     assert len(lines) > 8
     for line in lines:
-        arguments = parser().parse_args(line.split())
-        assert arguments.command == line.split()[0]
+        arguments = commands().parse(line.split())
+        assert arguments.parser.prog.split()[1] == line.split()[0]
 
 
 def test_linked_files_exist() -> None:
