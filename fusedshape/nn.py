@@ -3,6 +3,7 @@
 # No annotations from __future__ here: torch.fx writes a forward's own into its code, and what it
 # is to import by strings it cannot pickle.
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -90,6 +91,7 @@ def _unscriptable(module: nn.Module) -> str:
     )
 
 
+_NOT_GIVEN: Any = inspect.Parameter.empty  # so that inspect.signature shows no default
 _IDENTITY = ActSpec("leaky_relu", negative_slope=1.0)
 
 
@@ -105,13 +107,22 @@ class _Shaped(FusedLayer):
     def __init__(
         self,
         *args: Any,
-        spec: ActSpec,
+        spec: ActSpec = _NOT_GIVEN,
         backend: Backend = "auto",
         engine: Engine = "auto",
+        device: Any = None,  # named, because torch.nn.utils.skip_init asks whether it is
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        _check_how(type(self).__name__, spec, backend, engine)
+        who = type(self).__name__
+        if spec is _NOT_GIVEN:
+            raise TypeError(
+                f"{who}: the argument spec is missing; pass the activation's constants by name, "
+                "spec=fusedshape.ActSpec(...)"
+            )
+        _check_how(who, spec, backend, engine)
+        if device is not None:
+            kwargs["device"] = device
         self.__dict__.update(vars(_undrawn(self.plain_class)(*args, **kwargs)))
         self.spec = spec
         self.backend = backend

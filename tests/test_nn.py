@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -273,6 +274,22 @@ def test_constructors_take_the_plain_ones_arguments(cls, args, kwargs) -> None: 
     assert list(layer.state_dict()) == list(plain.state_dict())
     for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
         assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+
+@pytest.mark.parametrize("cls", [ShapedLinear, ShapedConv1d, ShapedConv2d, ShapedConv3d])
+def test_a_layer_without_constants_is_refused_by_name(cls: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{cls.__name__}: the argument spec is missing"):
+        cls(3, 5, *((3,) if cls is not ShapedLinear else ()))
+
+
+def test_torch_can_skip_the_initialisation() -> None:
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        conv = nn.utils.skip_init(ShapedConv2d, 3, 8, 3, padding=1, spec=SPEC)
+        linear = nn.utils.skip_init(ShapedLinear, 3, 8, spec=SPEC, dtype=torch.float64)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert (conv.weight.shape, conv.weight.device.type) == ((8, 3, 3, 3), "cpu")
+    assert (linear.weight.dtype, linear.spec) == (torch.float64, SPEC)
 
 
 def test_a_constructor_draws_the_weights_once() -> None:
