@@ -113,7 +113,7 @@ def test_every_row_has_its_twin_in_csrc(row: Activation) -> None:
     assert row.name in twins, f"csrc/cpu/phi.h has no FS_PHI({row.name}, …)"
     base = "FromOutput" if row.saves == "output" else "Defaults"
     assert twins[row.name] == base, f"csrc/cpu/phi.h: FS_PHI({row.name}, …) must be a {base}"
-    assert set(twins) == set(ACTIVATIONS), "csrc/cpu/phi.h has a twin of no row"
+    assert set(twins) <= set(ACTIVATIONS), "csrc/cpu/phi.h has a twin of no row"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -179,7 +179,7 @@ def test_names_are_read_as_the_function_they_name(row: Activation) -> None:
 def test_the_performance_page_says_what_each_row_saves(row: Activation) -> None:
     page = (ROOT / "docs/performance.md").read_text().partition("| float32, float64 |")[2]
     both, float32, neither = (set(re.findall(r"\w+", line)) for line in page.splitlines()[2:5])
-    place = f"docs/performance.md: the table of what backward saves has {row.name} in another line"
+    place = f"docs/performance.md: {row.name} is not in its line of the table of what is saved"
     assert (row.name in both) == (row.saves == "output" and row.homogeneous), place
     assert (row.name in float32 - {"relu"}) == (row.saves == "output" and row.name != "relu"), place
     assert (row.name in neither) == (row.saves == "input" or row.homogeneous), place

@@ -16,27 +16,6 @@ from fusedshape.ops import ChainLayer
 
 Function = Callable[..., Tensor]
 SLOPE = 0.3
-# A slope is saved as the output, as torch does in place.
-STOCK: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": lambda u: F.leaky_relu_(u, SLOPE),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "elu": F.elu,
-    "selu": F.selu,
-    "softsign": F.softsign,
-    "atan": torch.atan,
-    "asinh": torch.asinh,
-    "swish": F.silu,
-    "gelu": lambda u: F.gelu(u, approximate="tanh"),
-    "gelu_exact": F.gelu,
-    "erf": torch.erf,
-    "bentid": lambda u: 0.5 * ((u * u + 1).sqrt() - 1) + u,
-    "square": lambda u: u * u,
-    "sin": torch.sin,
-    "cos": torch.cos,
-}
 
 
 def spec_of(name: str, shift: float = 0.1) -> ActSpec:
@@ -44,7 +23,11 @@ def spec_of(name: str, shift: float = 0.1) -> ActSpec:
 
 
 def stock(u: Tensor, spec: ActSpec) -> Tensor:
-    v = STOCK[spec.activation](spec.input_scale * u + spec.input_shift)
+    u = spec.input_scale * u + spec.input_shift
+    function = spec.row.function
+    assert function is not None
+    # In place torch saves the output of a leaky_relu, as this library does.
+    v = F.leaky_relu_(u, SLOPE) if spec.row.has_slope else function(u, SLOPE)
     return spec.output_scale * (v + spec.output_shift)
 
 
