@@ -151,7 +151,7 @@ def conv() -> str:
     return f"{_table(head, body)}\n\n{note}"
 
 
-def accuracy(dtype: str = "bfloat16") -> str:
+def accuracy(dtype: str) -> str:
     """Errors in half precision."""
     record, _ = _recorded("accuracy")
     inputs: dict[str, None] = {}
@@ -364,21 +364,20 @@ def _ratios(rows: list[Row]) -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "sweep": sweep,
-        "demo": demo,
-        "conv": conv,
-        "accuracy": accuracy,
-        "solver": solver,
+    "docs/training.md": {"sweep": sweep, "demo": demo},
+    "docs/constants.md": {"solver": solver},
+    "docs/precision.md": {
+        "bfloat16": partial(accuracy, "bfloat16"),
+        "float16": partial(accuracy, "float16"),
     },
     "docs/performance.md": {
+        "conv": conv,
         "bound": bound,
         "layers": layers,
         "others": others,
         "nets": nets,
         "memory": memory,
         "overhead": overhead,
-        "accuracy": partial(accuracy, "float16"),
         "diagnose": diagnosis,
         "scaling": scaling,
         "gpu": gpu,
@@ -386,7 +385,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
-def written(page: str, name: str = "README.md") -> str:
+def written(page: str, name: str) -> str:
     """The text of a page, with its tables as the records say."""
     for table, make in PAGES[name].items():
         begin, end = f"<!-- table: {table} -->\n", "<!-- end -->"

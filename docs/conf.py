@@ -20,6 +20,7 @@ napoleon_use_ivar = True  # "Attributes:" of a NamedTuple would be declared twic
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

@@ -11,7 +11,7 @@ import fusedshape
 torch.manual_seed(0)
 layers = [m for i in range(16) for m in (nn.Conv2d(16 if i else 3, 16, 3, padding=1), nn.ReLU())]
 model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-fusedshape.convert(model, method="TAT", activation="leaky_relu")
+fusedshape.convert(model, fusedshape.TAT())
 image = torch.randn(1, 3, 16, 16)
 
 stock = fusedshape.fold(model.eval())

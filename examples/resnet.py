@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedshape
+from fusedshape import TAT
 
 
 class BasicBlock(nn.Module):
@@ -52,7 +53,7 @@ model = resnet18(num_classes=10, width=32)
 images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
 
 shortcuts = fusedshape.reweight_shortcuts(model, 0, drop_unused=True)
-report = fusedshape.convert(model, method="TAT", strip_batchnorm=True, init="suo_full")
+report = fusedshape.convert(model, TAT(), strip_batchnorm=True, init="suo_full")
 print(f"{shortcuts.counts['removed']} shortcuts removed, {report.counts['fused']} layers fused")
 print(fusedshape.diagnose(model, images).verdict)
 

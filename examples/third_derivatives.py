@@ -24,7 +24,7 @@ def derivatives(model: nn.Module, x: torch.Tensor, order: int) -> list[torch.Ten
 torch.manual_seed(0)
 layers = [m for i in range(DEPTH) for m in (nn.Linear(WIDTH if i else 1, WIDTH), nn.ReLU())]
 model = nn.Sequential(*layers, nn.Linear(WIDTH, 1)).double()
-fusedshape.convert(model, method="DKS", activation="tanh")
+fusedshape.convert(model, fusedshape.DKS("tanh"))
 
 x = torch.linspace(0, 3, POINTS, dtype=torch.float64).unsqueeze(1).requires_grad_()
 optimiser = torch.optim.LBFGS(model.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")

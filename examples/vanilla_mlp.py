@@ -12,7 +12,7 @@ x = x.float() / 16
 train, test = torch.randperm(len(x)).split(1500)
 layers = [m for i in range(50) for m in (nn.Linear(64 if i else 65, 64), nn.ReLU())]
 model = nn.Sequential(fusedshape.PerLocationNorm(), *layers, nn.Linear(64, 10))
-fusedshape.convert(model, method="TAT", activation="leaky_relu")
+fusedshape.convert(model, fusedshape.TAT())
 optimiser = torch.optim.Adam(model.parameters(), lr=5e-4)
 for _epoch in range(5):
     for batch in train[torch.randperm(1500)].split(64):

@@ -1,15 +1,29 @@
-"""The pages in docs/: every public name stands in the API pages, and nothing else does."""
+"""The pages: their code, commands, links and tables, and the public names in the API pages."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
+import shlex
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import fusedshape
+import pytest
 
-DOCS = Path(__file__).parent.parent / "docs"
+import fusedshape
+from bench.tables import PAGES as TABLES
+from bench.tables import written
+from fusedshape.cli import commands as program
+from fusedshape.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted((*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "csrc/README.md"))
+}
 #: Public submodules that have an `__all__`. What `ops` has, `fusedshape` itself exports.
 SUBMODULES = ("convert", "diagnose", "init", "models", "theory", "train", "tuning")
 #: What public functions take or return, documented where it is defined.
@@ -61,3 +75,128 @@ def test_exported_submodules_are_documented() -> None:
     assert modules <= set(SUBMODULES)
     for module in SUBMODULES:
         assert f"fusedshape.{module}." in "\n".join(documented()), module
+
+
+def fenced(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: str) -> set[str]:
+    """What a reader may type: lines of shell blocks, and code in the text that looks like one."""
+    blocks = [block.replace("\\\n", " ") for block in fenced(page, "sh")]
+    lines = [line for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    programs = r"fusedshape|make|pip|(?:\w+=\S+ )?\.venv/bin/\w+|python -m"
+    lines += re.findall(rf"`((?:{programs}) [^`…]+)`", prose)
+    return {line.split("  #")[0].strip() for line in lines} - {""}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_python_of_the_pages_runs(name: str) -> None:
+    blocks = fenced(PAGES[name], "python")
+    if any("from dks" in block for block in blocks):
+        pytest.importorskip("dks.pytorch.activation_transform")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dks's quadrature overflows on purpose
+        exec(compile("\n".join(blocks), name, "exec"), {})
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_the_pages_exist(name: str) -> None:
+    for command in sorted(commands(PAGES[name])):
+        words = shlex.split(command, comments=True)
+        while re.fullmatch(r"\w+=\S+", words[0]):
+            words.pop(0)
+        program, *arguments = words
+        program = program.removeprefix(".venv/bin/")
+        assert program in CHECKS, f"{name}: nobody checks {command!r}"
+        CHECKS[program](arguments)
+
+
+def understood(arguments: list[str]) -> None:
+    """By the command line's own parser."""
+    words = all(re.fullmatch("[a-z]+", argument) for argument in arguments)
+    try:
+        program().parse([MODEL if a == "pkg.module:factory" else a for a in arguments])
+    except SystemExit as end:
+        if not words or end.code == 0:
+            raise
+        with pytest.raises(SystemExit, match=r"^0$"):  # a command's name alone
+            program().parse([*arguments, "--help"])
+
+
+def makes(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in arguments:
+        assert f"\n{target}:" in makefile, target
+
+
+def python(arguments: list[str]) -> None:
+    assert arguments[0] == "-m"
+    assert importlib.util.find_spec(arguments[1]) is not None, arguments
+
+
+def pytest_takes(arguments: list[str]) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for option, value in zip([None, *arguments], arguments, strict=False):
+        if option == "-m":
+            assert f'"{value}: ' in project, value
+        elif option != "-k" and not value.startswith("-"):
+            assert (ROOT / value).exists(), value
+
+
+def installs(arguments: list[str]) -> None:
+    extras = re.findall(r"\[(\w+)\]", " ".join(arguments))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert arguments[0] == "install"
+    assert all(f"\n{extra} = [" in project for extra in extras)
+
+
+def always(arguments: list[str]) -> None:
+    """Programs of everybody's."""
+
+
+MODEL = "fusedshape.models:vanilla_vgg16"
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "fusedshape": understood,
+    "make": makes,
+    "python": python,
+    "pytest": pytest_takes,
+    "pip": installs,
+    "ruff": always,
+    "mypy": always,
+    "cp": always,
+    "cd": always,
+}
+
+
+def test_checks_of_commands_can_fail() -> None:
+    with pytest.raises(SystemExit):
+        understood(["bench", "--no-such-option"])
+    for check, argument in ((makes, "nothing"), (pytest_takes, "tests/test_nothing.py")):
+        with pytest.raises(AssertionError):
+            check([argument])
+    with pytest.raises(AssertionError):
+        python(["-m", "fusedshape_nothing"])
+    with pytest.raises(AssertionError):
+        installs(["install", "fusedshape[nothing]"])
+
+
+@pytest.mark.parametrize("command", ["info", f"convert {MODEL}", f"constants --model {MODEL}"])
+def test_quick_commands_of_the_pages_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = command.replace(MODEL, "pkg.module:factory")
+    assert any(wanted in page or command in page for page in PAGES.values())
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_the_pages_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[name]):
+        if not target.startswith("http"):
+            assert ((ROOT / name).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_the_pages_are_those_of_the_records(name: str) -> None:
+    assert written(PAGES[name], name) == PAGES[name], "run: python -m bench.tables"
