@@ -1,4 +1,4 @@
-"""Imports go downward only, and importing the package is quiet and light."""
+"""Imports go downward only, no private name crosses a module, and importing is quiet and light."""
 
 from __future__ import annotations
 
@@ -67,6 +67,48 @@ def test_imports_go_downward() -> None:
         assert own in RANK, f"{path} has no layer: give it one in LAYERS and in ARCHITECTURE.md"
         for name in imported(path) - {own}:
             assert RANK[name] < RANK[own], f"{path} imports {name}, which stands above it"
+
+
+def private_uses(source: str, modules: set[str]) -> list[str]:
+    """Names with a leading underscore that a file takes from other modules of the package."""
+    tree = ast.parse(source)
+    found, known = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fusedshape"):
+            for alias in node.names:
+                if alias.name.startswith("_") and not alias.name.endswith("__"):
+                    found.append(f"{node.module}.{alias.name}")
+                if f"{node.module}.{alias.name}" in modules:
+                    known.add(alias.asname or alias.name)
+        elif isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name for alias in node.names if alias.name in modules}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in known:
+            private = node.attr.startswith("_") and not node.attr.endswith("__")
+            found += [f"{ast.unparse(node.value)}.{node.attr}"] if private else []
+    return found
+
+
+def test_no_private_name_crosses_a_module() -> None:
+    files = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    modules = {name.removesuffix(".__init__") for name in files}
+    for path in files.values():
+        assert not private_uses(path.read_text(), modules), path
+
+
+def test_private_names_are_found() -> None:
+    source = """
+import fusedshape.native, torch
+from fusedshape.kernels import conv, gemm as product
+from fusedshape.spec import ActSpec, _check
+torch._C, conv.__name__, conv._plan, ActSpec._fields, product._plan, fusedshape.native._load
+"""
+    modules = {"fusedshape.native", "fusedshape.kernels.conv", "fusedshape.kernels.gemm"}
+    want = ["fusedshape.spec._check", "conv._plan", "product._plan", "fusedshape.native._load"]
+    assert sorted(private_uses(source, modules)) == sorted(want)
 
 
 def test_architecture_names_every_module() -> None:

@@ -28,23 +28,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedshape.kernels import epilogue, gemm, pointwise
+from fusedshape.kernels import epilogue, gemm, host, images, reduction, tiles
 from fusedshape.kernels.epilogue import IDENTITY
-from fusedshape.kernels.pointwise import WIDE
-from fusedshape.kernels.roofline import Arithmetic, Problem
-from fusedshape.kernels.sizes import cdiv
+from fusedshape.kernels.host import Direction, Launch, cdiv
+from fusedshape.kernels.images import why_not
+from fusedshape.kernels.roofline import Problem
+from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
 
-Direction = Literal["forward", "dgrad", "wgrad"]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+__all__ = ["conv", "conv_act", "conv_dgrad", "conv_wgrad", "why_not"]
 
 #: Bytes of shared memory that kernels for sm_100 keep for their barriers, and some to spare.
 BARRIERS = 128
@@ -193,7 +193,7 @@ def _conv_kernel(
     if SUBS > 1:
         remainder = pid % SUBS
         pid = pid // SUBS
-    tile_m, tile_n = gemm._tile(pid, tiles_m, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    tile_m, tile_n = tiles.place(pid, tiles_m, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     part = tile_m * SUBS + remainder
     if WIDE:
         tile_m = tile_m.to(tl.int64)
@@ -312,7 +312,7 @@ def _conv_kernel(
     pixel = m
     if SUBS > 1:
         pixel = (image * out_h + (row0 + i * STRIDE_H)) * out_w + (col0 + j * STRIDE_W)
-    parts = epilogue.slices(acc, SLICES)
+    parts = tiles.slices(acc, SLICES)
     for s in tl.static_range(SLICES):
         first_n = tile_n * BLOCK_N + s * (BLOCK_N // SLICES)
         _finish(
@@ -409,7 +409,7 @@ def _wgrad_kernel(
     to_row = (STRIDE_H * in_w - out_w * STRIDE_W) * C
     to_image = (in_h - out_h * STRIDE_H) * in_w * C
 
-    dz_m = part * steps * BLOCK_K + (gemm._dealt_rows(BLOCK_K) if DEAL else tl.arange(0, BLOCK_K))
+    dz_m = part * steps * BLOCK_K + (tiles.dealt_rows(BLOCK_K) if DEAL else tl.arange(0, BLOCK_K))
     dz_at = dz_ptr + (k[:, None] + dz_m[None, :] * K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if EVEN:
@@ -429,10 +429,10 @@ def _wgrad_kernel(
         if not EVEN:
             dz_mask = dz_mask & (dz_m < pixels)[None, :]
             x_mask = x_mask & (m < pixels)[:, None]
-        dz = gemm._load_across(dz_at, dz_mask, PRECISION)
-        x = gemm._load_across(x_first + place[:, None], x_mask, PRECISION)
+        dz = tiles.load_across(dz_at, dz_mask, PRECISION)
+        x = tiles.load_across(x_first + place[:, None], x_mask, PRECISION)
         if DEAL:
-            x = gemm._deal(x)
+            x = tiles.deal(x)
         acc = tl.dot(dz, x, acc, input_precision=PRECISION)
         if not EVEN:
             m += BLOCK_K
@@ -450,24 +450,21 @@ def _wgrad_kernel(
         if not SAME:
             place += tl.where(carry, to_image, 0)
     if DEAL:
-        acc = gemm._gather_columns(acc)
+        acc = tiles.gather_columns(acc)
     index = (part * K + k)[:, None] * (R * S * C) + col[None, :]
     mask = (k < K)[:, None] & in_col[None, :]
     tl.store(out_ptr + index, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_INTERPRETED = not isinstance(_conv_kernel, triton.JITFunction)
-
-
 @dataclass(frozen=True)
-class Config(epilogue.Tiling):
+class Config(Tiling):
     """How a kernel cuts up a convolution.
 
     A tile of the output is `block_m` pixels by `block_n` channels; in wgrad, where tiles are not
     grouped, `block_m` output channels by `block_n` input channels of one tap.
 
     Attributes:
-        splits: parts of the sum over pixels in wgrad; 0 takes those of `gemm.parts_of`.
+        splits: parts of the sum over pixels in wgrad; 0 takes those of `host.parts_of`.
     """
 
     splits: int = 0
@@ -507,7 +504,7 @@ CONFIGS: dict[Direction, tuple[Config, ...]] = {
 FMA_CONFIGS = (Config(64, 64, 64, 8, 2), Config(32, 32, 64, 4, 2))
 
 
-def candidates(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> tuple[Config, ...]:
+def candidates(direction: Direction, problem: Problem, gpu: host.Gpu) -> tuple[Config, ...]:
     """The shipped configurations that fit into the shared memory and registers of a GPU."""
     shipped = CONFIGS[direction] if _tensor_cores(problem) else FMA_CONFIGS
     read = problem.out_channels if direction == "dgrad" else problem.channels
@@ -518,8 +515,8 @@ def candidates(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> tuple[C
 
 
 @tunable(candidates)
-def config_for(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> Config:
-    """The first of the shipped configurations that `gemm.cost` finds cheapest.
+def config_for(direction: Direction, problem: Problem, gpu: host.Gpu) -> Config:
+    """The first of the shipped configurations that `host.cost` finds cheapest.
 
     Args:
         direction: of the kernel.
@@ -532,13 +529,13 @@ def config_for(direction: Direction, problem: Problem, gpu: gemm.Gpu) -> Config:
     )
 
 
-def _cost(config: Config, direction: Direction, problem: Problem, gpu: gemm.Gpu) -> float:
+def _cost(config: Config, direction: Direction, problem: Problem, gpu: host.Gpu) -> float:
     p = problem
     block_k = config.bytes_k // p.itemsize
     if direction == "wgrad":
         splits, steps = _splits(config, p, gpu)
         programs = _wgrad_tiles(config, p) * splits
-        return gemm.cost(config, programs, steps * block_k, splits > 1, _tensor_cores(p), gpu)
+        return host.cost(config, programs, steps * block_k, splits > 1, _tensor_cores(p), gpu)
     read, written, rows, subs = p.channels, p.out_channels, p.pixels, 1
     if direction == "dgrad":
         read, written, rows, subs = written, read, _dgrad_rows(p), p.stride[0] * p.stride[1]
@@ -546,7 +543,7 @@ def _cost(config: Config, direction: Direction, problem: Problem, gpu: gemm.Gpu)
     steps = taps[0] * cdiv(taps[1], block_k)
     programs = subs * cdiv(rows, config.block_m) * cdiv(written, config.block_n)
     # Each tap meets at one remainder of the stride.
-    return gemm.cost(config, programs, steps * block_k / subs, False, _tensor_cores(p), gpu)
+    return host.cost(config, programs, steps * block_k / subs, False, _tensor_cores(p), gpu)
 
 
 def _flat(channels: int, taps: int) -> bool:
@@ -568,13 +565,13 @@ def _wgrad_tiles(config: Config, problem: Problem) -> int:
     return across * cdiv(p.out_channels, config.block_m)
 
 
-def _splits(config: Config, problem: Problem, gpu: gemm.Gpu) -> tuple[int, int]:
+def _splits(config: Config, problem: Problem, gpu: host.Gpu) -> tuple[int, int]:
     """Parts of wgrad's sum over pixels, and the steps of each; no part is empty."""
     block_k = config.bytes_k // problem.itemsize
     steps = cdiv(problem.pixels, block_k)
     tiles = _wgrad_tiles(config, problem)
     cores = _tensor_cores(problem)
-    return gemm.parts_of(config, config.splits, tiles, steps, block_k, cores, gpu)
+    return host.parts_of(config, config.splits, tiles, steps, block_k, cores, gpu)
 
 
 def conv_act(
@@ -645,29 +642,44 @@ def _forward(
     kernel_args: KernelArgs,
     config: Config | gemm.Config | None,
 ) -> Tensor:
-    _check(op, x, weight)
-    problem = _problem(op, x.shape, weight.shape, *geometry, x.dtype)
-    bias = _vector(op, bias, problem.out_channels)
-    shape = _like(x, problem.batch, problem.out_channels, problem.out_height, problem.out_width)
-    _check_shape(op, "residual", residual, shape)
+    images.check(op, x, weight)
+    problem = images.problem_of(op, x.shape, weight.shape, *geometry, x.dtype)
+    bias = images.vector(op, bias, problem.out_channels)
+    shape = images.shape_like(x, problem.output)
+    images.check_shape(op, "residual", residual, shape)
     if residual is None:
         residual_weight = 0.0
     constants = epilogue.constants(kernel_args, residual_weight)
     if _is_gemm(problem, config):
         y = gemm.linear_act(
-            *(_matrix(x), _matrix(weight), bias, None if residual is None else _matrix(residual)),
+            *(
+                images.as_matrix(x),
+                images.as_matrix(weight),
+                bias,
+                None if residual is None else images.as_matrix(residual),
+            ),
             *(residual_weight, kernel_args),
             tf32=problem.arithmetic == "tf32",
             config=config,
         )
-        return _from_matrix(y, shape)
-    y = _empty(x, shape)
+        return images.from_matrix(y, shape)
+    y = images.empty(x, shape)
     if y.numel():
-        gpu = gemm.gpu_of(x.device)
+        gpu = host.gpu_of(x.device)
         config = config or config_for("forward", problem, gpu)
         p = problem
         _launch(
-            *(p, config, False, _images(x), _images(weight), _images(y), bias, residual, None),
+            *(
+                p,
+                config,
+                False,
+                images.as_images(x),
+                images.as_images(weight),
+                images.as_images(y),
+                bias,
+                residual,
+                None,
+            ),
             *(kernel_args[0], constants, False),
         )
     return y
@@ -713,41 +725,52 @@ def conv_dgrad(
         ValueError: as `conv_act`.
     """
     op = "conv_dgrad"
-    _check(op, dz, weight, layout=False)
-    problem = _problem(op, input_size, weight.shape, stride, padding, dilation, dz.dtype)
+    images.check(op, dz, weight, layout=False)
+    problem = images.problem_of(op, input_size, weight.shape, stride, padding, dilation, dz.dtype)
     shape = tuple(input_size)
-    _check_shape(
-        *(op, "dz", dz),
-        _like(dz, problem.batch, problem.out_channels, problem.out_height, problem.out_width),
-    )
-    _check_shape(op, "saved", saved, shape)
+    images.check_shape(op, "dz", dz, images.shape_like(dz, problem.output))
+    images.check_shape(op, "saved", saved, shape)
     if saved is None:
         kernel_args = epilogue.PLAIN
-    bias = None if saved is None or save_output else _vector(op, bias, problem.channels)
+    bias = None if saved is None or save_output else images.vector(op, bias, problem.channels)
     if _is_gemm(problem, config):
         dx, sums = gemm.linear_dgrad(
-            *(_matrix(dz), _matrix(weight), None if saved is None else _matrix(saved), bias),
+            *(
+                images.as_matrix(dz),
+                images.as_matrix(weight),
+                None if saved is None else images.as_matrix(saved),
+                bias,
+            ),
             *(kernel_args, save_output, bias_grad),
             tf32=problem.arithmetic == "tf32",
             config=config,
         )
-        return _from_matrix(dx, shape), sums
-    dx = _empty(dz, shape)
+        return images.from_matrix(dx, shape), sums
+    dx = images.empty(dz, shape)
     channels = problem.channels if bias_grad else 0
     if not dx.numel():
         return dx, dz.new_zeros(channels, dtype=torch.float32)
-    config = config or config_for("dgrad", problem, gemm.gpu_of(dz.device))
+    config = config or config_for("dgrad", problem, host.gpu_of(dz.device))
     subs = problem.stride[0] * problem.stride[1]
     parts = subs * cdiv(_dgrad_rows(problem), config.block_m)
     sums = dz.new_empty((parts, channels) if bias_grad else 0, dtype=torch.float32)
     _launch(
-        *(problem, config, True, _images(dz), _images(weight), _images(dx), bias, saved),
+        *(
+            problem,
+            config,
+            True,
+            images.as_images(dz),
+            images.as_images(weight),
+            images.as_images(dx),
+            bias,
+            saved,
+        ),
         *(sums if bias_grad else None, kernel_args[0], epilogue.grad_constants(kernel_args)),
         save_output,
     )
     if bias_grad:
-        with pointwise._on_device(dz):
-            sums = pointwise._reduce(sums)
+        with host.on_device(dz):
+            sums = reduction.channel_sums(sums)
     return dx, sums
 
 
@@ -780,49 +803,30 @@ def conv_wgrad(
         ValueError: as `conv_act`.
     """
     op = "conv_wgrad"
-    _check(op, x, dz)
-    problem = p = _problem(op, x.shape, weight_size, stride, padding, dilation, x.dtype)
+    images.check(op, x, dz)
+    problem = p = images.problem_of(op, x.shape, weight_size, stride, padding, dilation, x.dtype)
     shape = tuple(weight_size)
-    _check_shape(op, "dz", dz, _like(x, p.batch, p.out_channels, p.out_height, p.out_width))
+    images.check_shape(op, "dz", dz, images.shape_like(x, p.output))
     if _is_gemm(problem, config):
-        dw = gemm.linear_wgrad(_matrix(dz), _matrix(x), tf32=p.arithmetic == "tf32", config=config)
+        dw = gemm.linear_wgrad(
+            images.as_matrix(dz), images.as_matrix(x), tf32=p.arithmetic == "tf32", config=config
+        )
         return dw.view(shape)
-    dw = _empty(x, shape)
+    dw = images.empty(x, shape)
     if not dz.numel():
         return dw.zero_()
-    gpu = gemm.gpu_of(x.device)
+    gpu = host.gpu_of(x.device)
     config = config or config_for("wgrad", p, gpu)
     plan = _wgrad_plan(p, config, gpu)
-    splits = plan.grid[1]
-    dz, x = _images(dz), _images(x)
-    with pointwise._on_device(x):
+    splits = plan.parts
+    dz, x = images.as_images(dz), images.as_images(x)
+    with host.on_device(x):
         out = dw if splits == 1 else x.new_empty(splits, p.weights, dtype=torch.float32)
-        tensors = _packed(dz), x, out
+        tensors = images.packed(dz), x, out
         _wgrad_kernel[plan.grid](*tensors, *plan.sizes, WIDE=plan.wide, **plan.constants)
         if splits > 1:
-            gemm.add_parts(out, dw)
+            reduction.add_parts(out, dw)
     return dw
-
-
-class _Plan(NamedTuple):
-    """Of a launch all that does not lie in its tensors' memory.
-
-    Attributes:
-        grid: programs.
-        sizes: the kernel's arguments of that kind, in its order.
-        constants: its constexprs and options, but for WIDE.
-        reach: how far apart the places are that it computes, in elements.
-    """
-
-    grid: tuple[int, ...]
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
-    reach: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether indices need 64 bits."""
-        return self.reach >= WIDE
 
 
 def _launch(
@@ -841,21 +845,21 @@ def _launch(
 ) -> None:
     mixes = not dgrad and aux is not None
     plan = _plan(problem, config, dgrad, activation, save_output, mixes)
-    with pointwise._on_device(a):
+    with host.on_device(a):
         if dgrad and problem.itemsize == 4:
             # Tensor cores take tf32 along the reduction only.
             weight = weight.permute(1, 2, 3, 0).contiguous()
         else:
-            weight = _packed(weight)
-        aux = None if aux is None else _packed(_images(aux))
-        tensors = _packed(a), weight, out, bias, aux, sums
+            weight = images.packed(weight)
+        aux = None if aux is None else images.packed(images.as_images(aux))
+        tensors = images.packed(a), weight, out, bias, aux, sums
         _conv_kernel[plan.grid](*tensors, *plan.sizes, *constants, WIDE=plan.wide, **plan.constants)
 
 
 @lru_cache(REMEMBERED)
 def _plan(
     problem: Problem, config: Config, dgrad: bool, activation: int, save_output: bool, mixes: bool
-) -> _Plan:
+) -> Launch:
     p = problem
     images = (p.channels, p.height, p.width), (p.out_channels, p.out_height, p.out_width)
     (channels, height, width), (written, *written_size) = images[::-1] if dgrad else images
@@ -892,11 +896,11 @@ def _plan(
     }
     sizes = p.batch, height, width, *written_size, tiles_m
     grid = (subs * tiles_m * cdiv(written, config.block_n),)
-    return _Plan(grid, sizes, constants, max(*reach, p.weights))
+    return Launch(grid, sizes, constants, max(*reach, p.weights))
 
 
 @lru_cache(REMEMBERED)
-def _wgrad_plan(problem: Problem, config: Config, gpu: gemm.Gpu) -> _Plan:
+def _wgrad_plan(problem: Problem, config: Config, gpu: host.Gpu) -> Launch:
     p = problem
     block_k = config.bytes_k // p.itemsize
     splits, steps = _splits(config, p, gpu)
@@ -920,7 +924,7 @@ def _wgrad_plan(problem: Problem, config: Config, gpu: gemm.Gpu) -> _Plan:
         "num_stages": config.num_stages,
     }
     sizes = *sizes, *place, block_k % p.out_width, steps
-    return _Plan((_wgrad_tiles(config, p), splits), sizes, constants, max(reach))
+    return Launch((_wgrad_tiles(config, p), splits), sizes, constants, max(reach), splits)
 
 
 def _geometry_constants(problem: Problem) -> dict[str, int]:
@@ -958,177 +962,3 @@ def _precision(problem: Problem) -> str:
 
 def _is_gemm(problem: Problem, config: Config | gemm.Config | None) -> bool:
     return problem.is_gemm and not isinstance(config, Config)
-
-
-def why_not(x: Tensor, weight: Tensor, *, groups: int = 1) -> str | None:
-    """Why these kernels cannot compute a convolution or linear layer, or None if they can.
-
-    Args:
-        x: the input, (N, C, H, W), (N, C, L) or (M, C).
-        weight: (K, C / groups, R, S), (K, C / groups, R) or (K, C).
-        groups: of the convolution.
-
-    Example:
-        >>> why_not(torch.zeros(2, 8, 5, 5), torch.zeros(4, 2, 3, 3), groups=4)
-        'groups=4, the Triton kernels have groups=1 only; use another engine'
-    """
-    if 0 in (x.shape[1], *weight.shape):
-        return (
-            f"x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)} leave nothing "
-            "to sum; use another engine"
-        )
-    return _why_not(x, weight, groups)
-
-
-def _why_not(x: Tensor, weight: Tensor, groups: int = 1, layout: bool = True) -> str | None:
-    if groups != 1:
-        return f"groups={groups}, the Triton kernels have groups=1 only; use another engine"
-    if not 2 <= x.ndim <= 4 or x.ndim != weight.ndim:
-        return (
-            f"the Triton kernels take x and weight of 2, 3 or 4 dimensions each, got shapes "
-            f"{tuple(x.shape)} and {tuple(weight.shape)}; use another engine"
-        )
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        return (
-            f"the Triton kernels multiply two tensors of the same dtype out of {names}, got "
-            f"{x.dtype} and {weight.dtype}; use another engine"
-        )
-    if layout and not _is_packed(_images(x)):
-        return (
-            f"x of shape {tuple(x.shape)} and strides {x.stride()} is not channels_last: channels "
-            "must be innermost and memory dense; pass x.to(memory_format=torch.channels_last), for "
-            "three dimensions x.transpose(1, 2).contiguous().transpose(1, 2)"
-        )
-    if x.device != weight.device:
-        return f"tensors are on {x.device} and {weight.device}; move them to one device"
-    if x.device.type != "cuda":
-        if not _INTERPRETED:
-            return (
-                f"Triton serves CUDA tensors, got one on {x.device}; on the CPU it only runs in "
-                "its interpreter (TRITON_INTERPRET=1, set before Python starts)"
-            )
-        if x.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 in it"
-        return None
-    arch = gemm.gpu_of(x.device).arch
-    if arch < 80:
-        return f"{x.device} has compute capability {arch / 10}, needed is 8.0; use another engine"
-    return None
-
-
-def _check(op: str, x: Tensor, weight: Tensor, layout: bool = True) -> None:
-    reason = _why_not(x, weight, layout=layout)
-    if reason is not None:
-        raise ValueError(f"{op}: {reason}")
-
-
-def _check_shape(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
-    if t is not None and tuple(t.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, it must be {shape}")
-
-
-def _vector(op: str, bias: Tensor | None, channels: int) -> Tensor | None:
-    _check_shape(op, "bias", bias, (channels,))
-    return None if bias is None else bias.contiguous()
-
-
-def _problem(
-    op: str,
-    input_size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-) -> Problem:
-    """The convolution as one of two dimensions: a row of images is one image of height 1."""
-    arithmetic = _arithmetic(dtype, linear=len(weight_size) == 2)
-    geometry = tuple(stride), tuple(padding), tuple(dilation)
-    return _checked_problem(op, tuple(input_size), tuple(weight_size), *geometry, arithmetic)
-
-
-@lru_cache(REMEMBERED)
-def _checked_problem(
-    op: str,
-    input_size: tuple[int, ...],
-    weight_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    arithmetic: Arithmetic,
-) -> Problem:
-    n = len(weight_size) - 2
-    if len(input_size) != n + 2 or input_size[1] != weight_size[1]:
-        raise ValueError(
-            f"{op}: a weight of shape {weight_size} wants an input of {n + 2} dimensions "
-            f"and {weight_size[1]} channels, got {input_size}"
-        )
-    if 0 in weight_size:
-        raise ValueError(f"{op}: a weight of shape {weight_size} leaves nothing to sum")
-    for name, numbers, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(numbers) != n or any(number < least for number in numbers):
-            raise ValueError(
-                f"{op}: {name}={list(numbers)} must be {n} numbers of at least {least}"
-            )
-
-    def two(numbers: Sequence[int], missing: int) -> tuple[int, int]:
-        first, second = (*[missing] * (2 - n), *numbers)
-        return first, second
-
-    height, width = two(input_size[2:], 1)
-    return Problem(
-        *(input_size[0], input_size[1], height, width, weight_size[0]),
-        *(two(weight_size[2:], 1), two(stride, 1), two(padding, 0), two(dilation, 1)),
-        arithmetic=arithmetic,
-    )
-
-
-def _arithmetic(dtype: torch.dtype, linear: bool) -> Arithmetic:
-    """What torch would multiply in: it has a switch for convolutions and one for products."""
-    if dtype == torch.float16:
-        return "float16"
-    if dtype == torch.bfloat16:
-        return "bfloat16"
-    switch = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv
-    return "tf32" if switch.fp32_precision == "tf32" else "float32"
-
-
-def _like(x: Tensor, batch: int, channels: int, height: int, width: int) -> tuple[int, ...]:
-    """A shape with as many dimensions as x has."""
-    return (batch, channels, *(height, width)[4 - x.ndim :])
-
-
-def _images(t: Tensor) -> Tensor:
-    """T with two spatial dimensions."""
-    return t if t.ndim == 4 else t.unsqueeze(2) if t.ndim == 3 else t[:, :, None, None]
-
-
-def _is_packed(images: Tensor) -> bool:
-    return not images.numel() or images.is_contiguous(memory_format=torch.channels_last)
-
-
-def _packed(images: Tensor) -> Tensor:
-    """Images in channels_last memory, copied if need be."""
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Channels_last, with as many dimensions as `shape` has."""
-    batch, channels, *rest = shape
-    t = like.new_empty(batch, *rest, channels)
-    return t.movedim(-1, 1)
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """(N, C, …) as (pixels, channels), a view of what is channels_last."""
-    return t.movedim(1, -1).reshape(-1, t.shape[1])
-
-
-def _from_matrix(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    batch, channels, *rest = shape
-    return t.view(batch, *rest, channels).movedim(-1, 1)

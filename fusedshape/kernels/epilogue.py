@@ -7,7 +7,6 @@ A kernel takes the constants as `tl.float64` arguments, in the order of `constan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -22,37 +21,6 @@ IDENTITY = tl.constexpr(-1)
 PLAIN: KernelArgs = (IDENTITY.value, 0.0, 1.0, 0.0, 0.0, 1.0)
 #: Activations that take hardly more registers than that.
 STRAIGHT = (IDENTITY.value, *ids_by_registers("few"))
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a kernel that ends with an activation cuts up its work.
-
-    Attributes:
-        block_m, block_n: the tile of the output, powers of two, 16 or more.
-        bytes_k: of the reduction in one step, a power of two.
-        num_warps: warps of one program.
-        num_stages: steps in flight.
-        group_m: rows of tiles that are done together, to share operands in L2.
-    """
-
-    block_m: int
-    block_n: int
-    bytes_k: int = 128
-    num_warps: int = 8
-    num_stages: int = 3
-    group_m: int = 8
-
-    def slices(self, activation: int, mixes: bool = False) -> int:
-        """Parts in which a tile is finished.
-
-        Parts of 32 numbers a thread, of 16 where a residual comes in, or, of several, where an
-        activation is curved: beside the rest of the tile there are no registers for more.
-        """
-        each = self.block_m * self.block_n // (32 * self.num_warps)
-        parts = max(1, min(4, each // 32))
-        finer = (mixes and each > 16) or (parts > 1 and activation not in STRAIGHT)
-        return 2 * parts if finer else parts
 
 
 def constants(kernel_args: KernelArgs, residual_weight: float = 0.0) -> tuple[float, ...]:
@@ -71,21 +39,6 @@ def grad_constants(kernel_args: KernelArgs) -> tuple[float, ...]:
     """Arguments of `act_grad`: the five constants, then 1/γ and αγ."""
     _, _, input_scale, _, _, output_scale = kernel_args
     return *kernel_args[1:], 1 / output_scale, input_scale * output_scale
-
-
-@triton.jit
-def slices(z, COUNT: tl.constexpr):
-    """Z cut into COUNT parts side by side, a power of two: a tuple of tiles.
-
-    A tensor core's tile holds up to 128 numbers a thread, and an activation worked out on all of
-    them at once spills registers; on 32 at a time few do, on 16 hardly one does.
-    """
-    if COUNT == 1:
-        parts = (z,)
-    else:
-        left, right = z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
-        parts = slices(left, COUNT // 2) + slices(right, COUNT // 2)
-    return parts
 
 
 @triton.jit

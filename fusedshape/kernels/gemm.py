@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,49 +33,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape.activations import ids_by_registers
-from fusedshape.compiling import constant_for_dynamo
-from fusedshape.kernels import epilogue, pointwise
+from fusedshape.kernels import epilogue, host, reduction, tiles
 from fusedshape.kernels.epilogue import IDENTITY
-from fusedshape.kernels.sizes import cdiv, next_power_of_2
+from fusedshape.kernels.host import DTYPES, Direction, Gpu, Launch, cdiv
+from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
 
-Direction = Literal["forward", "dgrad", "wgrad"]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-#: Bytes of shared memory that one block may have, where it is not the least, 99 KiB.
-SHARED = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
-LEAST_SHARED = 101_376
-#: Numbers that one program of wgrad's second stage reads at a time, and of how many parts at most.
-SUM_TILE, SUM_PARTS = 2048, 32
 #: Activations that take most registers.
 _HUNGRY = ids_by_registers("most")
-#: For `cost`, in multiplications: how long an element of an operand takes from L2, without and with
-#: tensor cores, and what each number of a tile costs at the beginning and the end of its program.
-#: Estimates: in the time of 16 elements an H200 multiplies 2048 pairs, an A100 in that of 12 1024,
-#: without tensor cores in that of 8 128; and instructions counted.
-READ, ENDS = (16, 96), 256
-
 
 _SIZES = ["m_vectors", "n_vectors", "k_vectors", "a_vectors", "b_vectors", "aux_vectors"]
 _SIZES += ["splits", "chunk"]
-
-
-class Gpu(NamedTuple):
-    """What the choice of a configuration depends on.
-
-    Attributes:
-        arch: compute capability, 80 for 8.0.
-        processors: number of multiprocessors.
-    """
-
-    arch: int
-    processors: int
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory of one block."""
-        return SHARED.get(self.arch, LEAST_SHARED)
 
 
 @dataclass(frozen=True)
@@ -116,7 +85,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Config(epilogue.Tiling):
+class Config(Tiling):
     """How the kernel cuts up a product.
 
     Attributes:
@@ -148,62 +117,6 @@ class Config(epilogue.Tiling):
 
 
 @triton.jit
-def _tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of the index-th tile: down GROUP_M of them, then to the right."""
-    width = GROUP_M * tiles_n
-    first = (index // width) * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    return first + (index % width) % height, (index % width) // height
-
-
-@triton.jit
-def _load_across(pointers, mask, PRECISION: tl.constexpr):
-    """Load a tile whose rows in memory run across the reduction.
-
-    Tensor cores take tf32 along the reduction only. Left to itself, the compiler has the copy to
-    shared memory turn the tile around, which then moves 4 bytes at a time. The copy of integers
-    moves rows as they lie, 16 bytes at a time; they become numbers on the way to tensor cores.
-    """
-    if PRECISION == "tf32":
-        integers = pointers.to(tl.pointer_type(tl.int32), bitcast=True)
-        tile = tl.load(integers, mask=mask, other=0).to(tl.float32, bitcast=True)
-    else:
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def _deal(tile):
-    """Change the order of rows and columns of a tile that is turned around in shared memory.
-
-    As it was loaded, a thread has 4 neighbours of a row. Each belongs to another row once turned:
-    writes of 4 bytes, those of up to 16 threads to one bank. Dealt, it has 4 neighbours of a
-    column, and the next thread those of the next column: writes of 16 bytes, to all banks. Rows
-    follow each other as `_dealt_rows` says; in every 32 columns, 8 · 4 become 4 · 8.
-    """
-    ROWS: tl.constexpr = tile.shape[0]
-    COLS: tl.constexpr = tile.shape[1]
-    parts = tl.reshape(tile, (4, ROWS // 4, COLS // 32, 8, 4))
-    return tl.reshape(tl.permute(parts, (1, 0, 2, 4, 3)), (ROWS, COLS))
-
-
-@triton.jit
-def _dealt_rows(ROWS: tl.constexpr):
-    """The rows of a tile in the order in which `_deal` leaves them."""
-    i = tl.arange(0, ROWS)
-    return (i % 4) * (ROWS // 4) + i // 4
-
-
-@triton.jit
-def _gather_columns(tile):
-    """Undo what `_deal` did to columns."""
-    ROWS: tl.constexpr = tile.shape[0]
-    COLS: tl.constexpr = tile.shape[1]
-    parts = tl.reshape(tile, (ROWS, COLS // 32, 4, 8))
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 2)), (ROWS, COLS))
-
-
-@triton.jit
 def _operand(
     ptr,
     first_j,
@@ -229,12 +142,12 @@ def _operand(
         at_j, at_k = first_j.to(tl.int32), first_k.to(tl.int32)
         tile = ptr.load([at_j, at_k]) if ALONG_K else ptr.load([at_k, at_j])
         if DEAL:
-            tile = _deal(tile)
+            tile = tiles.deal(tile)
         if ALONG_K == SECOND:
             tile = tile.T
     else:
         # The first operand passes through registers only, where it must but be in the same order.
-        rows = _dealt_rows(BLOCK_K) if DEAL and not SECOND else tl.arange(0, BLOCK_K)
+        rows = tiles.dealt_rows(BLOCK_K) if DEAL and not SECOND else tl.arange(0, BLOCK_K)
         i = tl.expand_dims(first_k + rows, 1 if SECOND else 0)
         j = tl.expand_dims(first_j + tl.arange(0, BLOCK_J), 0 if SECOND else 1)
         if ALONG_K:
@@ -244,9 +157,9 @@ def _operand(
             inside = j < size
             if not EVEN_K:
                 inside = inside & (i < k)
-            tile = _load_across(ptr + (i * stride + j), inside, PRECISION)
+            tile = tiles.load_across(ptr + (i * stride + j), inside, PRECISION)
             if DEAL and SECOND:
-                tile = _deal(tile)
+                tile = tiles.deal(tile)
     return tile
 
 
@@ -375,24 +288,24 @@ def _gemm_kernel(
         # Where there is nothing to sum, one step of zeros. Were there none, products of tensor
         # cores might each wait for the one before.
         steps = tl.maximum(steps, 1)
-    tiles = tiles_m * tiles_n * splits
+    count = tiles_m * tiles_n * splits
 
     first = tl.program_id(0)
     # In wgrad the compiler sees that there is one tile, and keeps no registers for another. In the
     # other directions it would spill some to have more programs resident.
     LOOP: tl.constexpr = PERSISTENT or A_ALONG_K
-    stop = tiles if LOOP else first + 1
+    stop = count if LOOP else first + 1
     hop = tl.num_programs(0) if LOOP else 1
     for tile in tl.range(first, stop, hop, flatten=PERSISTENT):
-        place = tile
+        index = tile
         begin = 0
         end = steps
         if SPLIT:
-            place = tile % (tiles_m * tiles_n)
+            index = tile % (tiles_m * tiles_n)
             split = tile // (tiles_m * tiles_n)
             begin = split * chunk
             end = tl.minimum(begin + chunk, steps)
-        tile_m, tile_n = _tile(place, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tiles.place(index, tiles_m, tiles_n, GROUP_M)
         first_m = tile_m.to(INDEX) * BLOCK_M
         first_n = tile_n.to(INDEX) * BLOCK_N
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -409,16 +322,16 @@ def _gemm_kernel(
             z = tl.dot(a, b, z, input_precision=PRECISION)
 
         if DEAL:
-            z = _gather_columns(z)
+            z = tiles.gather_columns(z)
             if TMA:
-                z = _gather_columns(z.T).T
+                z = tiles.gather_columns(z.T).T
         if SPLIT:
             row = first_m + tl.arange(0, BLOCK_M)
             col = first_n + tl.arange(0, BLOCK_N)
             index = (row * n)[:, None] + col[None, :]
             tl.store(out_ptr + split * m * n + index, z, (row < m)[:, None] & (col < n)[None, :])
         else:
-            parts = epilogue.slices(z, SLICES)
+            parts = tiles.slices(z, SLICES)
             for s in tl.static_range(SLICES):
                 _finish(
                     *(parts[s], out_ptr, bias_ptr, aux_ptr, sums_ptr),
@@ -427,44 +340,6 @@ def _gemm_kernel(
                     *(output_shift, output_scale, sixth, seventh),
                     *(GRAD, ACTIVATION, SAVE_OUTPUT, HAS_BIAS, HAS_AUX, SUMS, TMA),
                 )
-
-
-@triton.jit(do_not_specialize=["vectors", "parts"])
-def _sum_kernel(
-    parts_ptr,
-    out_ptr,
-    vectors,
-    parts,
-    VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
-    size = vectors.to(INDEX) * VECTOR
-    i = tl.program_id(0).to(INDEX) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    # One part at a time, each would wait for memory.
-    for first in range(0, parts, ROWS):
-        part = first + tl.arange(0, ROWS)
-        inside = (part < parts)[:, None] & (i < size)[None, :]
-        total += tl.load(parts_ptr + (part * size)[:, None] + i[None, :], inside, 0.0)
-    tl.store(out_ptr + i, tl.sum(total, 0).to(out_ptr.dtype.element_ty), i < size)
-
-
-def add_parts(parts: Tensor, out: Tensor) -> None:
-    """Add up `parts`, float32 (number, *out.shape), into `out`, in the same order in every run."""
-    number, size = parts.shape[0], out.numel()
-    vector = math.gcd(4, size)
-    rows = min(SUM_PARTS, next_power_of_2(number))
-    cols = SUM_TILE // rows
-    _sum_kernel[(cdiv(size, cols),)](
-        *(parts, out, size // vector, number),
-        VECTOR=vector,
-        ROWS=rows,
-        COLS=cols,
-        WIDE=parts.numel() >= pointwise.WIDE,
-    )
 
 
 def linear_act(
@@ -593,7 +468,7 @@ def linear_wgrad(
 
 
 def deals(gpu: Gpu, block_m: int, block_n: int) -> bool:
-    """Whether wgrad of tf32 deals its operands, see `_deal`.
+    """Whether wgrad of tf32 deals its operands, see `tiles.deal`.
 
     Only the tensor cores of sm_90 and sm_100 read operands from shared memory.
     """
@@ -618,32 +493,7 @@ def why_not(*matrices: Tensor | None) -> str | None:
             return f"a matrix {what} has channels {t.stride(1)} apart, not 1; pass .contiguous()"
     if len({t.device for t in given}) > 1:
         return f"operands are on {' and '.join(sorted({str(t.device) for t in given}))}"
-    first = given[0]
-    if first.device.type != "cuda" and not pointwise._INTERPRETED:
-        return (
-            f"Triton serves CUDA tensors, got one on {first.device}; on the CPU it only runs in "
-            "its interpreter (TRITON_INTERPRET=1, set before Python starts)"
-        )
-    if pointwise._INTERPRETED and first.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 in it"
-    arch = gpu_of(first.device).arch
-    if arch < 80:
-        return f"needs compute capability 8.0, {first.device} has {arch / 10}; use another engine"
-    return None
-
-
-@constant_for_dynamo
-def gpu_of(device: torch.device) -> Gpu:
-    """The GPU behind a device; in the interpreter a small one of compute capability 9.0."""
-    return _gpu_of(device)
-
-
-@lru_cache
-def _gpu_of(device: torch.device) -> Gpu:
-    if device.type != "cuda":
-        return Gpu(90, 4)
-    properties = torch.cuda.get_device_properties(device)
-    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return host.no_products(given[0])
 
 
 #: Everything that `config_for` chooses from; of what costs the same, it takes the first.
@@ -689,9 +539,7 @@ def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
     return tuple(c for c in CONFIGS if suits(c) and runs(c, problem, gpu))
 
 
-def launch_options(
-    tiling: epilogue.Tiling, activation: int, persistent: bool = False
-) -> dict[str, int]:
+def launch_options(tiling: Tiling, activation: int, persistent: bool = False) -> dict[str, int]:
     """What a launch with this activation passes to the compiler."""
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     alone = persistent and activation not in epilogue.STRAIGHT
@@ -709,78 +557,9 @@ def config_for(problem: Problem, gpu: Gpu) -> Config:
         splits, chunk = _splits(problem, config, gpu)
         reduction = chunk * config.bytes_k // problem.dtype.itemsize
         programs = config.tiles(problem) * splits
-        return cost(config, programs, reduction, splits > 1, problem.tensor_cores, gpu)
+        return host.cost(config, programs, reduction, splits > 1, problem.tensor_cores, gpu)
 
     return min(configs_for(problem, gpu), key=cost_of)
-
-
-def cost(
-    tiling: epilogue.Tiling,
-    programs: int,
-    reduction: float,
-    partial: bool,
-    tensor_cores: bool,
-    gpu: Gpu,
-) -> float:
-    """How long a launch takes, as multiplications of one multiprocessor: a model, not measured.
-
-    It ends with the multiprocessor that has most programs: that one multiplies all of their tiles,
-    padding included, and begins and ends each. L2 serves all multiprocessors at once, with the rows
-    and the columns of each tile.
-
-    Args:
-        tiling: of the kernel.
-        programs: tiles, times the parts of the reduction.
-        reduction: of one program, padding included.
-        partial: whether programs leave partial sums, to be read again and added.
-        tensor_cores: whether they multiply.
-        gpu: where it runs.
-    """
-    rounds = cdiv(programs, gpu.processors)
-    ends = 2 * ENDS if partial else ENDS
-    elements = (tiling.block_m + tiling.block_n) * reduction * programs
-    products = rounds * tiling.block_m * tiling.block_n * (reduction + ends)
-    return products + READ[tensor_cores] * elements / gpu.processors
-
-
-@lru_cache(REMEMBERED)
-def parts_of(
-    tiling: epilogue.Tiling,
-    wanted: int,
-    tiles: int,
-    steps: int,
-    block_k: int,
-    tensor_cores: bool,
-    gpu: Gpu,
-) -> tuple[int, int]:
-    """Parts of a reduction in wgrad, none of them empty, and the steps of each.
-
-    Args:
-        tiling: of the kernel.
-        wanted: parts; 0 takes what is cheapest of 1 and of as many as keep all multiprocessors
-            busy once, twice, three or four times.
-        tiles: of the output.
-        steps: of the whole reduction, 1 or more.
-        block_k: length of a step.
-        tensor_cores: as in `cost`.
-        gpu: where it runs.
-    """
-
-    def cut(parts: int) -> tuple[int, int]:
-        each = cdiv(steps, max(1, min(parts, steps)))
-        return cdiv(steps, each), each
-
-    if wanted:
-        return cut(wanted)
-    # A multiprocessor with fewer than eight warps is not busy.
-    busy = gpu.processors * max(1, 8 // tiling.num_warps)
-    tries = [cut(1), *(cut(times * busy // tiles) for times in range(1, 5))]
-
-    def cost_of(way: tuple[int, int]) -> float:
-        parts, each = way
-        return cost(tiling, tiles * parts, each * block_k, parts > 1, tensor_cores, gpu)
-
-    return min(tries, key=cost_of)
 
 
 def _require(op: str, *matrices: Tensor | None) -> None:
@@ -854,28 +633,6 @@ def _problem(
     return Problem(direction, *sizes, dtype, precision, access, describable, aux is not None)
 
 
-class _Plan(NamedTuple):
-    """Of a launch all that does not lie in its tensors' memory.
-
-    Attributes:
-        programs: of the grid.
-        sizes: the kernel's arguments of that kind, in its order.
-        constants: its constexprs and options, but for WIDE.
-        splits: parts of the reduction.
-        block_k: length of a step.
-        written: columns of the output that are written at a time.
-        reach: how far apart the places are that it computes, in elements.
-    """
-
-    programs: int
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
-    splits: int
-    block_k: int
-    written: int
-    reach: int
-
-
 @lru_cache(REMEMBERED)
 def _plan(
     problem: Problem,
@@ -889,7 +646,7 @@ def _plan(
     save_output: bool,
     has_bias: bool,
     column_sums: bool,
-) -> _Plan:
+) -> Launch:
     m, n, k = problem.m, problem.n, problem.k
     block_k = config.bytes_k // problem.dtype.itemsize
     a_along_k, b_along_k = problem.along_k
@@ -940,7 +697,7 @@ def _plan(
         **launch_options(config, activation, config.persistent),
     }
     reach = max(splits * m * n, *(t.reach for t in (a, b, out, aux) if t is not None))
-    return _Plan(programs, sizes, constants, splits, block_k, config.block_n // slices, reach)
+    return Launch((programs,), sizes, constants, reach, splits)
 
 
 def _multiply(
@@ -964,7 +721,7 @@ def _multiply(
     layouts = _layout(a), _layout(b), _layout(out), None if aux is None else _layout(aux)
     problem = _problem(direction, a.dtype, _precision(a.dtype, tf32), k, *layouts)
     m, n = out.shape
-    gpu = gpu_of(out.device)
+    gpu = host.gpu_of(out.device)
     if not out.numel():
         return out.new_zeros(n if column_sums else 0, dtype=torch.float32)
     if config is None:
@@ -975,26 +732,28 @@ def _multiply(
         )
     ends = activation, save_output, bias is not None, column_sums
     plan = _plan(problem, config, gpu, *layouts, *ends)
-    splits, wide = plan.splits, plan.reach >= pointwise.WIDE
-    with pointwise._on_device(out):
+    splits = plan.parts
+    with host.on_device(out):
         target = out if splits == 1 else out.new_empty(splits * m, n, dtype=torch.float32)
         parts = cdiv(m, config.block_m) if column_sums else 0
         sums = out.new_empty(parts, n if parts else 0, dtype=torch.float32)
         operands: tuple[Tensor | TensorDescriptor, ...] = a, b, target
         if config.tma:
             a_along_k, b_along_k = problem.along_k
+            block_k = plan.constants["BLOCK_K"]
+            written = config.block_n // plan.constants["SLICES"]
             operands = (
-                _describe(a, layouts[0], config.block_m, plan.block_k, a_along_k),
-                _describe(b, layouts[1], config.block_n, plan.block_k, b_along_k),
-                target if splits > 1 else _describe(out, layouts[2], config.block_m, plan.written),
+                _describe(a, layouts[0], config.block_m, block_k, a_along_k),
+                _describe(b, layouts[1], config.block_n, block_k, b_along_k),
+                target if splits > 1 else _describe(out, layouts[2], config.block_m, written),
             )
         others = None if bias is None else bias.contiguous(), aux, sums
-        _gemm_kernel[(plan.programs,)](
-            *operands, *others, *plan.sizes, *constants, WIDE=wide, **plan.constants
+        _gemm_kernel[plan.grid](
+            *operands, *others, *plan.sizes, *constants, WIDE=plan.wide, **plan.constants
         )
         if splits > 1:
-            add_parts(target.view(splits, m, n), out)
-        return pointwise._reduce(sums) if column_sums else sums.view(-1)
+            reduction.add_parts(target.view(splits, m, n), out)
+        return reduction.channel_sums(sums) if column_sums else sums.view(-1)
 
 
 def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
@@ -1004,7 +763,7 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
         return 1, steps
     block_k = config.bytes_k // problem.dtype.itemsize
     tiles = config.tiles(problem)
-    return parts_of(config, config.splits, tiles, steps, block_k, problem.tensor_cores, gpu)
+    return host.parts_of(config, config.splits, tiles, steps, block_k, problem.tensor_cores, gpu)
 
 
 def _describe(

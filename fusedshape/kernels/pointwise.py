@@ -15,19 +15,17 @@ nothing from the device and never wait for it, so that CUDA graphs can capture t
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fusedshape.activations import ids_by_registers
-from fusedshape.kernels import epilogue
-from fusedshape.kernels.sizes import cdiv, next_power_of_2
+from fusedshape.kernels import epilogue, host, reduction
+from fusedshape.kernels.host import cdiv, next_power_of_2
 from fusedshape.kernels.tuned import REMEMBERED
 from fusedshape.reference import opmath_dtype
 from fusedshape.spec import KernelArgs
@@ -38,10 +36,6 @@ TILE_BYTES = 4096
 PROGRAMS = 2048
 #: Columns of a tile that are summed over rows; wider tiles would write more partial sums.
 SUM_COLUMNS = 128
-#: Partial sums that one program of the second stage adds up.
-REDUCE_PARTS = 4096
-#: From so many elements on, indices are 64 bits wide; a masked tile may reach beyond the tensor.
-WIDE = 2**31 - 2**22
 
 NUM_WARPS = 4
 #: Where ptxas, left alone, spills a few registers for the sake of more warps.
@@ -185,36 +179,6 @@ def _act_grad_kernel(
             tl.store(sums_ptr + (pid % tiles) * rows + row, tl.sum(total, 1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["parts"])
-def _reduce_kernel(
-    sums_ptr,
-    out_ptr,
-    parts,
-    channels,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    T: tl.constexpr = sums_ptr.dtype.element_ty
-    chunk = tl.program_id(1)
-    if WIDE:
-        chunk = chunk.to(tl.int64)
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    end = tl.minimum((chunk + 1) * PARTS, parts)
-    total = tl.zeros((ROWS, COLS), T)
-    first = chunk * PARTS
-    while first < end:
-        row = first + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & (col < channels)[None, :]
-        total += tl.load(sums_ptr + row[:, None] * channels + col[None, :], mask=inside, other=0.0)
-        first += ROWS
-    tl.store(out_ptr + chunk * channels + col, tl.sum(total, 0), mask=col < channels)
-
-
-_INTERPRETED = not isinstance(_bias_act_kernel, triton.JITFunction)
-
-
 @dataclass(frozen=True)
 class Plan:
     """How a tensor is cut up: see the module's docstring.
@@ -286,7 +250,7 @@ def make_plan(numel: int, channels: int, inner: int, itemsize: int, sums: bool) 
         steps=steps,
         parts=down if by_column else across * (rows // channels),
         programs=across * down,
-        wide=numel >= WIDE,
+        wide=numel >= host.WIDE,
     )
 
 
@@ -430,7 +394,7 @@ def _act_grad(
     itemsize = min(saved.element_size(), grad.element_size())
     channels, inner = _channels(saved, dim, bias is not None or bias_grad)
     plan = make_plan(saved.numel(), channels, inner, itemsize, bias_grad)
-    with _on_device(saved):
+    with host.on_device(saved):
         sums = saved.new_empty((plan.parts, channels) if bias_grad else 0, dtype=sum_dtype)
         _act_grad_kernel[(plan.programs,)](
             grad,
@@ -454,7 +418,7 @@ def _act_grad(
             WIDE=plan.wide,
             **launch_options(kernel_args[0], saved.dtype),
         )
-        return _reduce(sums) if bias_grad else sums
+        return reduction.channel_sums(sums) if bias_grad else sums
 
 
 def launch_options(activation: int, dtype: torch.dtype) -> dict[str, int]:
@@ -476,7 +440,7 @@ def _bias_act(
         return
     channels, inner = _channels(x, dim, bias is not None)
     plan = make_plan(x.numel(), channels, inner, x.element_size(), False)
-    with _on_device(x):
+    with host.on_device(x):
         _bias_act_kernel[(plan.programs,)](
             x,
             bias,
@@ -497,33 +461,11 @@ def _bias_act(
         )
 
 
-def _reduce(sums: Tensor) -> Tensor:
-    """Sum a (parts, channels) matrix over its rows, the same way every time."""
-    while sums.shape[0] > 1:
-        parts, channels = sums.shape
-        out = sums.new_empty(cdiv(parts, REDUCE_PARTS), channels)
-        _reduce_kernel[(cdiv(channels, 16), out.shape[0])](
-            sums,
-            out,
-            parts,
-            channels,
-            PARTS=REDUCE_PARTS,
-            ROWS=min(256, next_power_of_2(parts)),
-            COLS=16,
-            WIDE=sums.numel() >= WIDE,
-            num_warps=8,
-        )
-        sums = out
-    return sums.view(-1)
-
-
 def _check(op: str, x: Tensor, bias: Tensor | None, dim: int) -> Tensor | None:
     """Raise where a kernel would read beyond its tensors; return bias contiguous."""
-    if x.device.type != "cuda" and not _INTERPRETED:
-        raise ValueError(
-            f"{op}: Triton serves CUDA tensors, got one on {x.device}; on the CPU it only runs in "
-            "its interpreter (TRITON_INTERPRET=1, set before Python starts)"
-        )
+    reason = host.not_served(x)
+    if reason is not None:
+        raise ValueError(f"{op}: {reason}")
     if bias is None:
         return None
     if bias.shape != (x.shape[dim],):
@@ -561,10 +503,3 @@ def _is_dense(x: Tensor) -> bool:
 def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
     """Return x if its strides are those of `out`, else `out` filled with x."""
     return x if _strides(x) == _strides(out) else out.copy_(x)
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
-    if x.is_cuda:
-        return torch.cuda.device(x.device)
-    # In the interpreter NumPy would warn where hardware returns inf or NaN without a word.
-    return np.errstate(all="ignore")

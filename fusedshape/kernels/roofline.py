@@ -78,6 +78,11 @@ class Problem:
         return self._out(self.width, 1)
 
     @property
+    def output(self) -> tuple[int, int, int, int]:
+        """Shape of the output, (N, K, P, Q)."""
+        return self.batch, self.out_channels, self.out_height, self.out_width
+
+    @property
     def pixels(self) -> int:
         """Pixels of all outputs, N · P · Q."""
         return self.batch * self.out_height * self.out_width

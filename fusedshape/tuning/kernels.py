@@ -50,10 +50,10 @@ class Choice(NamedTuple):
         if name not in _KERNELS:
             raise ValueError(f"unknown kernel {name!r}; known: {', '.join(_KERNELS)}")
         module = importlib.import_module(f"fusedshape.kernels.{name}")
-        gemm = importlib.import_module("fusedshape.kernels.gemm")
+        host = importlib.import_module("fusedshape.kernels.host")
         try:
             problem = module.Problem(**{k: _decoded(v) for k, v in data["problem"].items()})
-            args = (*data["before"], problem, gemm.gpu_of(device))
+            args = (*data["before"], problem, host.gpu_of(device))
             candidates = module.config_for.candidates(*args)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no problem of kernel {name}: {error}") from None

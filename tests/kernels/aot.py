@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedshape.kernels import pointwise
-from fusedshape.kernels.gemm import Gpu
+from fusedshape.kernels import pointwise, reduction
+from fusedshape.kernels.host import Gpu
 from fusedshape.kernels.pointwise import Plan
 
 ARCHES = (80, 90, 100)
@@ -250,9 +250,9 @@ def compile_act_grad(
 
 def compile_reduce(dtype: torch.dtype, arch: int, wide: bool = False) -> Compiled:
     return compile_kernel(
-        pointwise._reduce_kernel,
+        reduction._reduce_kernel,
         {"sums_ptr": dtype, "out_ptr": dtype},
-        {"PARTS": pointwise.REDUCE_PARTS, "ROWS": 256, "COLS": 16, "WIDE": wide},
+        {"PARTS": reduction.CHANNEL_PARTS, "ROWS": 256, "COLS": 16, "WIDE": wide},
         arch,
         {"num_warps": 8},
         specialised=("channels",),

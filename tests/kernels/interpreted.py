@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.activations import Activation
-from fusedshape.kernels import phi, pointwise
+from fusedshape.kernels import host, phi, pointwise, reduction
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
 pytestmark = [
     # NumPy warns where the hardware silently returns inf or NaN.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.skipif(not pointwise._INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not host.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 ROWS = list(ACTIVATIONS.values())
@@ -44,7 +44,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pointwise, "TILE_BYTES", 64)
     monkeypatch.setattr(pointwise, "PROGRAMS", 5)
     monkeypatch.setattr(pointwise, "SUM_COLUMNS", 4)
-    monkeypatch.setattr(pointwise, "REDUCE_PARTS", 2)
+    monkeypatch.setattr(reduction, "CHANNEL_PARTS", 2)
 
 
 def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
@@ -283,7 +283,7 @@ def test_every_layout_in_one_tile_and_in_many(
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "rows"])
 def test_wide_indices(layout: str, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "WIDE", 0)
+    monkeypatch.setattr(host, "WIDE", 0)
     check(shaped("tanh"), *case(layout, F32))
     check(shaped("gelu"), *case(layout, F32))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import ActSpec, reference
-from fusedshape.kernels import conv, gemm
+from fusedshape.kernels import conv, gemm, host, images
 from fusedshape.kernels.conv import Config
 from fusedshape.ops import conv_act, linear_act
 from fusedshape.spec import saves_output
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     # Triton 3.6's interpreter, where the bound of a loop is not known beforehand.
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-    pytest.mark.skipif(not conv._INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not host.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 F32, F64, F16 = torch.float32, torch.float64, torch.float16
 IDENTITY = ActSpec("leaky_relu", negative_slope=1.0)
@@ -138,7 +138,7 @@ def check(
 
     z = conv.conv(x, weight, *case.geometry, **args)
     assert_as_good_as(z, plain[0].to(dtype), truth[0])
-    assert conv._is_packed(conv._images(z))
+    assert images._is_packed(images.as_images(z))
 
     bias = draw(case.out, dtype=dtype, seed=3)
     other = layout(draw(*z.shape, dtype=dtype, seed=4)) if residual else None
@@ -219,7 +219,7 @@ def test_every_activation(spec: ActSpec) -> None:
 
 @pytest.mark.parametrize("name", ["odd channels", "stride 2", "42 taps", "whole steps", "linear"])
 def test_wide_indices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "WIDE", 0)
+    monkeypatch.setattr(host, "WIDE", 0)
     check(CASES[name], F32, shaped("leaky_relu"), SMALL)
 
 
@@ -245,7 +245,7 @@ def test_every_shipped_tile(direction: conv.Direction) -> None:
 
 @pytest.mark.parametrize("name", ["stride 2", "1x1", "linear"])
 def test_a_layer_is_planned_once(name: str) -> None:
-    caches = conv._checked_problem, conv._plan, conv._wgrad_plan, gemm._problem, gemm._plan
+    caches = images._checked, conv._plan, conv._wgrad_plan, gemm._problem, gemm._plan
 
     def planned() -> int:
         check(CASES[name], F16, shaped("leaky_relu"), None)
@@ -286,13 +286,13 @@ def test_splits(splits: int, name: str) -> None:
 
 
 def test_tf32_is_taken_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert conv._arithmetic(F32, linear=False) == "float32"
+    assert images.arithmetic(F32, linear=False) == "float32"
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    assert conv._arithmetic(F32, linear=False) == "tf32"
+    assert images.arithmetic(F32, linear=False) == "tf32"
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    assert conv._arithmetic(F32, linear=True) == "float32", "products have a switch of their own"
+    assert images.arithmetic(F32, linear=True) == "float32", "products have a switch of their own"
     check(CASES["3x3"], F32, shaped("tanh"), SMALL)  # the interpreter multiplies in float32
-    assert conv._arithmetic(F16, linear=False) == "float16"
+    assert images.arithmetic(F16, linear=False) == "float16"
 
 
 @pytest.mark.parametrize("name", ["3x3", "several blocks", "stem", "dilated, stride 2"])
@@ -300,7 +300,7 @@ def test_tf32_is_taken_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 def test_wgrad_of_dealt_operands(name: str, config: Config) -> None:
     case = CASES[name]
     torch.backends.cudnn.conv.fp32_precision = "tf32"  # the interpreter multiplies in float32
-    assert gemm.deals(gemm.gpu_of(torch.device("cpu")), config.block_m, config.block_n)
+    assert gemm.deals(host.gpu_of(torch.device("cpu")), config.block_m, config.block_n)
     x, weight, dz = operands(case, F32)
     truth = truth_of(case, x.double(), weight.double(), dz.double())
     plain = truth_of(case, x, weight, dz)

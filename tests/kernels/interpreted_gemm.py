@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import ActSpec, reference
-from fusedshape.kernels import gemm, pointwise
+from fusedshape.kernels import gemm, host, reduction
 from fusedshape.kernels.gemm import CONFIGS, Config
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     # Triton 3.6's interpreter, where the bound of a loop is not known beforehand.
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-    pytest.mark.skipif(not pointwise._INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not host.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 IDENTITY = ActSpec("leaky_relu", negative_slope=1.0)
@@ -191,7 +191,7 @@ def test_every_configuration(config: Config) -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.bytes_k == 128], ids=str)
 def test_wgrad_of_dealt_operands(config: Config, splits: int) -> None:
-    assert gemm.deals(gemm.gpu_of(torch.device("cpu")), config.block_m, config.block_n)
+    assert gemm.deals(host.gpu_of(torch.device("cpu")), config.block_m, config.block_n)
     m, n, k = config.block_m + 8, config.block_n + 4, 172
     x, dz = draw(k, n).float(), draw(k, m, seed=1).float()
     # The interpreter multiplies in float32. Fewer stages, for the largest to fit as well.
@@ -277,7 +277,7 @@ def test_skipped_and_expanded_rows() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_indices(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "WIDE", 0)
+    monkeypatch.setattr(host, "WIDE", 0)
     check(shaped("tanh"), (70, 40, 24), F16, KINDS[kind])
 
 
@@ -293,7 +293,7 @@ def test_splits(splits: int) -> None:
 def test_any_number_of_parts_is_added(number: int, size: tuple[int, int]) -> None:
     parts = draw(number, *size, dtype=F32)
     total, out = parts.double().sum(0), parts.new_empty(size)
-    gemm.add_parts(parts, out)
+    reduction.add_parts(parts, out)
     # Each sum of up to `number` terms is rounded as often, by half an ulp of what is summed.
     bound = number * 2.0**-24 * parts.double().abs().sum(0)
     assert ((out.double() - total).abs() <= bound).all()

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from fusedshape import ACTIVATIONS
 from fusedshape.bench.cases import VGG16
-from fusedshape.kernels import conv, gemm, pointwise
+from fusedshape.kernels import conv, gemm, host, images, reduction
 from fusedshape.kernels.conv import Config, Direction
 from fusedshape.kernels.roofline import Arithmetic, Problem, resnet50
 from tests.support.specs import shaped
 
-pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
+pytestmark = pytest.mark.skipif(host.INTERPRETED, reason="kernels are interpreted")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DIRECTIONS: tuple[Direction, ...] = ("forward", "dgrad", "wgrad")
@@ -45,9 +45,9 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     found = {name: Recorder(getattr(conv, name)) for name in ("_conv_kernel", "_wgrad_kernel")}
     for name, recorder in found.items():
         monkeypatch.setattr(conv, name, recorder)
-    monkeypatch.setattr(gemm, "_sum_kernel", Recorder(gemm._sum_kernel))
-    monkeypatch.setattr(conv, "_why_not", lambda *args, **kwargs: None)
-    monkeypatch.setattr(pointwise, "_reduce", lambda sums: sums.sum(0))
+    monkeypatch.setattr(reduction, "_sum_kernel", Recorder(reduction._sum_kernel))
+    monkeypatch.setattr(images, "_why_not", lambda *args, **kwargs: None)
+    monkeypatch.setattr(reduction, "channel_sums", lambda sums: sums.sum(0))
     return found
 
 
@@ -89,9 +89,9 @@ class Compiler:
         aux: bool = True,
     ) -> Compiled:
         """Compile one direction, by default with all its epilogue has."""
-        self.monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
+        self.monkeypatch.setattr(host, "gpu_of", lambda device: GPUS[arch])
         names = {F16: "float16", BF16: "bfloat16", F32: "tf32" if tf32 else "float32"}
-        self.monkeypatch.setattr(conv, "_arithmetic", lambda dtype, linear: names[dtype])
+        self.monkeypatch.setattr(images, "arithmetic", lambda dtype, linear: names[dtype])
         spec = shaped(activation)
         pad = layer.kernel // 2
         geometry = [layer.stride] * 2, [pad] * 2, [1, 1]
@@ -245,7 +245,7 @@ def test_pointers_that_are_not_aligned(compiled: Compiler) -> None:
 
 def test_index_width(compiled: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(64, 64, 128, 4, 3)
-    monkeypatch.setattr(conv, "WIDE", 1)
+    monkeypatch.setattr(host, "WIDE", 1)
     for direction in ("dgrad", "wgrad"):
         kernel = compiled(direction, 90, config)
         assert kernel.index_types() == {"i64"}
@@ -288,7 +288,7 @@ def test_every_activation(name: str, arch: int, compiled: Compiler) -> None:
 
 
 def test_heuristic_takes_what_fits() -> None:
-    for arch, gpu in {**GPUS, 86: gemm.Gpu(86, 84)}.items():
+    for arch, gpu in {**GPUS, 86: host.Gpu(86, 84)}.items():
         for arithmetic in ("bfloat16", "tf32", "float32"):
             for layer in resnet50(32, arithmetic):
                 for direction in DIRECTIONS:
@@ -326,7 +326,7 @@ def vgg16(batch: int, arithmetic: Arithmetic) -> list[Problem]:
 
 
 def launched(
-    direction: Direction, p: Problem, gpu: gemm.Gpu
+    direction: Direction, p: Problem, gpu: host.Gpu
 ) -> tuple[gemm.Config | Config, int, float]:
     """The pinned tiling, how many programs it has, and how many products each number takes."""
     if p.is_gemm:

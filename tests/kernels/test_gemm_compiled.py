@@ -23,11 +23,11 @@ from aot import (
 from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec
-from fusedshape.kernels import gemm, pointwise
+from fusedshape.kernels import gemm, host, reduction
 from fusedshape.kernels.gemm import Config, Problem
 from tests.support.specs import shaped
 
-pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
+pytestmark = pytest.mark.skipif(host.INTERPRETED, reason="kernels are interpreted")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -35,11 +35,12 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     """Launchers that take CPU tensors, and keep launches instead of launching."""
-    recorders = {name: Recorder(getattr(gemm, name)) for name in ("_gemm_kernel", "_sum_kernel")}
-    for name, recorder in recorders.items():
-        monkeypatch.setattr(gemm, name, recorder)
+    recorders = {}
+    for module, name in ((gemm, "_gemm_kernel"), (reduction, "_sum_kernel")):
+        recorders[name] = Recorder(getattr(module, name))
+        monkeypatch.setattr(module, name, recorders[name])
     monkeypatch.setattr(gemm, "why_not", lambda *matrices: None)
-    monkeypatch.setattr(pointwise, "_reduce", lambda sums: sums.sum(0))
+    monkeypatch.setattr(reduction, "channel_sums", lambda sums: sums.sum(0))
     return recorders
 
 
@@ -81,7 +82,7 @@ class Checker:
         self, arch: int, problem: Problem, config: Config, name: str, save_output: bool = True
     ) -> Compiled:
         """Compile one launch and hold it to what is promised of every configuration."""
-        self.monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
+        self.monkeypatch.setattr(host, "gpu_of", lambda device: GPUS[arch])
         spec = shaped(name)
         launch(problem, config, spec, save_output and spec.saves_output)
         kernel = self.launches["_gemm_kernel"].compile(arch)
@@ -169,7 +170,7 @@ def unaligned(matrix: Tensor) -> Tensor:
 def test_odd_channels_do_not_spill(
     direction: str, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[90])
+    monkeypatch.setattr(host, "gpu_of", lambda device: GPUS[90])
     p = replace(problem(direction), access=2, describable=False)
     launch(p, gemm.config_for(p, GPUS[90]), shaped("tanh"), True, unaligned)
     kernel = launches["_gemm_kernel"].compile(90)
@@ -181,9 +182,9 @@ def test_odd_channels_do_not_spill(
 def test_index_width(
     direction: str, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[90])
-    for least, width in ((pointwise.WIDE, "i32"), (0, "i64")):
-        monkeypatch.setattr(pointwise, "WIDE", least)
+    monkeypatch.setattr(host, "gpu_of", lambda device: GPUS[90])
+    for least, width in ((host.WIDE, "i32"), (0, "i64")):
+        monkeypatch.setattr(host, "WIDE", least)
         launch(problem(direction), Config(128, 128, splits=2), shaped("tanh"), True)
         kernels = [launches["_gemm_kernel"].compile(90)]
         if direction == "wgrad":
@@ -197,7 +198,7 @@ def test_index_width(
 def test_second_stage_of_wgrad(
     arch: int, launches: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gemm, "gpu_of", lambda device: GPUS[arch])
+    monkeypatch.setattr(host, "gpu_of", lambda device: GPUS[arch])
     launch(problem("wgrad"), Config(128, 128, splits=2), shaped("tanh"), True)
     kernel = launches["_sum_kernel"].compile(arch)
     assert_no_spills(kernel)

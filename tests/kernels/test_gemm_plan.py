@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fusedshape import ACTIVATIONS
 from fusedshape.kernels import gemm
-from fusedshape.kernels.gemm import CONFIGS, Config, Gpu, Problem
+from fusedshape.kernels.gemm import CONFIGS, Config, Problem
+from fusedshape.kernels.host import Gpu
 
 BF16, F32 = torch.bfloat16, torch.float32
 H200, A100 = Gpu(90, 132), Gpu(80, 108)

@@ -20,10 +20,10 @@ from aot import (
 
 from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.activations import Activation
-from fusedshape.kernels import pointwise
+from fusedshape.kernels import host, pointwise
 from fusedshape.kernels.pointwise import Plan, make_plan
 
-pytestmark = pytest.mark.skipif(pointwise._INTERPRETED, reason="kernels are interpreted")
+pytestmark = pytest.mark.skipif(host.INTERPRETED, reason="kernels are interpreted")
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 ROWS = list(ACTIVATIONS.values())

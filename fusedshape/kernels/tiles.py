@@ -1,0 +1,112 @@
+"""Tiles of a product: how the host cuts it into them, and what a kernel does with one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from fusedshape.kernels import epilogue
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel that ends with an activation cuts up its work.
+
+    Attributes:
+        block_m, block_n: the tile of the output, powers of two, 16 or more.
+        bytes_k: of the reduction in one step, a power of two.
+        num_warps: warps of one program.
+        num_stages: steps in flight.
+        group_m: rows of tiles that are done together, to share operands in L2.
+    """
+
+    block_m: int
+    block_n: int
+    bytes_k: int = 128
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+
+    def slices(self, activation: int, mixes: bool = False) -> int:
+        """Parts in which a tile is finished.
+
+        Parts of 32 numbers a thread, of 16 where a residual comes in, or, of several, where an
+        activation is curved: beside the rest of the tile there are no registers for more.
+        """
+        each = self.block_m * self.block_n // (32 * self.num_warps)
+        parts = max(1, min(4, each // 32))
+        finer = (mixes and each > 16) or (parts > 1 and activation not in epilogue.STRAIGHT)
+        return 2 * parts if finer else parts
+
+
+@triton.jit
+def place(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of the index-th tile: down GROUP_M of them, then to the right."""
+    width = GROUP_M * tiles_n
+    first = (index // width) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (index % width) % height, (index % width) // height
+
+
+@triton.jit
+def load_across(pointers, mask, PRECISION: tl.constexpr):
+    """Load a tile whose rows in memory run across the reduction.
+
+    Tensor cores take tf32 along the reduction only. Left to itself, the compiler has the copy to
+    shared memory turn the tile around, which then moves 4 bytes at a time. The copy of integers
+    moves rows as they lie, 16 bytes at a time; they become numbers on the way to tensor cores.
+    """
+    if PRECISION == "tf32":
+        integers = pointers.to(tl.pointer_type(tl.int32), bitcast=True)
+        tile = tl.load(integers, mask=mask, other=0).to(tl.float32, bitcast=True)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def deal(tile):
+    """Change the order of rows and columns of a tile that is turned around in shared memory.
+
+    As it was loaded, a thread has 4 neighbours of a row. Each belongs to another row once turned:
+    writes of 4 bytes, those of up to 16 threads to one bank. Dealt, it has 4 neighbours of a
+    column, and the next thread those of the next column: writes of 16 bytes, to all banks. Rows
+    follow each other as `dealt_rows` says; in every 32 columns, 8 · 4 become 4 · 8.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1]
+    parts = tl.reshape(tile, (4, ROWS // 4, COLS // 32, 8, 4))
+    return tl.reshape(tl.permute(parts, (1, 0, 2, 4, 3)), (ROWS, COLS))
+
+
+@triton.jit
+def dealt_rows(ROWS: tl.constexpr):
+    """The rows of a tile in the order in which `deal` leaves them."""
+    i = tl.arange(0, ROWS)
+    return (i % 4) * (ROWS // 4) + i // 4
+
+
+@triton.jit
+def gather_columns(tile):
+    """Undo what `deal` did to columns."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1]
+    parts = tl.reshape(tile, (ROWS, COLS // 32, 4, 8))
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 2)), (ROWS, COLS))
+
+
+@triton.jit
+def slices(z, COUNT: tl.constexpr):
+    """Z cut into COUNT parts side by side, a power of two: a tuple of tiles.
+
+    A tensor core's tile holds up to 128 numbers a thread, and an activation worked out on all of
+    them at once spills registers; on 32 at a time few do, on 16 hardly one does.
+    """
+    if COUNT == 1:
+        parts = (z,)
+    else:
+        left, right = z.reshape(z.shape[0], 2, z.shape[1] // 2).permute(0, 2, 1).split()
+        parts = slices(left, COUNT // 2) + slices(right, COUNT // 2)
+    return parts
