@@ -1,4 +1,6 @@
-"""Writes the tables of the pages, and the picture of accuracy by depth, from bench/results.
+"""Writes the tables of the pages, and the picture of accuracy by depth.
+
+They come from bench/results and from the table of activations.
 
 python -m bench.tables [--check]
 """
@@ -14,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import records, text
 from fusedshape.bench.records import Record, Row
 from fusedshape.files import ContentError, expect, read_json, write_text
@@ -40,6 +43,30 @@ def _source(data: Mapping[str, Any]) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def activations() -> str:
+    """The names of all activations."""
+    return f"{', '.join(ACTIVATIONS)}."
+
+
+def saved() -> str:
+    """What backward needs of each activation, beside the layer's input."""
+    output = [row for row in ACTIVATIONS.values() if row.saves == "output"]
+    piecewise = ", ".join(row.name for row in output if row.homogeneous)
+    smooth = ", ".join(row.name for row in output if not row.homogeneous)
+    others = ", ".join(row.name for row in ACTIVATIONS.values() if row.saves == "input")
+    rows = [
+        [f"{piecewise} with δ = 0 and a slope of 0 or more", "output", "output"],
+        [f"leaky_relu with δ ≠ 0 and a positive slope; {smooth}", "output", "pre-activation"],
+        [
+            "relu with δ ≠ 0, leaky_relu with a falling branch, or a flat one and δ ≠ 0; " + others,
+            "pre-activation",
+            "pre-activation",
+        ],
+    ]
+    lines = [["", "float32, float64", "bfloat16, float16"], ["---"] * 3, *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
 
 def _find(group: str, device: str = "cpu") -> tuple[Record, list[Row]] | None:
@@ -365,12 +392,13 @@ def _ratios(rows: list[Row]) -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/training.md": {"sweep": sweep, "demo": demo},
-    "docs/constants.md": {"solver": solver},
+    "docs/constants.md": {"activations": activations, "solver": solver},
     "docs/precision.md": {
         "bfloat16": partial(accuracy, "bfloat16"),
         "float16": partial(accuracy, "float16"),
     },
     "docs/performance.md": {
+        "saved": saved,
         "conv": conv,
         "bound": bound,
         "layers": layers,
