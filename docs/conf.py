@@ -13,8 +13,9 @@ html_theme = "furo"
 html_title = f"fusedshape {version}"
 html_copy_source = False
 
-# Docstrings mark code with single backticks, as Markdown does.
-default_role = "literal"
+# Docstrings mark code with single backticks, as Markdown does; the name of something documented
+# becomes a link.
+default_role = "py:obj"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # "Attributes:" of a NamedTuple would be declared twice otherwise
 autodoc_member_order = "bysource"

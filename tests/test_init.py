@@ -102,7 +102,7 @@ def dks_sampler() -> ModuleType:
     ("n_in", "n_out", "ratio"), [(64, 256, 0.25), (256, 64, 4.0)], ids=["64-256", "256-64"]
 )
 def test_dks_package_reads_weights_the_other_way_round(n_in: int, n_out: int, ratio: float) -> None:
-    """Shows what the README says of dks 0.1.2: it takes [out, in] for [in, out]."""
+    """Shows what docs/constants.md says of dks 0.1.2: it takes [out, in] for [in, out]."""
     dks = dks_sampler()
     layer = nn.Linear(n_in, n_out, bias=False)
     x = torch.randn(20_000, n_in, generator=generator())
