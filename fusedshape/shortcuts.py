@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fusedshape import rewriting
 from fusedshape.activations import TORCH_NAMES
-from fusedshape.convert.calls import Calls
+from fusedshape.convert.calls import read_calls
 from fusedshape.convert.report import Change
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
@@ -249,7 +249,7 @@ class _Plan:
     def __init__(
         self, model: nn.Module, weights: _Weights, filter_fn: Callable[[str, nn.Module], bool]
     ) -> None:
-        self.calls = Calls(model, (), None)
+        self.calls = read_calls(model)
         self._compare()
         self.weights = weights
         self.wanted = filter_fn

@@ -7,7 +7,8 @@ layer: unfuse asks it about the places that convert left, fuse about the activat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fusedshape.convert.calls import Calls, Site, refuse_wrapped
-from fusedshape.convert.fusion import OUTPUT_HOOKS, Fusion
+from fusedshape.convert.calls import Calls, Site, read_calls
+from fusedshape.convert.fusion import OUTPUT_HOOKS, Matches, read_fusion
+from fusedshape.convert.refusals import refuse_wrapped
 from fusedshape.convert.report import Change
 from fusedshape.kinds import FusedLayer
 from fusedshape.nn import SHAPED, ShapedActivation, ShapedChain, is_place, place
@@ -118,16 +120,16 @@ def unfuse(model: nn.Module) -> tuple[Change, ...]:
         ('ShapedLinear', 2)
     """
     _check("unfuse", model)
-    calls = Calls(model, (nn.Identity,), lambda name, module: is_place(module))
+    calls = read_calls(model, (nn.Identity,), lambda name, module: is_place(module))
     layers: list[Any] = [module for module in calls.names if isinstance(module, FusedLayer)]
     for layer in layers:
         _check_layer(calls.names[layer], layer)
-    parting = _Parting(calls, True)
+    parting = read_fusion(calls, _Parting(calls))
     swaps: dict[nn.Module, nn.Module] = {}
     added: dict[nn.Module, ShapedActivation] = {}
     notes: dict[nn.Module, str] = {}
     for found in parting.merged:
-        swaps[found] = _activation(parting.of_module[found][0].layer)
+        swaps[found] = _activation(parting.of_module(found)[0].layer)
         notes[found] = "the activation is back in its place"
     for layer in layers:
         swaps[layer] = plain = layer.to_plain()
@@ -173,8 +175,8 @@ def fuse(model: nn.Module) -> tuple[Change, ...]:
         [('Linear', 'ShapedLinear'), ('ShapedActivation', 'Identity')]
     """
     _check("fuse", model)
-    calls = Calls(model, (ShapedActivation,), None)
-    joining = _Joining(calls, True)
+    calls = read_calls(model, (ShapedActivation,))
+    joining = read_fusion(calls, _Joining(calls))
     swaps: dict[nn.Module, nn.Module] = {}
     notes: dict[nn.Module, str] = {}
     wrappers = _wrappers(calls)
@@ -187,13 +189,13 @@ def fuse(model: nn.Module) -> tuple[Change, ...]:
     for merged in joining.merged - inside:
         swaps[merged] = place().train(merged.training)
         notes[merged] = "fused into the layer before"
-    for site in calls.sites:
-        layer, activation = site.layer, site.module
+    for site, match in joining.matches.items():
+        layer, activation = match.layer, site.module
         if site.owner in wrappers:
             continue
         if layer is None or layer not in joining.layers:
             if activation is not None:
-                notes.setdefault(activation, f"not fused: {site.why}")
+                notes.setdefault(activation, f"not fused: {match.why}")
             continue
         if layer not in swaps:
             swaps[layer], notes[layer] = _fused(layer, activation), "fused with its activation"
@@ -202,10 +204,13 @@ def fuse(model: nn.Module) -> tuple[Change, ...]:
     return _rows(calls, swaps, notes)
 
 
-class _Parting(Fusion):
-    """Which places take which fused layers' activations back."""
+@dataclass(frozen=True)
+class _Parting:
+    """The rules of unfuse: which places take which fused layers' activations back."""
 
-    def why_never(self, layer: nn.Module, sites: list[Site]) -> str:
+    calls: Calls
+
+    def why_never(self, layer: nn.Module, sites: Sequence[Site], matches: Matches) -> str:
         """Why a layer's activation does not go to `sites`, the places that take its output."""
         if not isinstance(layer, FusedLayer):
             return "it is not fused"
@@ -213,19 +218,23 @@ class _Parting(Fusion):
             return "hooks see its activated output"
         if layer in self.calls.unknown:
             return "a module that cannot be traced may use its activated output"
-        others = [site.layer for found in sites for site in self.of_module[found.module]]
+        places = {site.module for site in sites}
+        others = [match.layer for site, match in matches.items() if site.module in places]
         same = all(_constants(other) == _constants(layer) for other in others)
         return "" if same else "layers of other constants come to the same place"
 
-    def why_kept(self, site: Site) -> str:
+    def why_kept(self, site: Site, merged: bool) -> str:
         """Why a place takes nothing, as other calls of it would be activated too."""
-        return "" if site.module in self.merged else "other values come to the same place"
+        return "" if merged else "other values come to the same place"
 
 
-class _Joining(Fusion):
-    """Which layers take in which of the activations that follow them."""
+@dataclass(frozen=True)
+class _Joining:
+    """The rules of fuse: which layers take in which of the activations that follow them."""
 
-    def why_never(self, layer: nn.Module, sites: list[Site]) -> str:
+    calls: Calls
+
+    def why_never(self, layer: nn.Module, sites: Sequence[Site], matches: Matches) -> str:
         """Why a layer takes in no activation, here those of `sites`."""
         if type(layer) not in SHAPED:
             return f"{type(layer).__name__} has no fused form"
@@ -238,9 +247,9 @@ class _Joining(Fusion):
         same = len({_constants(site.module) for site in sites}) == 1
         return "" if same else "activations of different constants follow it"
 
-    def why_kept(self, site: Site) -> str:
+    def why_kept(self, site: Site, merged: bool) -> str:
         """Why a call of an activation cannot be dropped."""
-        return "" if site.module in self.merged else "the activation is shared or has hooks"
+        return "" if merged else "the activation is shared or has hooks"
 
 
 def _check(verb: str, model: nn.Module) -> None:

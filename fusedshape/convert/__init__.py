@@ -7,23 +7,17 @@ its `apply` is the only place that touches the model.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Generator, nn
 
-from fusedshape import theory
-from fusedshape.convert.calls import Calls
-from fusedshape.convert.constants import constants_for
-from fusedshape.convert.fusion import Fusion
-from fusedshape.convert.plan import Plan
-from fusedshape.convert.positions import unread_positions
-from fusedshape.convert.refusals import refuse, stripped_norms
+from fusedshape.convert.plan import plan_for
+from fusedshape.convert.reading import read
+from fusedshape.convert.refusals import refuse_model
 from fusedshape.convert.report import Change, Report
 from fusedshape.convert.request import Request, requested_recipe
-from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.init import Method
 from fusedshape.ops.dispatch import Backend, why_not
 from fusedshape.spec import ActSpec
@@ -133,8 +127,9 @@ def convert(
             another method or activation, or keywords beside a recipe; the message says what to do.
 
     Example:
+        >>> from fusedshape import TAT
         >>> layers = [layer for _ in range(16) for layer in (nn.Linear(8, 8), nn.ReLU())]
-        >>> report = convert(nn.Sequential(*layers, nn.Linear(8, 2)), theory.TAT(eta=0.9))
+        >>> report = convert(nn.Sequential(*layers, nn.Linear(8, 2)), TAT(eta=0.9))
         >>> report.depth, report.counts["fused"], report.counts["initialised"]
         (16, 16, 17)
     """
@@ -159,7 +154,7 @@ def convert(
         chain=chain,
         example=example,
     )
-    refuse(model, tuple(replace), strip_batchnorm)
+    refuse_model(model, tuple(replace), strip_batchnorm)
     for device in sorted({p.device.type for p in model.parameters()} or {"cpu"}):
         reason = None if backend == "auto" else why_not(backend, device)
         if reason is not None:
@@ -172,37 +167,7 @@ def _convert(model: nn.Module, request: Request, log: UndoLog) -> Report:
     for path, module in model.named_modules():
         log.module(module, path)
     log.generator(torch.default_generator)  # a filter_fn may draw
-    calls = Calls(model, tuple(request.replace), request.filter_fn, stripped_norms(model))
-    calls.check(strict=request.on_untraceable == "error")
-    unchecked = _compare(calls, request.example)
-    fusion = Fusion(calls, request.fuse)
-    wired = theory.trace_wiring(model, strip_batchnorm=request.strip_batchnorm)
-    constants = constants_for(request, wired)
-    constants = dataclasses.replace(constants, notes=constants.notes + unchecked)
-    plan = Plan(calls, fusion, constants, request.init, request.backend, request.chain)
-    named = [(calls.names[layer], layer, method) for layer, method in plan.layers]
-    plan.notes += unread_positions(wired, named)
-    report = plan.report(request.dry_run)
+    plan = plan_for(read(model, request))
     if not request.dry_run:
-        plan.apply(log, request.generator)
-    return report
-
-
-def _compare(calls: Calls, example: Any) -> tuple[str, ...]:
-    """Raise where a traced forward is not the model's own; a note if no input was found."""
-    args = inputs_for(calls.model, example)
-    if args is None:
-        return (
-            "no input was found on which to compare the traced forwards with the model's own; "
-            "pass example=",
-        )
-    graphs = {m: g for m, g in calls.graphs.items() if m not in calls.stripped}
-    found = unfaithful(calls.model, graphs, args)
-    if found is not None:
-        module, difference = found
-        raise ValueError(
-            f"convert: {calls.describe(module)} cannot be followed: traced, its forward gives "
-            f"{difference}. It takes a decision that a trace does not see, for instance by the "
-            "type of a value in a helper; make that a decision of the constructor"
-        )
-    return ()
+        plan.apply(log)
+    return plan.report

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Generator, fx, nn
-from torch.nn.utils import parametrize
+from torch import fx, nn
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
-from fusedshape.convert.constants import Constants
-from fusedshape.convert.fusion import HOOKS, Fusion
-from fusedshape.convert.report import Change, Report
-from fusedshape.init import Method, check_init, init_module_
-from fusedshape.kinds import features, kind_of
+from fusedshape.convert.fusion import HOOKS
+from fusedshape.convert.in_place import writers
+from fusedshape.convert.initial import Starts, initialise, starts_for
+from fusedshape.convert.positions import unread_positions
+from fusedshape.convert.reading import Reading
+from fusedshape.convert.report import Change, Report, left_alone
+from fusedshape.kinds import kind_of
 from fusedshape.nn import (
     SHAPED,
     ShapedActivation,
@@ -24,10 +25,9 @@ from fusedshape.nn import (
     place,
     why_not_chained,
 )
-from fusedshape.ops.dispatch import Backend
 from fusedshape.rewriting import source, subclass
 from fusedshape.tracing import write_out_of_place
-from fusedshape.undo import UndoLog, generator_of, overlapping, why_not_written
+from fusedshape.undo import UndoLog
 
 _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
@@ -35,231 +35,65 @@ _HOOK_FLAGS = (
     "_forward_pre_hooks_with_kwargs",
     "_is_full_backward_hook",
 )
+# Containers with the names of the children that run in one row.
+Runs = Mapping[nn.Module, list[list[str]]]
+_COUNTED = ("fused", "shaped", "rewritten", "stripped", "chained")
 
 
-@dataclass
-class _Rewrite:
+@dataclass(frozen=True)
+class Rewrite:
+    """Another class for a module, whose forward calls new children in place of functions."""
+
     cls: type[nn.Module]
-    children: dict[str, nn.Module]
+    children: Mapping[str, nn.Module]
 
 
+@dataclass(frozen=True)
+class Step:
+    """What is done to one module.
+
+    Attributes:
+        row: what the report says of it.
+        counts: what it adds to the report's counts.
+        swap: what takes the module's place.
+        rewrite: what the module becomes.
+    """
+
+    row: Change
+    counts: Mapping[str, int]
+    swap: nn.Module | None = None
+    rewrite: Rewrite | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """All that will be done to a model, made before anything is."""
+    """All that will be done to a model.
 
-    def __init__(
-        self,
-        calls: Calls,
-        fusion: Fusion,
-        constants: Constants,
-        init: Method | None,
-        backend: Backend,
-        chain: bool | int,
-    ) -> None:
-        self.calls = calls
-        self.fusion = fusion
-        self.constants = constants
-        self.init = init
-        self.backend = backend
-        self.swaps: dict[nn.Module, nn.Module] = {}
-        self.rewrites: dict[nn.Module, _Rewrite] = {}
-        self.rows: list[Change] = []
-        self.notes = list(constants.notes)
-        self.layers: list[tuple[nn.Module, Method]] = []
-        self.writers = calls.writers(saved=constants.spec.saves_output)
-        self.freed = {m for n, o in self.writers.items() if (m := calls.called(o, n)) is not None}
-        self.freeing: dict[nn.Module, list[fx.Node]] = {}
-        for node, owner in self.writers.items():
-            if node.op != "call_module":
-                self.freeing.setdefault(owner, []).append(node)
-        names = "fused", "shaped", "rewritten", "stripped", "chained"
-        self.counts = Counter(dict.fromkeys(names, 0))
-        for module in calls.names:
-            self._plan_module(module)
-        self.chain = chain
-        self.chains: list[nn.Sequential] = []
-        if chain:
-            self._plan_chains()
-        self._plan_init()
-        calls.check_held("convert", self.swaps)
-        order = {name: i for i, name in enumerate(calls.names.values())}
-        self.rows.sort(key=lambda row: order[row.path])
+    Attributes:
+        reading: of the model.
+        swaps: new modules in the place of old ones.
+        rewrites: new classes of modules that stay.
+        freed: modules that will not work in place any more.
+        chains: containers that become a `ShapedChain`.
+        starts: how its layers start.
+        report: what is said of all that.
+    """
 
-    def _plan_module(self, module: nn.Module) -> None:
-        fusion, calls, spec = self.fusion, self.calls, self.constants.spec
-        if module in fusion.layers:
-            self._swap(module, SHAPED[type(module)].from_plain(module, spec, self.backend))
-            self.counts["fused"] += 1
-        elif module in fusion.merged:
-            self._swap(module, _like(module, place()), "fused into the layer before")
-        elif module in calls.acts:
-            whys = dict.fromkeys(s.why for s in fusion.of_module.get(module, []) if s.why)
-            why = "; ".join(whys) or "no call of it was traced"
-            self._swap(module, _like(module, self._activation()), f"not fused: {why}")
-            self.counts["shaped"] += 1
-        elif module in calls.stripped:
-            row = {name: module.get_submodule(name) for name in calls.stripped[module]}
-            rest = nn.Sequential(OrderedDict(row)) if row else nn.Identity()
-            self._swap(module, _like(module, rest), "BatchNorm stripped")
-            self.counts["stripped"] += 1
-        elif module in fusion.rewritten or module in self.freeing:
-            self._rewrite(module)
-        elif module in self.freed:
-            kind = type(module).__name__
-            note = "inplace=False, as what it changed is needed"
-            self.rows.append(Change(calls.names[module], kind, f"{kind} out of place", note))
-        elif module in calls.opaque:
-            left = " and may call activations that stay as they are"
-            note = f"not traced: {calls.opaque[module]}"
-            self._skip(module, note + (left if calls.may_call(module) else ""))
-        elif module not in calls.graphs and calls.may_call(module):
-            self._skip(module, "torch's own forward may call activations, which stay as they are")
-        elif calls.kept.get(module):
-            self._skip(module, "left alone by filter_fn")
-        elif type(module) in FUNCTIONAL:
-            self._skip(module, "not among the classes to replace")
+    reading: Reading
+    swaps: Mapping[nn.Module, nn.Module]
+    rewrites: Mapping[nn.Module, Rewrite]
+    freed: frozenset[nn.Module]
+    chains: tuple[nn.Module, ...]
+    starts: Starts
+    report: Report
 
-    def _activation(self) -> ShapedActivation:
-        return ShapedActivation(self.constants.spec, self.backend)
-
-    def _swap(self, old: nn.Module, new: nn.Module, note: str = "") -> None:
-        self.swaps[old] = new
-        names = type(old).__name__, type(new).__name__
-        self.rows.append(Change(self.calls.names[old], *names, note))
-
-    def _skip(self, module: nn.Module, note: str) -> None:
-        kind = type(module).__name__
-        self.rows.append(Change(self.calls.names[module], kind, kind, note))
-
-    def _rewrite(self, owner: nn.Module) -> None:
-        """Write an owner's forward with modules in place of functional calls."""
-        children: dict[str, nn.Module] = {}
-        whys: list[str] = []
-        for graph in self.calls.graphs[owner]:
-            free = {word: _free(owner, word) for word in ("shaped", "fused")}
-            for node in [n for n in self.freeing.get(owner, ()) if n.graph is graph]:
-                whys.append(f"{node.name} out of place, as what it changed is needed")
-                write_out_of_place(node)
-            for site in self.calls.by_graph.get(graph, ()):
-                node = site.node
-                if site.module is not None and (site.why or site.module in self.fusion.merged):
-                    continue
-                name = next(free["shaped" if site.why else "fused"])
-                if name not in children:
-                    new = self._activation() if site.why else place()
-                    children[name] = new.train(owner.training)
-                    whys += [f".{name} not fused: {site.why}"] if site.why else []
-                with graph.inserting_before(node):
-                    call = graph.call_module(name, (site.input,))
-                node.replace_all_uses_with(call)
-                graph.erase_node(node)
-        sources = tuple(source(graph) for graph in self.calls.graphs[owner])
-        base: Any = type(owner)
-        cls = subclass(base, sources)
-        self.rewrites[owner] = _Rewrite(cls, children)
-        self.counts["rewritten"] += 1
-        self.counts["shaped"] += sum(isinstance(m, ShapedActivation) for m in children.values())
-        kinds = type(owner).__name__, cls.__name__
-        note = "; ".join(["forward rewritten", *dict.fromkeys(whys)])
-        self.rows.append(Change(self.calls.names[owner], *kinds, note))
-
-    def _plan_chains(self) -> None:
-        """Find the containers with layers in a row, and say why the other fused layers are not."""
-        whys = {old: "" for old, new in self.swaps.items() if old in self.fusion.layers}
-        for owner in self.calls.names:
-            children = {
-                name: self.swaps.get(child, child)
-                for name, child in owner._modules.items()
-                if child is not None
-            }
-            if type(owner) is not nn.Sequential:
-                for child in owner._modules.values():
-                    if child in whys:
-                        why = f"it stands in {self.calls.describe(owner)}, no nn.Sequential"
-                        whys[child] = whys[child] or why
-                continue
-            rows = [row for row in chain_rows(children) if len(row) > 1]
-            chained = {name for row in rows for name in row}
-            for name, child in owner._modules.items():
-                if child in whys and name not in chained:
-                    alone = "no layer of its kind next to it"
-                    whys[child] = why_not_chained(children[name]) or alone
-            if rows:
-                self.chains.append(owner)
-                self.counts["chained"] += len(chained)
-                parts = (f"{row[0]} … {row[-1]} ({len(row)} layers)" for row in rows)
-                note = "in a row: " + ", ".join(parts)
-                path = self.calls.names[owner]
-                self.rows.append(Change(path, "Sequential", "ShapedChain", note))
-        notes = {self.calls.names[old]: why for old, why in whys.items() if why}
-        for i, row in enumerate(self.rows):
-            if row.path in notes:
-                self.rows[i] = replace(row, note=f"not chained: {notes[row.path]}")
-
-    def _plan_init(self) -> None:
-        no_bias = 0
-        others: Counter[str] = Counter()
-        for module in self.calls.names:
-            if kind_of(module) is None:
-                continue
-            no_bias += module.bias is None
-            if self.init is None:
-                continue
-            if parametrize.is_parametrized(module) or module._parameters.get("weight") is None:
-                self._skip(module, "not initialised: its weight is computed from other tensors")
-                continue
-            method, why = _suited(module, self.init)
-            others[why] += 1
-            self.layers.append((module, method))
-        self._check_init()
-        self.counts["initialised"] = len(self.layers)
-        self.counts["skipped"] = sum(row.now == row.was for row in self.rows)
-        self.notes += [
-            f"{count} layer(s) {why.format(init=self.init)}" for why, count in others.items() if why
-        ]
-        if self.counts["stripped"]:
-            self.notes.append(
-                f"{self.counts['stripped']} BatchNorm layer(s) were stripped: their keys are "
-                f"gone from the state_dict, and {no_bias} layer(s) have no bias (make them with "
-                "bias=True to have one)"
-            )
-
-    def _check_init(self) -> None:
-        """Raise where a layer could not be initialised, naming it."""
-        for module, method in self.layers:
-            where = f"convert: cannot initialise {self.calls.describe(module)}"
-            try:
-                check_init(module, method, self.constants.gain, self.constants.bias_std)
-            except (ValueError, TypeError) as error:
-                raise type(error)(f"{where}: {error}") from None
-            for name, parameter in module._parameters.items():
-                why = "" if parameter is None else why_not_written(parameter)
-                if why:
-                    raise ValueError(
-                        f"{where}: its {name} cannot be written, {why}; pass init=None, or give "
-                        "it memory of its own"
-                    )
-        drawn = {p for module, _ in self.layers for p in module.parameters(recurse=False)}
-        model = self.calls.model
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        for (name, one), (other_name, other) in overlapping(tensors):
-            if one in drawn or other in drawn:
-                raise ValueError(
-                    f"convert: cannot initialise {name!r} and {other_name!r}, which share memory "
-                    "but are not one parameter; make them one nn.Parameter, or pass init=None"
-                )
-
-    def apply(self, log: UndoLog, generator: Generator | None) -> None:
+    def apply(self, log: UndoLog) -> None:
         """Change the model, whose modules the log has saved already."""
-        for module, _ in self.layers:
-            for name, parameter in module.named_parameters(recurse=False):
-                log.tensor(parameter, f"the {name} of {self.calls.describe(module)}")
-                log.generator(generator or generator_of(parameter.device))
-        for module, method in self.layers:
-            gain, bias_std = self.constants.gain, self.constants.bias_std
-            init_module_(module, method, gain, bias_std, generator)
-        for parent in (*self.calls.names, *self.swaps.values()):
+        request = self.reading.request
+        initialise(self.starts.layers, self.reading.constants, request.generator, log)
+        for parent in (*self.reading.calls.names, *self.swaps.values()):
             for name, child in parent._modules.items():
-                if child in self.swaps:
+                if child is not None and child in self.swaps:
                     parent._modules[name] = self.swaps[child]
         for owner, rewrite in self.rewrites.items():
             for name, child in rewrite.children.items():
@@ -267,22 +101,242 @@ class Plan:
             owner.__class__ = rewrite.cls
         for module in self.freed:
             module.inplace = False  # type: ignore[assignment]
+        longest = None if request.chain is True else request.chain
         for container in self.chains:
             container.__class__ = ShapedChain
-            container.max_length = None if self.chain is True else self.chain  # type: ignore[assignment]
+            container.max_length = longest  # type: ignore[assignment]
 
-    def report(self, dry_run: bool) -> Report:
-        """Say what was planned."""
-        return Report(
-            recipe=self.constants.recipe,
-            spec=self.constants.spec,
-            depth=self.constants.depth,
-            init=self.init,
-            dry_run=dry_run,
-            changes=tuple(self.rows),
-            notes=tuple(self.notes),
-            counts=dict(self.counts),
-        )
+
+def plan_for(reading: Reading) -> Plan:
+    """Plan all that is to be done to a model that was read; its traced graphs are rewritten.
+
+    Raises:
+        ValueError: something that cannot be done; the message names the module.
+    """
+    calls, request = reading.calls, reading.request
+    freed: set[nn.Module] = set()
+    freeing: dict[nn.Module, list[fx.Node]] = {}
+    for node, owner in writers(calls, saved=reading.constants.spec.saves_output).items():
+        called = calls.called(owner, node)
+        if called is None:
+            freeing.setdefault(owner, []).append(node)
+        else:
+            freed.add(called)
+    steps = _Steps(reading, frozenset(freed), freeing).all()
+    swaps = {old: step.swap for old, step in steps.items() if step.swap is not None}
+    runs = _runs(calls, swaps) if request.chain else {}
+    alone = _why_not_chained(reading, swaps, runs) if request.chain else {}
+    starts = starts_for(reading)
+    calls.check_held("convert", swaps)
+    rows = [replace(s.row, note=alone.get(s.row.path, s.row.note)) for s in steps.values()]
+    rows += [_row_of_chain(calls.names[owner], found) for owner, found in runs.items()]
+    rows += starts.rows
+    return Plan(
+        reading=reading,
+        swaps=swaps,
+        rewrites={m: step.rewrite for m, step in steps.items() if step.rewrite is not None},
+        freed=frozenset(freed),
+        chains=tuple(runs),
+        starts=starts,
+        report=_report(reading, starts, rows, _counts(steps.values(), runs)),
+    )
+
+
+def _counts(steps: Iterable[Step], runs: Runs) -> Counter[str]:
+    """What the report counts of the steps and the chains."""
+    counts = Counter(dict.fromkeys(_COUNTED, 0))
+    for step in steps:
+        counts.update(step.counts)
+    counts["chained"] = sum(len(run) for found in runs.values() for run in found)
+    return counts
+
+
+def _report(reading: Reading, starts: Starts, rows: list[Change], counts: Counter[str]) -> Report:
+    calls, constants, request = reading.calls, reading.constants, reading.request
+    order = {name: i for i, name in enumerate(calls.names.values())}
+    rows.sort(key=lambda row: order[row.path])
+    counts["initialised"] = len(starts.layers)
+    counts["skipped"] = sum(row.now == row.was for row in rows)
+    stripped = _on_stripped(calls, counts["stripped"]) if counts["stripped"] else ()
+    named = [(calls.names[start.layer], start.layer, start.method) for start in starts.layers]
+    unread = unread_positions(reading.wired, named)
+    return Report(
+        recipe=constants.recipe,
+        spec=constants.spec,
+        depth=constants.depth,
+        init=request.init,
+        dry_run=request.dry_run,
+        changes=tuple(rows),
+        notes=(*constants.notes, *reading.notes, *starts.notes, *stripped, *unread),
+        counts=dict(counts),
+    )
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What is done to each module, and why nothing is.
+
+    Attributes:
+        reading: of the model.
+        freed: modules that will not work in place any more.
+        freeing: functions and methods to rewrite out of place, by the module that calls them.
+    """
+
+    reading: Reading
+    freed: frozenset[nn.Module]
+    freeing: Mapping[nn.Module, list[fx.Node]]
+
+    def all(self) -> dict[nn.Module, Step]:
+        """The steps by module, in the model's order."""
+        found: dict[nn.Module, Step] = {}
+        for module in self.reading.calls.names:
+            step = self._changed(module) or self._left(module)
+            if step is not None:
+                found[module] = step
+        return found
+
+    def _changed(self, module: nn.Module) -> Step | None:
+        """What is done to a module; None if nothing is."""
+        fusion, calls = self.reading.fusion, self.reading.calls
+        if module in fusion.layers:
+            fused = SHAPED[type(module)].from_plain(
+                module, self.reading.constants.spec, self.reading.request.backend
+            )
+            return self._swapped(module, fused, "", "fused")
+        if module in fusion.merged:
+            return self._swapped(module, _like(module, place()), "fused into the layer before")
+        if module in calls.acts:
+            whys = dict.fromkeys(match.why for match in fusion.of_module(module) if match.why)
+            why = "; ".join(whys) or "no call of it was traced"
+            new = _like(module, self._activation())
+            return self._swapped(module, new, f"not fused: {why}", "shaped")
+        if module in calls.stripped:
+            row = {name: module.get_submodule(name) for name in calls.stripped[module]}
+            rest = nn.Sequential(OrderedDict(row)) if row else nn.Identity()
+            return self._swapped(module, _like(module, rest), "BatchNorm stripped", "stripped")
+        if module in fusion.rewritten or module in self.freeing:
+            return self._rewritten(module)
+        if module in self.freed:
+            kind = type(module).__name__
+            note = "inplace=False, as what it changed is needed"
+            return Step(Change(calls.names[module], kind, f"{kind} out of place", note), {})
+        return None
+
+    def _left(self, module: nn.Module) -> Step | None:
+        """What is said of a module to which nothing is done; None if nothing is."""
+        calls = self.reading.calls
+        if module in calls.opaque:
+            note = f"not traced: {calls.opaque[module]}"
+            if calls.wanted.may_be_called_by(module):
+                note += " and may call activations that stay as they are"
+        elif module not in calls.graphs and calls.wanted.may_be_called_by(module):
+            note = "torch's own forward may call activations, which stay as they are"
+        elif calls.wanted.kept.get(module):
+            note = "left alone by filter_fn"
+        elif type(module) in FUNCTIONAL:
+            note = "not among the classes to replace"
+        else:
+            return None
+        return Step(left_alone(calls.names[module], module, note), {})
+
+    def _activation(self) -> ShapedActivation:
+        return ShapedActivation(self.reading.constants.spec, self.reading.request.backend)
+
+    def _swapped(self, old: nn.Module, new: nn.Module, note: str, count: str = "") -> Step:
+        kinds = type(old).__name__, type(new).__name__
+        row = Change(self.reading.calls.names[old], *kinds, note)
+        return Step(row, {count: 1} if count else {}, swap=new)
+
+    def _rewritten(self, owner: nn.Module) -> Step:
+        """Write an owner's forward with modules in place of functional calls."""
+        calls = self.reading.calls
+        children: dict[str, nn.Module] = {}
+        whys: list[str] = []
+        for graph in calls.graphs[owner]:
+            for node in (n for n in self.freeing.get(owner, ()) if n.graph is graph):
+                whys.append(f"{node.name} out of place, as what it changed is needed")
+                write_out_of_place(node)
+            whys += self._placed(owner, graph, children)
+        base: Any = type(owner)
+        cls = subclass(base, tuple(source(graph) for graph in calls.graphs[owner]))
+        shaped = sum(isinstance(child, ShapedActivation) for child in children.values())
+        note = "; ".join(["forward rewritten", *dict.fromkeys(whys)])
+        row = Change(calls.names[owner], base.__name__, cls.__name__, note)
+        return Step(row, {"rewritten": 1, "shaped": shaped}, rewrite=Rewrite(cls, children))
+
+    def _placed(
+        self, owner: nn.Module, graph: fx.Graph, children: dict[str, nn.Module]
+    ) -> Iterator[str]:
+        """Put calls of new children into a graph, and say why those are not fused.
+
+        The names start anew in every graph, so that all graphs of a module share its children.
+        """
+        fusion = self.reading.fusion
+        free = {word: _free(owner, word) for word in ("shaped", "fused")}
+        sites = [(s, match) for s, match in fusion.matches.items() if s.node.graph is graph]
+        for site, match in sites:
+            if site.module is not None and (match.why or site.module in fusion.merged):
+                continue
+            name = next(free["shaped" if match.why else "fused"])
+            if name not in children:
+                new = self._activation() if match.why else place()
+                children[name] = new.train(owner.training)
+                if match.why:
+                    yield f".{name} not fused: {match.why}"
+            with graph.inserting_before(site.node):
+                call = graph.call_module(name, (site.input,))
+            site.node.replace_all_uses_with(call)
+            graph.erase_node(site.node)
+
+
+def _runs(calls: Calls, swaps: Mapping[nn.Module, nn.Module]) -> Runs:
+    """The containers that hold fused layers in a row, with the names of those in each row."""
+    found: dict[nn.Module, list[list[str]]] = {}
+    for owner in calls.names:
+        if type(owner) is nn.Sequential:
+            runs = [run for run in chain_rows(_after(owner, swaps)) if len(run) > 1]
+            found |= {owner: runs} if runs else {}
+    return found
+
+
+def _why_not_chained(
+    reading: Reading, swaps: Mapping[nn.Module, nn.Module], runs: Runs
+) -> dict[str, str]:
+    """Why fused layers are in no row, by their path."""
+    calls = reading.calls
+    whys = dict.fromkeys(reading.fusion.layers, "")
+    for owner in calls.names:
+        own = [(name, child) for name, child in owner._modules.items() if child in whys]
+        chained = {name for run in runs.get(owner, ()) for name in run}
+        for name, child in own:
+            assert child is not None
+            if type(owner) is not nn.Sequential:
+                why = f"it stands in {calls.describe(owner)}, no nn.Sequential"
+                whys[child] = whys[child] or why
+            elif name not in chained:
+                why = why_not_chained(swaps[child])
+                whys[child] = why or "no layer of its kind next to it"
+    return {calls.names[layer]: f"not chained: {why}" for layer, why in whys.items() if why}
+
+
+def _after(owner: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> dict[str, nn.Module | None]:
+    """A module's children once they have been swapped."""
+    children = owner._modules.items()
+    return {name: None if child is None else swaps.get(child, child) for name, child in children}
+
+
+def _row_of_chain(path: str, runs: list[list[str]]) -> Change:
+    note = ", ".join(f"{run[0]} … {run[-1]} ({len(run)} layers)" for run in runs)
+    return Change(path, "Sequential", "ShapedChain", f"in a row: {note}")
+
+
+def _on_stripped(calls: Calls, count: int) -> tuple[str, ...]:
+    """A note on what is lost with the normalisations."""
+    no_bias = sum(kind_of(module) is not None and module.bias is None for module in calls.names)
+    return (
+        f"{count} BatchNorm layer(s) were stripped: their keys are gone from the "
+        f"state_dict, and {no_bias} layer(s) have no bias (make them with bias=True to have one)",
+    )
 
 
 def _free(owner: nn.Module, word: str) -> Iterator[str]:
@@ -298,49 +352,3 @@ def _like(old: nn.Module, new: nn.Module) -> nn.Module:
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
     return new
-
-
-def _suited(module: Any, init: Method) -> tuple[Method, str]:
-    """The initialiser that a layer takes, and why another than was asked for.
-
-    delta_orthogonal keeps norms, suo the mean square q that the constants assume. Between layers of
-    one width they are the same; where a layer has more outputs than inputs, or writes to some of
-    its outputs only, suo is delta-orthogonal with the factor that q wants.
-    """
-    if init in ("suo", "delta_orthogonal") and _lacks_centre(module, init):
-        return "suo_full", "with an even kernel took suo_full, not {init}"
-    if init != "delta_orthogonal":
-        return init, ""
-    kind = kind_of(module)
-    if kind is not None and kind.transposed and max(module.stride) > 1:
-        sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        if any(k < s or (s > 1 and d > 1) for k, s, d in sizes):
-            return init, (
-                "are transposed, of a stride with which their kernel does not reach all outputs "
-                "alike, so that q falls there; use a larger kernel, without dilation"
-            )
-        return "suo", (
-            "that are transposed and strided took suo, which reaches all their outputs: with "
-            "delta_orthogonal q would fall there"
-        )
-    if _widens(module):
-        return "suo", (
-            "with more outputs than inputs took suo, which is delta_orthogonal times "
-            "√(outputs/inputs): it keeps q, which falls where norms are kept"
-        )
-    return init, ""
-
-
-def _widens(module: nn.Module) -> bool:
-    """Whether a group has more outputs than inputs."""
-    inputs, outputs = features(module)
-    return inputs < outputs
-
-
-def _lacks_centre(module: Any, method: str) -> bool:
-    kind = kind_of(module)
-    if kind is None or not kind.dimensions:
-        return False
-    spread = kind.transposed and method == "suo"
-    pairs = zip(module.kernel_size, module.stride, strict=True)
-    return any(k % 2 == 0 and not (spread and s > 1) for k, s in pairs)

@@ -1,23 +1,36 @@
-"""Models that convert refuses, and the normalisations that it can take out."""
+"""Models that convert refuses, by their modules and by what these call."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from fusedshape.convert.calls import refuse_wrapped
+from fusedshape.convert.calls import FUNCTIONAL, Calls
+from fusedshape.convert.in_place import refuse_overwrites
 from fusedshape.kinds import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
 from fusedshape.rewriting import Rewritten
-from fusedshape.tracing import behind_norm
 
+# By name, because importing torch._dynamo takes seconds.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+_GATES = (nn.Sigmoid, nn.Hardsigmoid)
+_NORM_FUNCTIONS = (F.batch_norm, F.instance_norm, F.group_norm)
 _SHAPED = (ShapedActivation, ShapedChain, FusedLayer)
 
 
-def refuse(model: nn.Module, replace: tuple[type[nn.Module], ...], strip_batchnorm: bool) -> None:
+def refuse_model(
+    model: nn.Module, replace: tuple[type[nn.Module], ...], strip_batchnorm: bool
+) -> None:
     """Raise if a model cannot be converted, as far as its modules tell.
 
     Args:
@@ -84,17 +97,103 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
         )
 
 
-def stripped_norms(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """The normalisations to take out, and which of its children each calls in a row afterwards."""
-    found: dict[nn.Module, tuple[str, ...]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            row = behind_norm(module)
-            if row is None:
-                raise ValueError(
-                    f"convert: {path!r} is a {type(module).__name__}, a BatchNorm whose own "
-                    "forward does more than call children on what it has normalised; replace it "
-                    "by what it does besides normalising"
-                )
-            found[module] = row
+def refuse_calls(calls: Calls, strict: bool) -> None:
+    """Raise if a model cannot be converted, as far as its forwards tell.
+
+    Args:
+        calls: the model's calls.
+        strict: whether a module that cannot be traced and may call an activation is an error.
+
+    Raises:
+        ValueError: the message names the module and what to do about it.
+    """
+    if strict:
+        _refuse_untraced(calls)
+    for owner, node in calls.nodes():
+        if node.target in _NORM_FUNCTIONS:
+            _refuse_norm_function(calls, owner, node)
+    refuse_overwrites(
+        calls,
+        {
+            site.node: f"{calls.describe(site.owner)} activates in place ({site.node.name})"
+            for site in calls.sites
+            if site.in_place and site.owner not in calls.stripped  # there, the norm's output
+        },
+    )
+    if not calls.sites and not calls.acts:
+        _refuse_no_activation(calls)
+
+
+def _refuse_untraced(calls: Calls) -> None:
+    for module in calls.names:
+        if module in calls.graphs or not calls.wanted.may_be_called_by(module):
+            continue
+        if not calls.wanted.keeps(module):
+            reason = calls.opaque.get(module, "its forward is torch's own")
+            raise ValueError(
+                f"convert: {calls.describe(module)} may call {calls.wanted.forms} in its forward, "
+                f"which cannot be traced: {reason}. Use an nn module for the activation "
+                "there, or pass on_untraceable='report' to leave that call as it is"
+            )
+
+
+def _refuse_norm_function(calls: Calls, owner: nn.Module, node: fx.Node) -> None:
+    """Raise for a normalisation called as a function, of data or of weights."""
+    where, name = calls.describe(owner), getattr(node.target, "__name__", node.target)
+    if any(arg.op == "placeholder" for arg in _ancestors(node)):
+        raise ValueError(
+            f"convert: {where} calls F.{name}; normalisation undoes what shaped activations set "
+            "up, build the model without"
+        )
+    raise ValueError(
+        f"convert: {where} standardises its weights (F.{name}), so that it loses its inputs' mean, "
+        "which shaped activations keep; make it a plain layer"
+    )
+
+
+def _refuse_no_activation(calls: Calls) -> None:
+    """Raise as there is nothing to replace, and say what else could be."""
+    targets = [n.target for _, n in calls.nodes() if n.op in ("call_function", "call_method")]
+    names = {str(getattr(target, "__name__", target)).rstrip("_") for target in targets}
+    present = {type(module) for module in calls.names}
+    known = [k for k, word in FUNCTIONAL.items() if k in present or word in names]
+    known.sort(key=lambda kind: (kind in _GATES, kind.__name__))
+    others = {k: f"nn.{k.__name__}" for k in known if FUNCTIONAL[k] not in calls.wanted.words}
+    # What is between 0 and 1 is a gate where there are other activations.
+    hidden = [name for kind, name in others.items() if kind not in _GATES]
+    wanted = ", ".join(hidden or others.values())
+    raise ValueError(
+        "convert: found no activation to replace; looked for "
+        f"{calls.wanted.forms} (see the arguments replace and filter_fn)"
+        + (f"; there are {', '.join(others.values())}: pass replace=[{wanted}]" if others else "")
+    )
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that a node is computed from."""
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        new = [arg for arg in stack.pop().all_input_nodes if arg not in found]
+        found.update(new)
+        stack += new
     return found
+
+
+def refuse_wrapped(verb: str, path: str, module: nn.Module) -> None:
+    """Raise if a module wraps, or was made of, the one that is to be changed.
+
+    Raises:
+        ValueError: it does; the message says what to do first.
+    """
+    where = f"{path!r} is" if path else "the model is"
+    kind = type(module).__name__
+    if kind in _WRAPPERS:
+        raise ValueError(
+            f"{verb}: {where} a {kind}; {verb} the module inside, its .{_WRAPPERS[kind]}, "
+            "before wrapping it"
+        )
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        raise ValueError(f"{verb}: {where} compiled already; {verb} first, then compile")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"{verb}: {where} a ScriptModule; {verb} the module it was made of")

@@ -26,6 +26,12 @@ class Change:
     note: str = ""
 
 
+def left_alone(path: str, module: Any, note: str) -> Change:
+    """The row of a module that stays as it is."""
+    kind = type(module).__name__
+    return Change(path, kind, kind, note)
+
+
 @dataclass(frozen=True)
 class Report:
     """What `convert` did to a model, or would do.

@@ -43,6 +43,11 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("fuse", "strip_batchnorm", "dry_run"):
             flag("convert", name, getattr(self, name))
+        self._check_network()
+        self._check_words()
+        self._check_objects()
+
+    def _check_network(self) -> None:
         if self.depth is not None:
             integer("convert", "depth", self.depth, 1)
         if self.subnet_max is not None and not callable(self.subnet_max):
@@ -54,6 +59,8 @@ class Request:
             raise ValueError("convert: spec is ready; drop depth, subnet_max and sigma_b")
         if self.given_wiring and isinstance(self.recipe, EOC):
             raise ValueError("convert: EOC knows no depth; drop depth and subnet_max")
+
+    def _check_words(self) -> None:
         if self.init is not None and not _is_word(self.init, *get_args(Method)):
             known = ", ".join(get_args(Method))
             raise ValueError(f"convert: init: unknown method {shown(self.init)}; known: {known}")
@@ -65,6 +72,8 @@ class Request:
             raise ValueError(
                 f"convert: chain={self.chain!r} must be True, False or a positive integer"
             )
+
+    def _check_objects(self) -> None:
         if not isinstance(self.replace, Sequence) or isinstance(self.replace, (str, bytes)):
             raise TypeError(f"convert: replace must be a sequence of classes, got {self.replace!r}")
         for wanted in self.replace:

@@ -1,0 +1,88 @@
+"""Everything that is known of a model before a plan is made: `Reading`; nothing is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fusedshape.convert.calls import Calls, read_calls
+from fusedshape.convert.constants import Constants, constants_for
+from fusedshape.convert.fusion import Fusing, Fusion, read_fusion
+from fusedshape.convert.refusals import refuse_calls
+from fusedshape.convert.request import Request
+from fusedshape.faithful import inputs_for, unfaithful
+from fusedshape.theory import Wiring, trace_wiring
+from fusedshape.tracing import behind_norm
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read of a model, and what is to go into it.
+
+    Attributes:
+        request: what was asked for.
+        calls: which module calls what.
+        fusion: which activation joins which layer.
+        wired: the network as the theory sees it.
+        constants: what the recipe comes to in that network.
+        notes: what the user should know of the reading.
+    """
+
+    request: Request
+    calls: Calls
+    fusion: Fusion
+    wired: Wiring
+    constants: Constants
+    notes: tuple[str, ...]
+
+
+def read(model: nn.Module, request: Request) -> Reading:
+    """Read a model, and solve the recipe for it.
+
+    Raises:
+        ValueError: a model that cannot be converted, or a recipe that cannot be met in it.
+    """
+    calls = read_calls(model, tuple(request.replace), request.filter_fn, stripped_norms(model))
+    refuse_calls(calls, strict=request.on_untraceable == "error")
+    notes = _compared(calls, request)
+    fusion = read_fusion(calls, Fusing(calls, request.fuse))
+    wired = trace_wiring(model, strip_batchnorm=request.strip_batchnorm)
+    return Reading(request, calls, fusion, wired, constants_for(request, wired), notes)
+
+
+def stripped_norms(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The normalisations to take out, and which of its children each calls in a row afterwards."""
+    found: dict[nn.Module, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            row = behind_norm(module)
+            if row is None:
+                raise ValueError(
+                    f"convert: {path!r} is a {type(module).__name__}, a BatchNorm whose own "
+                    "forward does more than call children on what it has normalised; replace it "
+                    "by what it does besides normalising"
+                )
+            found[module] = row
+    return found
+
+
+def _compared(calls: Calls, request: Request) -> tuple[str, ...]:
+    """Raise where a traced forward is not the model's own; a note if no input was found."""
+    args = inputs_for(calls.model, request.example)
+    if args is None:
+        return (
+            "no input was found on which to compare the traced forwards with the model's own; "
+            "pass example=",
+        )
+    graphs = {m: g for m, g in calls.graphs.items() if m not in calls.stripped}
+    found = unfaithful(calls.model, graphs, args)
+    if found is not None:
+        module, difference = found
+        raise ValueError(
+            f"convert: {calls.describe(module)} cannot be followed: traced, its forward gives "
+            f"{difference}. It takes a decision that a trace does not see, for instance by the "
+            "type of a value in a helper; make that a decision of the constructor"
+        )
+    return ()
