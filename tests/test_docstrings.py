@@ -12,6 +12,8 @@ import pytest
 import fusedshape
 
 PACKAGE = Path(fusedshape.__file__).parent
+#: The bases of a class that stand in the same file.
+BASES: dict[ast.ClassDef, list[ast.ClassDef]] = {}
 
 
 def section(cls: ast.ClassDef, title: str) -> list[str] | None:
@@ -36,8 +38,8 @@ def is_value(cls: ast.ClassDef) -> bool:
 
 
 def fields(cls: ast.ClassDef) -> list[str]:
-    """The public fields of a value class that a caller may give, in order."""
-    found = []
+    """The public fields of a value class that a caller may give, in order, inherited ones first."""
+    found = [name for base in BASES.get(cls, ()) for name in fields(base)]
     for node in cls.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             constant = "ClassVar" in ast.unparse(node.annotation)
@@ -99,10 +101,11 @@ def classes() -> dict[str, ast.ClassDef]:
     """Every class of the package that has either section, by file and name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and (
-                section(node, "Attributes") is not None or section(node, "Args") is not None
-            ):
+        own = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)]
+        for node in own:
+            names = [ast.unparse(base) for base in node.bases]
+            BASES[node] = [other for other in own if other.name in names]
+            if section(node, "Attributes") is not None or section(node, "Args") is not None:
                 found[f"{path.relative_to(PACKAGE)}:{node.name}"] = node
     return found
 

@@ -1,8 +1,8 @@
 """convert: puts shaped activations, fused layers and their initialisers into a user's model.
 
-Reading comes first and changes nothing: `Calls` traces every forward with torch.fx, and `Fusion`
-decides from the graphs which activation joins which layer. `Plan` holds what follows from that;
-its `apply` is the only place that touches the model.
+`Request` holds what was asked for. `read` looks at the model and changes nothing: it traces every
+forward with torch.fx, decides from the graphs which activation joins which layer, and solves the
+recipe for the wiring. `plan_for` makes a `Plan` of that, whose `apply` alone touches the model.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 import fusedshape
-from fusedshape import ACTIVATIONS, DKS, EOC, TAT, ActSpec, convert
+from fusedshape import ACTIVATIONS, DKS, EOC, TAT, convert
 from fusedshape.theory import (
     METHODS,
     TARGETS,
@@ -172,36 +172,6 @@ def test_keywords_spell_the_same_recipe(kind: type[Recipe], activation: str) -> 
         assert report == solved
     else:
         assert report.spec == (solved.spec if isinstance(solved, EdgeOfChaos) else solved)
-
-
-def test_a_report_says_its_recipe() -> None:
-    report = convert(mlp(), TAT("tanh"), dry_run=True)
-    assert (report.recipe, report.method) == (TAT("tanh"), "TAT")
-    assert report.to_dict()["recipe"] == TAT("tanh").to_dict()
-    ready = convert(mlp(), report.spec, dry_run=True)
-    assert ready == convert(mlp(), spec=report.spec, dry_run=True)
-    assert (ready.recipe, ready.method, ready.spec) == (report.spec, "given", report.spec)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "keywords", "message"),
-    [
-        (None, {"zeta": 1.5}, "convert: TAT of leaky_relu aims at eta, not at zeta=1.5, which bel"),
-        (None, {"method": "DKS", "eta": 0.9}, "DKS of leaky_relu aims at zeta, not at eta=0.9"),
-        (None, {"method": "EOC", "clamp": True}, "EOC of leaky_relu .* not at clamp=True"),
-        (None, {"activation": "tanh", "eta": 0.9}, "TAT of tanh aims at tau, not at eta=0.9"),
-        (TAT(), {"eta": 0.9}, r"TAT\('leaky_relu', eta=0.9\) is a whole recipe; give it eta when"),
-        (TAT(), {"activation": "tanh"}, "is a whole recipe; give it activation"),
-        (TAT(), {"spec": ActSpec("tanh")}, "and spec are both given"),
-        (ActSpec("tanh"), {"method": "DKS", "zeta": 2}, "spec is ready; drop method, zeta"),
-        (ActSpec("tanh"), {"depth": 3}, "spec is ready; drop depth"),
-        (EOC("tanh"), {"depth": 3}, "EOC knows no depth"),
-        ("TAT", {}, "recipe must be a TAT, DKS, EOC or ActSpec, got 'TAT'"),
-    ],
-)
-def test_convert_takes_one_recipe(recipe: Any, keywords: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        convert(mlp(), recipe, **keywords)
 
 
 def test_solve_takes_one_recipe() -> None:
