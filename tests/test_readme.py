@@ -57,3 +57,20 @@ def test_make_commands_exist() -> None:
     for command in commands:
         assert f"\n{command}:" in makefile
     assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_first_screen_goes_from_what_it_is_to_links() -> None:
+    screen = README[: README.index("## ")]
+    assert len(screen.splitlines()) <= 40
+    parts = "# fusedshape\n", "*Shaping*", "```python", "![Test", "pip install", "(docs/guide.md)"
+    places = [screen.index(part) for part in parts]
+    assert places == sorted(places)
+    assert "| --- " not in README, "tables belong to docs/"
+
+
+def test_citation_is_of_the_form_that_tools_read() -> None:
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "references"} <= set(citation)
+    cited = {reference["url"] for reference in citation["references"]}
+    assert cited == set(re.findall(r"https://arxiv\.org/abs/[\d.]+", README))
