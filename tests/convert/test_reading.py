@@ -6,13 +6,13 @@ import importlib
 from dataclasses import is_dataclass
 from pathlib import Path
 
-import fusedshape.convert
+from fusedshape.convert import plan
 from fusedshape.convert.calls import Calls
 from fusedshape.convert.fusion import Fusion
 from fusedshape.convert.plan import Plan
 from fusedshape.convert.reading import Reading
 
-FILES = sorted(Path(fusedshape.convert.__file__).parent.glob("[!_]*.py"))
+FILES = sorted(Path(plan.__file__).parent.glob("[!_]*.py"))
 VALUES = {
     value
     for path in FILES
