@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +12,24 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fusedshape.faithful import differs, inputs_for, leaving_no_trace
-from fusedshape.kinds import Kind, features, kind_of
+from fusedshape.kinds import Kind, features, kind_of, zeros_around
 from fusedshape.nn import NormalizedSum, PerLocationNorm, ShapedActivation, ShapedChain
-from fusedshape.nodes import is_number, is_query
+from fusedshape.nodes import is_foreign, is_number, is_query, operation
 from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec, is_half
+from fusedshape.torch_ops import (
+    CONCATS,
+    DROPOUTS,
+    MEANS,
+    MOVES,
+    PADS,
+    PARTS,
+    RESIZES,
+    VIEWS,
+    base,
+    function_of,
+    writes,
+)
 from fusedshape.tracing import (
     Slot,
     is_plain,
@@ -30,31 +42,15 @@ from fusedshape.tracing import (
 )
 from fusedshape.validate import flag
 
+_PAD_ARGUMENTS = ("input", "pad", "mode", "value")  # of torch.nn.functional.pad
 _PADS: tuple[Any, ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
-# What commutes with y ↦ s·y + t: it moves numbers, or takes means and, for s > 0, maxima of them.
-_MOVES = {"flatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze"}
-_MOVES |= {"contiguous", "detach", "mean"}
-_MOVES |= {f"adaptive_avg_pool{n}d" for n in (1, 2, 3)}
-_AVERAGES = {f"avg_pool{n}d" for n in (1, 2, 3)}
-_MAXIMA = {f"{kind}max_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)}
-_MOVE_MODULES: tuple[type[Any], ...] = (
-    nn.Flatten,
-    nn.Unflatten,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Upsample,
-)
-_MOVE_MODULES += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-_MOVE_MODULES += (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
-_MOVE_MODULES += (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
-_MAX_MODULES: tuple[type[Any], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_MAX_MODULES += (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
-_AVERAGE_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# What commutes with y ↦ s·y + t, as it moves numbers or takes means of them. Parts are several
+# tensors, unfold may pad with zeros, casts round another value, and an average pool may be uneven.
+_MOVED = (VIEWS - PARTS - {"unfold"}) | MOVES | RESIZES | (MEANS - {"avg_pool"})
+_MOVED |= {"contiguous", "detach"}
 # float64's roundings by which a folded model may differ: δ and φ nearly cancel, layer by layer.
 _ROUNDINGS = 1e8
-_SUMS = (operator.add, torch.add, "add")
 
 
 def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> fx.GraphModule:
@@ -242,9 +238,7 @@ def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        name = str(getattr(node.target, "__name__", node.target))
-        called = node.op in ("call_method", "call_function")
-        in_place = called and (name == "iadd" or (name.endswith("_") and not name.endswith("__")))
+        in_place = writes(operation(node))
         flagged = bool(node.kwargs.get("inplace")) or bool(getattr(module, "inplace", False))
         if not in_place and not flagged:
             continue
@@ -270,6 +264,41 @@ class _Value:
     shift: float = 0.0
 
 
+def _operation(node: fx.Node) -> str:
+    """The name of what torch computes at a node; "" where it is a user's function."""
+    return "" if is_foreign(node) else operation(node)
+
+
+def _gives_indices(node: fx.Node, module: Any, name: str) -> bool:
+    """Whether a max pool also returns where the maxima are."""
+    if module is not None:
+        return bool(module.return_indices)
+    place = 2 if name.startswith("adaptive") else 6  # among the function's arguments
+    return bool(node.kwargs.get("return_indices")) or len(node.args) > place
+
+
+def _averages_evenly(node: fx.Node, module: Any) -> bool:
+    """Whether the weights of every window of an average pool add up to 1."""
+    if module is None:
+        return len(node.args) <= 3 and not node.kwargs
+    pads = module.padding if isinstance(module.padding, tuple) else (module.padding,)
+    evenly = not module.count_include_pad or not any(pads)
+    return evenly and getattr(module, "divisor_override", None) is None
+
+
+def _padded(node: fx.Node, module: Any) -> str:
+    """What padding lets through, for which see `_Folding._passes`."""
+    if module is not None:
+        mode, value = "constant", getattr(module, "value", None)
+    else:
+        given: dict[str, Any] = dict(zip(_PAD_ARGUMENTS, node.args, strict=False))
+        given |= node.kwargs
+        mode, value = given.get("mode", "constant"), given.get("value")
+    if mode != "constant":
+        return "all"
+    return "scale" if value in (None, 0) else ""
+
+
 class _Layer:
     """A linear or convolution layer that takes in constants: weight · gain, and its own bias."""
 
@@ -281,22 +310,6 @@ class _Layer:
         if module.bias is not None:
             self.bias = module.bias.detach().to("cpu", torch.float64, copy=True)
         self.padded = False  # whether somebody else does the padding
-
-    @property
-    def pads(self) -> list[int]:
-        """Zeros put around the input, as F.pad wants them."""
-        module = self.module
-        pads_itself = self.kind.dimensions and not self.kind.transposed
-        if not pads_itself or module.padding_mode != "zeros" or module.padding == "valid":
-            return []
-        pads: list[int] = []
-        for i, size in enumerate(module.kernel_size):
-            if module.padding == "same":
-                total = module.dilation[i] * (size - 1)
-                pads = [total // 2, total - total // 2, *pads]
-            else:
-                pads = [module.padding[i], module.padding[i], *pads]
-        return pads if any(pads) else []
 
     def after(self, scale: float, shift: float) -> None:
         """Compute on v what was computed on scale · v + shift."""
@@ -329,25 +342,8 @@ class _Layer:
     def build(self) -> nn.Module:
         """The plain layer."""
         old = self.module
-        cls: Any = self.kind.plain
-        bias = self.bias is not None
-        if not self.kind.dimensions:
-            new = cls(old.in_features, old.out_features, bias, device="meta")
-        else:
-            more = {"output_padding": old.output_padding} if self.kind.transposed else {}
-            new = cls(
-                old.in_channels,
-                old.out_channels,
-                old.kernel_size,
-                stride=old.stride,
-                padding=0 if self.padded else old.padding,
-                dilation=old.dilation,
-                groups=old.groups,
-                padding_mode=old.padding_mode,
-                bias=bias,
-                device="meta",
-                **more,
-            )
+        changes = {"padding": 0} if self.padded else {}
+        new = self.kind.blank(old, bias=self.bias is not None, **changes)
         weight = old.weight.detach()
         new.weight = nn.Parameter(weight * self.gain, old.weight.requires_grad)
         if self.bias is not None:
@@ -422,34 +418,25 @@ class _Folding:
             return self._activation(node)
         if self._is_sum(node):
             return self._sum(node, list(node.args), (1.0, 1.0))
-        if node.target in (torch.cat, torch.concat):
+        if _operation(node) in CONCATS:
             return self._cat(node)
         return self._move(node, self._passes(node))
 
     def _passes(self, node: fx.Node) -> str:
         """What of s·y + t an operation lets through: "all", "positive" s and t, "scale" or ""."""
         module = self._called(node)
-        name = getattr(node.target, "__name__", node.target)
+        name = base(function_of(module) if module is not None else _operation(node))
         if not tensor_args(node):
             return ""
-        if module is not None:
-            if isinstance(module, _MAX_MODULES):
-                return "" if module.return_indices else "positive"
-            if isinstance(module, _AVERAGE_MODULES):
-                pads = module.padding if isinstance(module.padding, tuple) else (module.padding,)
-                whole = not module.count_include_pad or not any(pads)
-                whole = whole and getattr(module, "divisor_override", None) is None
-                return "all" if whole else "scale"
-            if isinstance(module, _DROPOUTS):
-                return "scale"
-            return "all" if isinstance(module, _MOVE_MODULES) else ""
-        if name in _MAXIMA:
-            return "" if node.kwargs.get("return_indices") or len(node.args) > 6 else "positive"
-        if name in _AVERAGES:
-            return "scale" if len(node.args) > 3 or node.kwargs else "all"
-        if name == "dropout":
+        if name in ("max_pool", "adaptive_max_pool"):
+            return "" if _gives_indices(node, module, name) else "positive"
+        if name == "avg_pool":
+            return "all" if _averages_evenly(node, module) else "scale"
+        if name in DROPOUTS:
             return "scale"
-        return "all" if name in _MOVES and "dtype" not in node.kwargs else ""
+        if name in PADS:
+            return _padded(node, module)
+        return "all" if name in _MOVED and "dtype" not in node.kwargs else ""
 
     def _behind(self, user: fx.Node, scale: float, shift: float, which: int = 0) -> _Layer | None:
         """The layer that can compute scale · z + shift for one argument of `user` alone."""
@@ -470,11 +457,11 @@ class _Folding:
         if value.shift and layer.kind.transposed:
             # At the edges fewer taps see it.
             value = self._unshifted(value)
-        elif value.shift and layer.pads:
+        elif value.shift and (pads := zeros_around(layer.module)):
             if self.keep_delta:
                 value = self._unshifted(value)
             else:
-                pad = _PADS[layer.kind.dimensions - 1](layer.pads, -value.shift / value.scale)
+                pad = _PADS[layer.kind.dimensions - 1](pads, -value.shift / value.scale)
                 value = replace(value, node=self._call(f"{node.target}_pad", pad, value.node))
                 layer.padded = True
         layer.after(value.scale, value.shift)
@@ -516,7 +503,7 @@ class _Folding:
         return made.node
 
     def _is_sum(self, node: fx.Node) -> bool:
-        if node.target not in _SUMS or len(node.args) != 2 or node.kwargs:
+        if _operation(node) != "add" or len(node.args) != 2 or node.kwargs:
             return False
         both = [a for a in node.args if isinstance(a, fx.Node) and not is_number(a)]
         return len(both) == 2 and any(self.values[a] != _Value(self.values[a].node) for a in both)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -10,13 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from fusedshape.kinds import kind_of
+from fusedshape.kinds import Taps, kind_of, matrices, phases
 from fusedshape.validate import flag, instance, integer, real, shown
 
 __all__ = ["delta_orthogonal_", "gaussian_", "init_module_", "suo_", "suo_full_"]
 
 Method = Literal["suo", "suo_full", "delta_orthogonal", "gaussian"]
-Taps = tuple[slice, ...]  # one slice per spatial dimension
 _ALL = slice(None)
 
 
@@ -114,9 +112,9 @@ def suo_full_(
     gain = _check("suo_full_", weight, groups, transposed, gain, generator)
     strides = _strides("suo_full_", weight, stride, transposed)
     with torch.no_grad():
-        for matrices in _groups("suo_full_", weight, groups, transposed):
-            for taps in _phases(strides):
-                part = matrices[(_ALL, _ALL, *taps)]
+        for group in _groups("suo_full_", weight, groups, transposed):
+            for taps in phases(strides):
+                part = group[(_ALL, _ALL, *taps)]
                 out, fan_in = part.shape[0], part[0].numel()
                 scale = gain * max(math.sqrt(out / fan_in), 1.0)
                 part.copy_((_haar(out, fan_in, weight, generator) * scale).reshape(part.shape))
@@ -201,9 +199,9 @@ def gaussian_(
     gain = _check("gaussian_", weight, groups, transposed, gain, generator)
     strides = _strides("gaussian_", weight, stride, transposed)
     with torch.no_grad():
-        for matrices in _groups("gaussian_", weight, groups, transposed):
-            for taps in _phases(strides):
-                part = matrices[(_ALL, _ALL, *taps)]
+        for group in _groups("gaussian_", weight, groups, transposed):
+            for taps in phases(strides):
+                part = group[(_ALL, _ALL, *taps)]
                 noise = _normal(part.shape, weight, generator)
                 part.copy_(noise * (gain / math.sqrt(part[0].numel())))
     return weight
@@ -315,8 +313,7 @@ def _geometry(layer: Any) -> tuple[int, bool, tuple[int, ...]]:
     """Groups of a layer, whether it is transposed, and then its stride."""
     kind = kind_of(layer)
     assert kind is not None
-    groups = layer.groups if kind.dimensions else 1
-    return groups, kind.transposed, layer.stride if kind.transposed else (1,)
+    return kind.groups(layer), kind.transposed, kind.phases(layer) or (1,)
 
 
 def _fill_centre(
@@ -332,11 +329,11 @@ def _fill_centre(
     """Orthogonal matrices at the centre, zeros elsewhere; `scaled` to keep q instead of norms."""
     with torch.no_grad():
         weight.zero_()
-        for matrices in _groups(name, weight, groups, transposed):
-            out, fan_in = matrices.shape[:2]
+        for group in _groups(name, weight, groups, transposed):
+            out, fan_in = group.shape[:2]
             scale = gain * max(math.sqrt(out / fan_in), 1.0) if scaled else gain
             w = _haar(out, fan_in, weight, generator) * scale
-            matrices[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+            group[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
     return weight
 
 
@@ -366,8 +363,7 @@ def _groups(name: str, weight: Tensor, groups: int, transposed: bool) -> Iterato
             f"{'input' if transposed else 'output'} channels of weight {tuple(weight.shape)}"
         )
     if weight.numel():
-        for part in weight.chunk(groups):
-            yield part.transpose(0, 1) if transposed else part
+        yield from matrices(weight, groups, transposed)
 
 
 def _centre(name: str, weight: Tensor, strides: Sequence[int]) -> Taps:
@@ -403,11 +399,6 @@ def _strides(
             "large as the stride"
         )
     return strides
-
-
-def _phases(strides: Sequence[int]) -> Iterator[Taps]:
-    """Taps that feed the same outputs."""
-    return itertools.product(*([slice(p, None, s) for p in range(s)] for s in strides))
 
 
 def _check(

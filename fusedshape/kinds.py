@@ -1,54 +1,123 @@
-"""What a layer is: linear or a convolution, torch's own or fused with its activation."""
+"""What a layer is: the one table of its kinds, plain or fused, and all that depends on the kind."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Taps = tuple[slice, ...]  # one slice for each spatial dimension
+
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_CHANNELS = ("in_channels", "out_channels")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of layer.
+    """One kind of layer, a row of `KINDS`.
 
     Attributes:
         plain: torch's class.
+        function: the name of torch's function that computes it.
         dimensions: of its kernel; 0 for a linear layer.
-        transposed: whether it is a transposed convolution.
+        transposed: whether it is a transposed convolution, whose weight is (in, out, *kernel).
+        sizes: the attributes that tell how many channels or features it takes and gives.
+        geometry: the attributes that tell how its kernel moves, as its constructor takes them.
     """
 
     plain: type[nn.Module]
-    dimensions: int
+    function: str
+    dimensions: int = 0
     transposed: bool = False
+    sizes: tuple[str, str] = ("in_features", "out_features")
+    geometry: tuple[str, ...] = ()
+
+    @property
+    def shaped(self) -> type[FusedLayer] | None:
+        """This library's fused class, None if it has none."""
+        return _TWINS.get(self.plain)
+
+    @property
+    def channel_dims(self) -> frozenset[int]:
+        """The dimensions of its output in which the channels may be asked for."""
+        return frozenset((1, -1 - self.dimensions) if self.dimensions else (-1,))
+
+    def groups(self, layer: Any) -> int:
+        """How many groups of channels it keeps apart."""
+        return int(layer.groups) if "groups" in self.geometry else 1
+
+    def phases(self, layer: Any) -> tuple[int, ...]:
+        """How many phases its taps fall into along each dimension, each with outputs of its own.
+
+        An initialiser fills every phase. Only a transposed convolution has more than one: as many
+        as its stride.
+        """
+        return tuple(layer.stride) if self.transposed else (1,) * self.dimensions
+
+    def blank(self, layer: Any, *, bias: bool, **changes: Any) -> nn.Module:
+        """A plain layer of the sizes and geometry of another, without numbers (on meta).
+
+        Args:
+            layer: a layer of this kind.
+            bias: whether the new one has a bias.
+            **changes: what is to differ in the geometry.
+
+        Example:
+            >>> conv = nn.Conv2d(3, 8, 5, padding=2, groups=1)
+            >>> kind_of(conv).blank(conv, bias=False, padding=0)
+            Conv2d(3, 8, kernel_size=(5, 5), stride=(1, 1), bias=False)
+        """
+        make: Any = self.plain
+        geometry = {name: getattr(layer, name) for name in self.geometry} | changes
+        blank: nn.Module = make(*features(layer), **geometry, bias=bias, device="meta")
+        return blank
+
+
+def _convolution(plain: type[nn.Module], dimensions: int) -> Kind:
+    return Kind(plain, f"conv{dimensions}d", dimensions, sizes=_CHANNELS, geometry=_GEOMETRY)
+
+
+def _transposed(plain: type[nn.Module], dimensions: int) -> Kind:
+    geometry = (*_GEOMETRY, "output_padding")
+    return Kind(plain, f"conv_transpose{dimensions}d", dimensions, True, _CHANNELS, geometry)
 
 
 #: All there are.
 KINDS = (
-    Kind(nn.Linear, 0),
-    Kind(nn.Conv1d, 1),
-    Kind(nn.Conv2d, 2),
-    Kind(nn.Conv3d, 3),
-    Kind(nn.ConvTranspose1d, 1, transposed=True),
-    Kind(nn.ConvTranspose2d, 2, transposed=True),
-    Kind(nn.ConvTranspose3d, 3, transposed=True),
+    Kind(nn.Linear, "linear"),
+    _convolution(nn.Conv1d, 1),
+    _convolution(nn.Conv2d, 2),
+    _convolution(nn.Conv3d, 3),
+    _transposed(nn.ConvTranspose1d, 1),
+    _transposed(nn.ConvTranspose2d, 2),
+    _transposed(nn.ConvTranspose3d, 3),
 )
+_TWINS: dict[type[nn.Module], type[FusedLayer]] = {}
 
 
 class FusedLayer(nn.Module):
     """Base class of layers fused with what follows them.
 
     They have the plain layer's parameters and attributes, and are not of its class: their output is
-    not W x + b, which those who test for the class count on.
+    not W x + b, which those who test for the class count on. The first class that names a
+    `plain_class` is that kind's `Kind.shaped`.
 
     Attributes:
         plain_class: torch's class of the layer.
     """
 
     plain_class: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "plain_class" in vars(cls):
+            _TWINS.setdefault(cls.plain_class, cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # torch.nn.utils.fusion asks for no class. It copies any layer and folds BatchNorm into it.
@@ -60,6 +129,25 @@ class FusedLayer(nn.Module):
                 "first"
             )
         return super().__reduce_ex__(protocol)
+
+
+class WeightedSum(nn.Module):
+    """Base class of modules that add up branches, Σ wᵢ·uᵢ.
+
+    Attributes:
+        weights: one number for each branch.
+    """
+
+    weights: tuple[float, ...]
+
+
+class LocationNorm(nn.Module):
+    """Base class of modules that give every location the mean square 1 over its channels."""
+
+    @property
+    def added_channels(self) -> int:
+        """How many channels it appends."""
+        raise NotImplementedError
 
 
 def kind_of(module: object) -> Kind | None:
@@ -92,6 +180,56 @@ def features(layer: Any) -> tuple[int, int]:
     kind = kind_of(layer)
     if kind is None:
         raise TypeError(f"features: {type(layer).__name__} is no linear or convolution layer")
-    if kind.dimensions:
-        return layer.in_channels, layer.out_channels
-    return layer.in_features, layer.out_features
+    inputs, outputs = (getattr(layer, name) for name in kind.sizes)
+    return inputs, outputs
+
+
+def zeros_around(layer: Any) -> list[int]:
+    """The zeros that a convolution puts around its input, as torch.nn.functional.pad takes them.
+
+    None for a layer that puts no zeros there, or a transposed convolution, whose padding takes away
+    from its output.
+
+    Example:
+        >>> zeros_around(nn.Conv2d(3, 8, (3, 4), padding="same"))
+        [1, 2, 1, 1]
+    """
+    kind = kind_of(layer)
+    if kind is None or "padding" not in kind.geometry or kind.transposed:
+        return []
+    if layer.padding_mode != "zeros" or layer.padding == "valid":
+        return []
+    pads: list[int] = []
+    for i, size in enumerate(layer.kernel_size):
+        if layer.padding == "same":
+            total = layer.dilation[i] * (size - 1)
+            pads = [total // 2, total - total // 2, *pads]
+        else:
+            pads = [layer.padding[i], layer.padding[i], *pads]
+    return pads if any(pads) else []
+
+
+def matrices(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
+    """A weight of any kind as matrices, (groups, out, in, *kernel): a view.
+
+    Args:
+        weight: (out, in/groups, *kernel), or (in, out/groups, *kernel) of a transposed convolution.
+        groups: groups of the convolution.
+        transposed: whether it is a transposed convolution's.
+    """
+    parts = weight.unflatten(0, (groups, -1))
+    return parts.transpose(1, 2) if transposed else parts
+
+
+def phases(stride: Sequence[int]) -> Iterator[Taps]:
+    """The taps of each phase, for which see `Kind.phases`.
+
+    Example:
+        >>> list(phases((1, 2)))
+        [(slice(0, None, 1), slice(0, None, 2)), (slice(0, None, 1), slice(1, None, 2))]
+    """
+    return itertools.product(*([slice(p, None, s) for p in range(s)] for s in stride))
+
+
+#: The kinds by the name of torch's function.
+FUNCTIONS = {kind.function: kind for kind in KINDS}

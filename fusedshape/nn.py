@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from fusedshape import ops
 from fusedshape.init import init_module_
-from fusedshape.kinds import FusedLayer, Kind, kind_of
+from fusedshape.kinds import KINDS, FusedLayer, Kind, LocationNorm, WeightedSum, kind_of
 from fusedshape.ops.choice import ENGINES, Engine
 from fusedshape.ops.dispatch import BACKENDS, Backend
 from fusedshape.ops.stock import shape_of
@@ -314,7 +314,9 @@ class ShapedLinear(_Shaped):
 
 #: The fused class of each plain one.
 SHAPED: Mapping[type[nn.Module], type[_Shaped]] = {
-    cls.plain_class: cls for cls in (ShapedConv1d, ShapedConv2d, ShapedConv3d, ShapedLinear)
+    kind.plain: kind.shaped
+    for kind in KINDS
+    if kind.shaped is not None and issubclass(kind.shaped, _Shaped)
 }
 
 
@@ -439,12 +441,12 @@ def why_not_chained(module: nn.Module) -> str:
         >>> why_not_chained(nn.MaxPool2d(2))
         'MaxPool2d is no shaped layer'
     """
-    kind = type(module)
-    if kind not in SHAPED.values():
-        return f"{kind.__name__} is no shaped layer"
+    own = type(module)
+    if own not in SHAPED.values():
+        return f"{own.__name__} is no shaped layer"
     if _is_watched(module):
         return "it has hooks, or a forward or compiled code of its own"
-    if kind is not ShapedLinear:
+    if issubclass(own, _ShapedConv):
         conv: Any = module
         if conv.padding_mode != "zeros":
             return f"padding_mode={conv.padding_mode!r}"
@@ -473,7 +475,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 def _chain_layer(layer: Any) -> ops.ChainLayer:
     geometry = {}
-    if not isinstance(layer, ShapedLinear):
+    if isinstance(layer, _ShapedConv):
         geometry = {name: getattr(layer, name) for name in _GEOMETRY}
     tensors = layer.weight, layer.bias
     return ops.ChainLayer(
@@ -484,7 +486,7 @@ def _chain_layer(layer: Any) -> ops.ChainLayer:
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 
-class NormalizedSum(nn.Module):
+class NormalizedSum(WeightedSum):
     r"""Normalised sum of branches, y = Σ wᵢ·uᵢ with Σ wᵢ² = 1: keeps q = 1 where branches join.
 
     The module to write instead of ``x + f(x)``, for which see `shortcut`. At initialisation
@@ -506,8 +508,6 @@ class NormalizedSum(nn.Module):
         >>> add(torch.tensor([5.0]), torch.tensor([10.0]))
         tensor([11.])
     """
-
-    weights: tuple[float, ...]
 
     def __init__(self, weights: Iterable[float]) -> None:
         super().__init__()
@@ -575,7 +575,7 @@ class NormalizedSum(nn.Module):
         return ", ".join(f"{w:.6g}" for w in self.weights)
 
 
-class PerLocationNorm(nn.Module):
+class PerLocationNorm(LocationNorm):
     r"""Per-location normalisation (PLN) of a network's input: every location gets q = 1.
 
     Appends one homogeneous channel h, so that the scale of a location is not lost, and divides by
@@ -612,6 +612,11 @@ class PerLocationNorm(nn.Module):
             )
         self.homog_mode = homog_mode
         self.homog_scale = float(homog_scale)
+
+    @property
+    def added_channels(self) -> int:
+        """1, or 0 with "off"."""
+        return int(self.homog_mode != "off")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `(N, C, *spatial)` → `(N, C + 1, *spatial)`, or `(N, C, *spatial)` with "off"."""

@@ -11,23 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-# What these return is no tensor.
-_SHAPE_QUERIES = {"size", "dim", "ndim", "shape", "numel", "nelement", "ndimension", "stride"}
-_SHAPE_QUERIES |= {"dtype", "device", "type", "is_contiguous", "element_size", "item"}
+from fusedshape.torch_ops import QUERIES, name_of
+
 # The attributes of a tensor that are tensors.
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 _OPERATORS = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos"}
 _OPERATORS |= {f"i{name}" for name in _OPERATORS} | {"abs", "invert", "and_", "or_", "xor"}
 _OPERATORS |= {"lt", "le", "gt", "ge", "eq", "ne"}
-_CASTS = {"float", "double", "half", "bfloat16", "cpu", "cuda"}  # methods that are no operators
+# Methods that are no operators of aten.
+_METHODS = {"float", "double", "half", "bfloat16", "type", "cpu", "cuda"}
 # torch's modules that give more than one tensor, or none.
 _OTHER_MODULES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
 
 
+def operation(node: fx.Node) -> str:
+    """The name of the function, method or attribute that a node takes; "" of other nodes."""
+    if node.op not in ("call_method", "call_function"):
+        return ""
+    return str(node.args[1]) if node.target is getattr else name_of(node.target)
+
+
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls a function that neither torch nor this library wrote.
+
+    Where torch.fx.wrap names one, a graph calls it without looking inside.
+    """
+    home = str(getattr(node.target, "__module__", "")).partition(".")[0]
+    return inspect.isfunction(node.target) and home not in ("torch", "fusedshape")
+
+
 def is_query(node: fx.Node) -> bool:
-    """Whether a node asks for a shape or the like, and so makes no tensor."""
-    name = node.args[1] if node.target is getattr else node.target
-    return node.op in ("call_method", "call_function") and name in _SHAPE_QUERIES
+    """Whether a node asks for a shape or the like, and so makes no tensor.
+
+    ``x.type()`` does; ``x.type(torch.half)`` is a cast.
+    """
+    name = operation(node)
+    if name not in QUERIES or is_foreign(node):
+        return False
+    return name != "type" or len(node.args) + len(node.kwargs) == 1 or node.target is getattr
 
 
 def is_number(node: fx.Node) -> bool:
@@ -83,13 +104,13 @@ class Tensors:
             return self._of_call(node)
         if node.op not in ("call_method", "call_function") or is_query(node):
             return False
-        name = str(getattr(node.target, "__name__", node.target))
+        name = operation(node)
         if node.target is getattr:
-            return node.args[1] in _TENSOR_ATTRIBUTES and self.is_tensor(node.args[0])
+            return name in _TENSOR_ATTRIBUTES and self.is_tensor(node.args[0])
         if node.target is operator.getitem:
             whole = node.args[0]
             if isinstance(whole, fx.Node) and isinstance(node.args[1], int):
-                parts = _returns(str(getattr(whole.target, "__name__", whole.target)))
+                parts = _returns(name_of(whole.target))
                 if parts and parts <= {"Tensor", "Tensors"}:
                     return True
             return self.is_tensor(whole)
@@ -121,7 +142,7 @@ class Tensors:
 @functools.cache
 def _returns(name: str) -> frozenset[str]:
     """What torch's operators of a name return: "Tensor", "Tensors" (several) or "other"."""
-    found = {"Tensor"} if name in _CASTS else set()
+    found = {"Tensor"} if name in _METHODS else set()
     for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"):
         if not any("Tensor" in str(argument.type) for argument in schema.arguments):
             continue  # an operator on Python's numbers

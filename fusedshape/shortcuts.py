@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedshape import rewriting
-from fusedshape.activations import TORCH_NAMES
 from fusedshape.convert.calls import read_calls
 from fusedshape.convert.report import Change
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
 from fusedshape.nodes import is_query
 from fusedshape.spec import ActSpec
+from fusedshape.torch_ops import NONLINEAR, function_of, name_of, writes
 from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_args
 from fusedshape.undo import UndoLog, all_or_nothing
 from fusedshape.validate import flag, function, real
@@ -31,10 +31,8 @@ ShortcutWeight = float | Mapping[str, float]
 _SUMS = (operator.add, operator.iadd, torch.add)
 _SUM_METHODS = ("add", "add_")
 _SCALINGS = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "mul_", "div", "div_")
-# Names under which torch, torch.nn.functional and Tensor know a nonlinear layer.
-_NONLINEAR = {*(known.name for known in TORCH_NAMES), "softmax"}
-_NONLINEAR |= {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
-_NONLINEAR |= {name + "_" for name in _NONLINEAR}
+# This library's nonlinear functions.
+_OURS = {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
 _WITH_SKIPS_INSIDE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -397,8 +395,8 @@ class _Plan:
 
     def _own_depth(self, owner: nn.Module, node: fx.Node) -> int:
         if node.op != "call_module":
-            name = getattr(node.target, "__name__", node.target)
-            return int(node.op in ("call_function", "call_method") and name in _NONLINEAR)
+            name = name_of(node.target).removesuffix("_")
+            return int(node.op in ("call_function", "call_method") and name in NONLINEAR | _OURS)
         name = str(node.target)
         if name in self.children.get(owner, {}):
             return 0
@@ -453,7 +451,7 @@ class _Plan:
 
 
 def _is_nonlinear(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation"
+    return function_of(module) in NONLINEAR
 
 
 def _may_add(module: nn.Module) -> bool:
@@ -576,7 +574,7 @@ def _erase(owner: nn.Module, node: fx.Node) -> None:
     while stack:
         node = stack.pop()
         called = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-        in_place = node.op == "call_method" and str(node.target).endswith("_")
+        in_place = node.op == "call_method" and writes(name_of(node.target))
         in_place = in_place or bool(node.kwargs.get("inplace") or getattr(called, "inplace", False))
         if not node.users and node.op != "placeholder" and not in_place:
             stack += node.all_input_nodes

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fusedshape import ops
 from fusedshape.kinds import FusedLayer, kind_of
-from fusedshape.nn import SHAPED
 from fusedshape.ops.checks import transformed
 from fusedshape.validate import shown
 
@@ -140,7 +139,7 @@ def _why_not(layer: nn.Module) -> str:
     """Why a layer's pre-activation is not known."""
     kind = kind_of(layer)
     assert kind is not None
-    own: Any = SHAPED.get(kind.plain) if isinstance(layer, FusedLayer) else kind.plain
+    own: Any = kind.shaped if isinstance(layer, FusedLayer) else kind.plain
     if own is not None and type(layer).forward is own.forward:
         return ""
     return (

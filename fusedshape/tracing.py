@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from fusedshape.kinds import kind_of
-from fusedshape.nodes import Tensors, is_query
+from fusedshape.nodes import Tensors, is_foreign, is_query, operation
 from fusedshape.proxies import (
     AttributeValue,
     UntraceableError,
@@ -32,17 +32,19 @@ from fusedshape.proxies import (
     callable_as_known,
     type_as_known,
 )
+from fusedshape.torch_ops import (
+    ALIASES,
+    NONLINEAR,
+    POOLS,
+    RESHAPES,
+    base,
+    function_of,
+    name_of,
+    writes,
+)
 from fusedshape.undo import UndoLog
 
 _Result = TypeVar("_Result")
-
-# What these return may be their argument under another name.
-_ALIASES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze"}
-_ALIASES |= {"unsqueeze", "transpose", "permute", "movedim", "swapaxes", "t", "T", "mT", "chunk"}
-_ALIASES |= {"split", "unbind", "narrow", "select", "getitem", "getattr", "expand", "expand_as"}
-_ALIASES |= {"contiguous", "detach", "to", "type_as", "float", "double", "half", "bfloat16"}
-_ALIASES |= {"dropout"}
-_ALIAS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 _GONE = object()
 _TABLES = ("", "_parameters", "_buffers", "_modules")
@@ -438,7 +440,7 @@ def _drop_dead(graph: fx.Graph, called: Callable[[fx.Node], nn.Module] | None = 
 
 def _only_computes(node: fx.Node, called: Callable[[fx.Node], nn.Module] | None) -> bool:
     """Whether a node changes nothing, checks nothing and draws nothing."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = name_of(node.target)
     if node.kwargs.get("inplace") or "out" in node.kwargs or _draws(name):
         return False
     if node.op == "call_module":
@@ -446,20 +448,18 @@ def _only_computes(node: fx.Node, called: Callable[[fx.Node], nn.Module] | None)
             return False
         module = called(node)
         hooks = module._forward_hooks or module._forward_pre_hooks
-        plain = kind_of(module) is not None or _file(module) in ("activation", "pooling", "flatten")
-        writes = getattr(module, "inplace", False) or isinstance(module, nn.RReLU)
-        return is_plain(module) and plain and not hooks and not writes
+        known = base(function_of(module)) in POOLS | RESHAPES | NONLINEAR
+        # RReLU draws.
+        acts = getattr(module, "inplace", False) or isinstance(module, nn.RReLU)
+        known = is_plain(module) and (kind_of(module) is not None or known)
+        return known and not hooks and not acts
     if node.op == "call_method":
-        return not name.endswith("_") or name.endswith("__")
+        return not writes(name)
     if node.op == "call_function":
         home = str(getattr(node.target, "__module__", "")).partition(".")[0]
         known = home in ("torch", "_operator", "builtins", "None") or node.target is getattr
-        return known and not name.startswith(("_assert", "iadd", "setitem")) and name[-1:] != "_"
+        return known and not name.startswith(("_assert", "setitem")) and not writes(name)
     return node.op == "get_attr"
-
-
-def _file(module: nn.Module) -> str:
-    return str(inspect.unwrap(type(module).forward).__module__).rpartition(".")[2]
 
 
 def _returns_tensor(
@@ -533,7 +533,7 @@ class _OneCall(_Tracer):
     def iter(self, obj: Any) -> Iterator[Any]:
         node = obj.node
         parts = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
-        if str(getattr(node.target, "__name__", node.target)) == "chunk" and isinstance(parts, int):
+        if operation(node) == "chunk" and isinstance(parts, int):
             return (obj[i] for i in range(parts))
         return super().iter(obj)
 
@@ -628,10 +628,16 @@ def required(model: nn.Module) -> list[str]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether torch or this library wrote the module's forward, and its children are no matter."""
+    """Whether a module's forward is torch's, this library's or a layer's in the table of kinds.
+
+    Then its children are no matter.
+    """
     forward = inspect.unwrap(type(module).forward)
     if forward is nn.Sequential.forward:
         return False
+    kind = kind_of(module)
+    if kind is not None and forward is kind.plain.forward:
+        return True
     return str(getattr(forward, "__module__", "")).startswith(("torch.nn.", "fusedshape.nn"))
 
 
@@ -686,15 +692,11 @@ def memory_roots(
     """For each node of a module's graph, the one whose memory it may share; `fresh` share none."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        name = getattr(node.target, "__name__", node.target)
-        function = node.op in ("call_method", "call_function")
-        alias = function and (name in _ALIASES or str(name).endswith("_")) and not is_query(node)
-        if inspect.isfunction(node.target):
-            home = str(node.target.__module__).partition(".")[0]
-            # Those of torch.fx.wrap may return what they are given.
-            alias = alias or home not in ("torch", "fusedshape")
+        name = operation(node)
+        alias = base(name) in ALIASES or node.target is getattr or writes(name)
+        alias = is_foreign(node) or (alias and not is_query(node))
         if node.op == "call_module":
-            alias = isinstance(_child(owner, str(node.target)), _ALIAS_MODULES)
+            alias = base(function_of(_child(owner, str(node.target)))) in ALIASES
         args = node.all_input_nodes
         shared = alias and bool(args) and node not in fresh
         roots[node] = roots[args[0]] if shared else node
@@ -708,15 +710,15 @@ def take_over(changed: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> Non
 
 def write_out_of_place(node: fx.Node) -> None:
     """Let a function or method that changes its input in place make a new tensor."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = name_of(node.target)
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
     elif node.op == "call_method":
         node.target = name.removesuffix("_")
     elif node.op == "call_function":
         home = F if hasattr(F, name.removesuffix("_")) else torch
-        plain = operator.add if name == "iadd" else getattr(home, name.removesuffix("_"))
-        node.target = plain
+        plain = getattr(home, name.removesuffix("_"), None)
+        node.target = plain or getattr(operator, f"__{name.removeprefix('i')}__")
 
 
 def _child(owner: nn.Module, name: str) -> nn.Module | None:

@@ -13,8 +13,8 @@ PACKAGE = Path(fusedshape.__file__).parent
 # From the bottom up: a module may import from its own layer's package and from lower layers.
 LAYERS = [
     {"validate", "compiling"},
-    {"activations", "kinds", "files", "interrupts", "loading", "shell"},
-    {"spec"},
+    {"activations", "kinds", "windows", "files", "interrupts", "loading", "shell"},
+    {"spec", "torch_ops"},
     {"undo", "nodes"},
     {"guard"},
     {"proxies"},

@@ -15,6 +15,7 @@ from fusedshape import rewriting
 from fusedshape.activations import TORCH_NAMES
 from fusedshape.nn import ShapedChain
 from fusedshape.proxies import UntraceableError
+from fusedshape.torch_ops import name_of, writes
 from fusedshape.tracing import is_plain, reachable_code, reached_by, trace
 
 # What torch, torch.nn.functional and Tensor call the function that a module computes.
@@ -134,8 +135,7 @@ class Site:
         """Whether the call overwrites its input."""
         if self.module is not None:
             return bool(getattr(self.module, "inplace", False))
-        name = str(getattr(self.node.target, "__name__", self.node.target))
-        return name.endswith("_") or bool(self.node.kwargs.get("inplace"))
+        return writes(name_of(self.node.target)) or bool(self.node.kwargs.get("inplace"))
 
 
 @dataclass(frozen=True, eq=False)

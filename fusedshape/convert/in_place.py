@@ -10,6 +10,7 @@ from torch import fx, nn
 from fusedshape.convert.calls import Calls
 from fusedshape.kinds import kind_of
 from fusedshape.nodes import is_query
+from fusedshape.torch_ops import name_of, writes
 from fusedshape.tracing import memory_roots, tensor_args
 
 #: A value: the module in whose forward a node stands, and the node.
@@ -133,10 +134,9 @@ def _carried(calls: Calls, owner: nn.Module, user: fx.Node) -> list[Value] | Non
 
 def _writes(owner: nn.Module, node: fx.Node) -> bool:
     """Whether a node changes its input in place."""
-    name = str(getattr(node.target, "__name__", node.target))
     module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
     flagged = node.kwargs.get("inplace") or getattr(module, "inplace", False)
-    return (name.endswith("_") and not name.endswith("__")) or bool(flagged)
+    return writes(name_of(node.target)) or bool(flagged)
 
 
 def _is_of_a_layer(calls: Calls, owner: nn.Module, node: fx.Node) -> bool:

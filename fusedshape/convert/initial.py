@@ -124,7 +124,7 @@ def _suited(module: Any, init: Method) -> tuple[Method, str]:
     if init != "delta_orthogonal":
         return init, ""
     kind = kind_of(module)
-    if kind is not None and kind.transposed and max(module.stride) > 1:
+    if kind is not None and max(kind.phases(module), default=1) > 1:
         if _reaches_unevenly(module):
             return init, (
                 "are transposed, of a stride with which their kernel does not reach all outputs "
@@ -154,6 +154,5 @@ def _lacks_centre(module: Any, method: str) -> bool:
     kind = kind_of(module)
     if kind is None or not kind.dimensions:
         return False
-    spread = kind.transposed and method == "suo"
-    pairs = zip(module.kernel_size, module.stride, strict=True)
-    return any(k % 2 == 0 and not (spread and s > 1) for k, s in pairs)
+    pairs = zip(module.kernel_size, kind.phases(module), strict=True)
+    return any(k % 2 == 0 and not (method == "suo" and s > 1) for k, s in pairs)

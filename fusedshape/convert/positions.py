@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fusedshape.init import Method
 from fusedshape.kinds import kind_of
 from fusedshape.theory import Wiring
+from fusedshape.windows import read_share
 
 _DELTA = ("suo", "delta_orthogonal")
 
@@ -29,11 +31,9 @@ def share_read(layer: Any, method: Method) -> float:
     kind = kind_of(layer)
     if kind is None or kind.transposed or not kind.dimensions:
         return 1.0
-    share = 1.0
-    for k, s, d in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True):
-        taps = 1 if method in _DELTA else k
-        share *= len({j * d % s for j in range(taps)}) / s
-    return share
+    taps = torch.ones([1 if method in _DELTA else k for k in layer.kernel_size])
+    nowhere = (0,) * kind.dimensions
+    return read_share(taps, None, layer.stride, nowhere, layer.dilation)
 
 
 def unread_positions(

@@ -15,14 +15,8 @@ from fusedshape.convert.in_place import refuse_overwrites
 from fusedshape.kinds import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
 from fusedshape.rewriting import Rewritten
+from fusedshape.torch_ops import WRAPPERS, name_of
 
-# By name, because importing torch._dynamo takes seconds.
-_WRAPPERS = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
 _GATES = (nn.Sigmoid, nn.Hardsigmoid)
 _NORM_FUNCTIONS = (F.batch_norm, F.instance_norm, F.group_norm)
 _SHAPED = (ShapedActivation, ShapedChain, FusedLayer)
@@ -139,7 +133,7 @@ def _refuse_untraced(calls: Calls) -> None:
 
 def _refuse_norm_function(calls: Calls, owner: nn.Module, node: fx.Node) -> None:
     """Raise for a normalisation called as a function, of data or of weights."""
-    where, name = calls.describe(owner), getattr(node.target, "__name__", node.target)
+    where, name = calls.describe(owner), name_of(node.target)
     if any(arg.op == "placeholder" for arg in _ancestors(node)):
         raise ValueError(
             f"convert: {where} calls F.{name}; normalisation undoes what shaped activations set "
@@ -154,7 +148,7 @@ def _refuse_norm_function(calls: Calls, owner: nn.Module, node: fx.Node) -> None
 def _refuse_no_activation(calls: Calls) -> None:
     """Raise as there is nothing to replace, and say what else could be."""
     targets = [n.target for _, n in calls.nodes() if n.op in ("call_function", "call_method")]
-    names = {str(getattr(target, "__name__", target)).rstrip("_") for target in targets}
+    names = {name_of(target).rstrip("_") for target in targets}
     present = {type(module) for module in calls.names}
     known = [k for k, word in FUNCTIONAL.items() if k in present or word in names]
     known.sort(key=lambda kind: (kind in _GATES, kind.__name__))
@@ -188,9 +182,9 @@ def refuse_wrapped(verb: str, path: str, module: nn.Module) -> None:
     """
     where = f"{path!r} is" if path else "the model is"
     kind = type(module).__name__
-    if kind in _WRAPPERS:
+    if kind in WRAPPERS:
         raise ValueError(
-            f"{verb}: {where} a {kind}; {verb} the module inside, its .{_WRAPPERS[kind]}, "
+            f"{verb}: {where} a {kind}; {verb} the module inside, its .{WRAPPERS[kind]}, "
             "before wrapping it"
         )
     if module.__dict__.get("_compiled_call_impl") is not None:

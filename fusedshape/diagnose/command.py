@@ -89,7 +89,7 @@ def _fitting(model: nn.Module) -> tuple[int, ...]:
     appended = 0
     for module in model.modules():
         if isinstance(module, PerLocationNorm):
-            appended = int(module.homog_mode != "off")
+            appended = module.added_channels
         kind = kind_of(module)
         if kind is not None:
             inputs, n = features(module)[0] - appended, kind.dimensions

@@ -11,9 +11,8 @@ with aᵢ(q) = E[φ(√q z) hᵢ(z)] for the normalised Hermite polynomials hᵢ
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,8 +24,10 @@ from torch import Tensor
 
 from fusedshape import reference
 from fusedshape.diagnose.randomness import randomness, taps_alike
+from fusedshape.kinds import matrices, phases
 from fusedshape.spec import ActSpec
 from fusedshape.theory.gaussian import Array, rule
+from fusedshape.torch_ops import ARITHMETIC
 
 _TERMS = 20  # of the Hermite series; the rest of E[φ²] goes with the next power of c
 _PER_OCTAVE = 4  # values of q at which the series is computed, cubic interpolation between them
@@ -226,8 +227,7 @@ def _name(expr: tuple[Any, ...]) -> str:
             found[e[1].activation] = None
 
     visit(expr)
-    arithmetic = {"add", "mul", "sub", "div", "neg"}
-    return "·".join([n for n in found if n not in arithmetic] or found) or "scale"
+    return "·".join([n for n in found if n not in ARITHMETIC] or found) or "scale"
 
 
 def _rounded(q: float) -> float:
@@ -401,22 +401,20 @@ def convolution(
     groups: int,
 ) -> Affine:
     """Look at the weights of a convolution, in PyTorch's layout."""
-    w = weight.detach().float()
-    w = w.reshape(groups, -1, *w.shape[1:])
-    w = w.transpose(1, 2) if transposed else w
+    w = matrices(weight.detach().float(), groups, transposed)
     taps = w.square().sum((0, 1, 2)).double().cpu()
     total = float(taps.sum())
-    phases = math.prod(stride) if transposed else 1
     used = w.flatten(3)[..., (taps > 0).flatten().to(w.device)]
     shares = taps / total if total > 0 else torch.full_like(taps, 1 / taps.numel())
     out = w.shape[0] * w.shape[1]
-    seen = [randomness(part) for part in (_phases(w, stride) if transposed else [used.flatten(2)])]
+    parts = list(_by_phase(w, stride)) if transposed else [used.flatten(2)]
+    seen = [randomness(part) for part in parts]
     flaws = [s.flaw for s in seen if s.flaw]
     if not transposed and not flaws:
         # The taps of a transposed convolution may share one matrix: nearest-neighbour upsampling.
         flaws = [taps_alike(used)]
     return Affine(
-        total / out / phases,
+        total / out / (math.prod(stride) if transposed else 1),
         sum(s.chance for s in seen) / max(len(seen), 1),
         _bias(bias),
         (w.shape[2], w.shape[1] if transposed else out),
@@ -427,16 +425,13 @@ def convolution(
     )
 
 
-def _phases(w: Tensor, stride: Sequence[int]) -> list[Tensor]:
+def _by_phase(w: Tensor, stride: Sequence[int]) -> Iterator[Tensor]:
     """Weights (groups, out, in · taps) of a transposed convolution that feed the same outputs."""
-    found = []
-    for start in itertools.product(*(range(s) for s in stride)):
-        steps = tuple(slice(a, None, s) for a, s in zip(start, stride, strict=True))
-        part = w[(slice(None),) * 3 + steps].flatten(3)
+    for taps in phases(stride):
+        part = w[(slice(None),) * 3 + taps].flatten(3)
         used = part[..., part.square().sum((0, 1, 2)) > 0]
         if used.numel():
-            found.append(used.flatten(2))
-    return found
+            yield used.flatten(2)
 
 
 def _bias(bias: Tensor | None) -> float:

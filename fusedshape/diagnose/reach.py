@@ -1,4 +1,4 @@
-"""How many positions of the input reach the output, and how many of its input a layer reads."""
+"""How many positions of the input the output depends on."""
 
 from __future__ import annotations
 
@@ -7,50 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _FEW = 4  # inputs whose gradient is taken
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-
-def read_share(
-    taps: Tensor,
-    locations: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> float:
-    """Share of input positions that a window reads as it moves.
-
-    Args:
-        taps: (*kernel), not 0 where the window reads.
-        locations: the input's positions in each dimension.
-        stride: one for each dimension, as the next two.
-        padding: zeros before and after.
-        dilation: between taps.
-
-    Example:
-        >>> read_share(torch.ones(1, 1), (8, 8), (2, 2), (0, 0), (1, 1))
-        0.25
-        >>> read_share(torch.ones(3, 3), (8, 8), (2, 2), (1, 1), (1, 1))
-        1.0
-    """
-    if max(stride) == 1:
-        return 1.0
-    window = (taps != 0).double().cpu()[None, None]
-    kernel = taps.shape
-    steps = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(locations, kernel, stride, padding, dilation, strict=True)
-    ]
-    windows = torch.ones(1, 1, *steps, dtype=torch.float64)
-    # What lies behind the last window is not in the result, and not read.
-    read = _TRANSPOSED[len(locations) - 1](windows, window, None, stride, dilation=dilation)
-    for dim, (start, length) in enumerate(zip(padding, locations, strict=True)):
-        read = read.narrow(dim + 2, start, min(length, read.shape[dim + 2] - start))
-    return int(read.count_nonzero()) / math.prod(locations)
 
 
 def reach(

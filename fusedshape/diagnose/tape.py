@@ -8,7 +8,6 @@ written. Linear arithmetic is gathered as Σ wᵢ·stepᵢ, and becomes one "sum
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,32 +24,47 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedshape.activations import ACTIVATIONS, TORCH_NAMES
 from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
-from fusedshape.diagnose.reach import read_share
-from fusedshape.nn import PerLocationNorm
-from fusedshape.spec import CONSTANTS, ActSpec
+from fusedshape.diagnose.operation import Operation, usual_dim
+from fusedshape.kinds import LocationNorm
 from fusedshape.theory.network import Op
+from fusedshape.torch_ops import (
+    ALPHA_DROPOUTS,
+    BLOCKS,
+    CONCATS,
+    COPIES,
+    DROPOUTS,
+    FILLED,
+    MOVES,
+    NEW,
+    NORMS,
+    PADS,
+    POOLS,
+    PRODUCTS,
+    QUOTIENTS,
+    REDUCTIONS,
+    RESHAPES,
+    RESIZES,
+    SAME,
+    TURNS,
+    VIEWS,
+)
+from fusedshape.windows import overlaps, read_share
 
 Measure = Callable[[Tensor, int], Any]
+Record = Callable[[Any], None]  # what to do with an operation's result
 Expr = tuple[Any, ...]
 
 X: Expr = ("x",)
-_SAME = {"detach", "alias", "clone", "contiguous", "_to_copy", "lift_fresh", "to"}
-_NEW = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
-_NEW |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "bernoulli"}
-_CONSTANT = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
-_VIEWS = {"view", "_unsafe_view", "reshape", "permute", "transpose", "unsqueeze", "squeeze"}
-_CUTS = {"slice", "select", "split", "split_with_sizes", "unbind", "expand", "constant_pad_nd"}
-_CUTS |= {"roll", "flip", "index", "index_select", "unfold", "im2col", "pixel_shuffle", "gather"}
-_CUTS |= {"reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "as_strided", "repeat"}
-_CUTS |= {"replication_pad1d", "replication_pad2d", "replication_pad3d", "pixel_unshuffle"}
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min"}
-# Some have no tag that says so, or none yet in torch 2.11.
-_POINTWISE = {*(known.name for known in TORCH_NAMES), "_prelu_kernel"}
 # Modules of which only inputs and outputs are looked at.
-_WHOLE = (PerLocationNorm, nn.RNNBase, nn.RNNCellBase)
-_IDS = {row.id: name for name, row in ACTIVATIONS.items()}
+_WHOLE = (LocationNorm, nn.RNNBase, nn.RNNCellBase)
+_MATRIX = ("addmm", "mm", "linear")
+_SAME = SAME | COPIES
+_WHOLE_VIEWS = RESHAPES | TURNS
+_ELSEWHERE = VIEWS | MOVES | PADS | BLOCKS
+_POOLS = POOLS - REDUCTIONS | RESIZES
+_SCALES = PRODUCTS | QUOTIENTS | {"neg"}
+_NOISE = DROPOUTS | ALPHA_DROPOUTS | {"rrelu_with_noise"}
 
 
 @dataclass(eq=False)
@@ -190,7 +204,7 @@ class Tape(TorchDispatchMode):
             return
         if isinstance(module, _WHOLE):
             for tensor in _tensors(args):
-                self._take(tensor, 1 if isinstance(module, PerLocationNorm) else None)
+                self._take(tensor, 1 if isinstance(module, LocationNorm) else None)
             self._quiet += 1
         self._stack.append(module)
 
@@ -205,7 +219,7 @@ class Tape(TorchDispatchMode):
             kind = type(module).__name__
             for tensor in _tensors(out):
                 step = Step("norm", taken, self._here(kind), kind)
-                if not isinstance(module, PerLocationNorm):
+                if not isinstance(module, LocationNorm):
                     step.op, step.note = "unknown", f"no theory of {kind} is known here"
                 self._emit(tensor, step, 1 if step.op == "norm" else -1)
         self._stack.pop()
@@ -223,113 +237,131 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """Run one operation, and record it if it works on what came from the model's input."""
         kwargs = kwargs or {}
-        space, _, name = func._schema.name.partition("::")
-        in_place = name.endswith("_")
-        name = name.rstrip("_") if in_place else name
         if self._quiet:
             return func(*args, **kwargs)
-        tensors = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, Tensor)]
-        tracked = [t for t in tensors if self._get(t) is not None]
-        if not tracked or name in _NEW:
-            is_random = torch.Tag.nondeterministic_seeded in func.tags or self._is_random(tensors)
-            out = func(*args, **kwargs)
-            if in_place and isinstance(args[0], Tensor):
-                self._constant.pop(args[0], None)
-            elif name in _CONSTANT:
-                self._constant[out] = _CONSTANT[name]
-            if is_random:
-                for t in _tensors(args[0] if in_place else out):
-                    self._random[t] = True
-            if name == "embedding":
-                self._emit(out, Step("input", path=self._here(name), name=name), -1)
-            return out
-        record = self._recorder(space, name, func, args, kwargs, tensors, tracked)
+        op = Operation.of(func, args, kwargs, lambda t: self._get(t) is not None)
+        if not op.tracked or op.name in NEW:
+            return self._run_untracked(op)
+        record = self._recorder(op)
         out = func(*args, **kwargs)
+        in_place = op.what.in_place
         target = args[0] if in_place else out
         # Torch counts an operation in place, and lets a view share the count of what it is a view
         # of, after it has come back from here.
-        self._ahead = int(in_place and space == "aten")
-        if not in_place and any(r.alias_info is not None for r in func._schema.returns):
-            self._ahead = _version(tensors[0])
+        self._ahead = int(in_place and op.what.namespace == "aten")
+        if not in_place and op.what.views:
+            self._ahead = _version(op.tensors[0])
         record(target)
         base = target._base if in_place and isinstance(target, Tensor) else None
         if base is not None and self._get(base) is None:
             # Put together piece by piece, as circular padding is; measured when all is there.
             signal = self._get(target)
             taken = tuple(i for i, _ in signal.terms) if signal else ()
-            self._emit(base, Step("reshape", taken, self._here(name), name), self._dim_like(target))
+            step = Step("reshape", taken, self._here(op.name), op.name)
+            self._emit(base, step, self._dim_like(target))
             self._pieces.add(len(self.steps) - 1)
         self._ahead = 0
         return out
 
-    def _recorder(
-        self,
-        space: str,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        tracked: list[Tensor],
-    ) -> Callable[[Any], None]:
+    def _run_untracked(self, op: Operation) -> Any:
+        """Run an operation whose result does not depend on the model's input."""
+        draws = op.what.draws or self._is_random(op.tensors)
+        out = op.func(*op.args, **op.kwargs)
+        if op.what.in_place and isinstance(op.args[0], Tensor):
+            self._constant.pop(op.args[0], None)
+        elif op.name in FILLED:
+            self._constant[out] = FILLED[op.name]
+        if draws:
+            for t in _tensors(op.args[0] if op.what.in_place else out):
+                self._random[t] = True
+        if op.name == "embedding":
+            self._emit(out, Step("input", path=self._here(op.name), name=op.name), -1)
+        return out
+
+    def _recorder(self, op: Operation) -> Record:
         """Take what an operation takes, before it runs; return what to do with its result."""
-        x = tracked[0]
-        signal = self._get(x)
+        readers = (
+            self._passed_on,
+            self._fused,
+            self._noise,
+            self._weighted,
+            self._arithmetic,
+            self._pointwise,
+            self._moved,
+            self._pooled,
+        )
+        found = next((record for read in readers if (record := read(op)) is not None), None)
+        return found or self._unknown(op)
+
+    # Operations: what to do with the result, None for one that is not of this sort.
+
+    def _passed_on(self, op: Operation) -> Record | None:
+        """The same numbers under another name."""
+        signal = self._get(op.x)
         assert signal is not None
-        if name in _VIEWS | _CUTS and signal.terms[0][0] in self._pieces:
-            return lambda out: None
-        if space == "fusedshape":
-            return self._fused(name, args)
-        if name in _SAME:
+        if op.kind in _ELSEWHERE and signal.terms[0][0] in self._pieces:
+            return _nothing
+        if op.kind in _SAME:
             return lambda out: self._set(out, signal)
-        if name == "copy":
-            source = self._get(args[1])
+        if op.name == "copy":
+            source = self._get(op["src"])
             return lambda out: self._set(out, source)
-        if name == "convolution" and self._is_fixed_average(args[1]):
-            return self._restart("pool", "filter", tracked, "")
-        if "dropout" in name or name == "rrelu_with_noise":
-            return self._restart("dropout", name, tracked, "")
-        if name == "convolution" and x is args[0] and len(tracked) == 1:
-            affine = self._affine(convolution, args[1], args[2], *args[3:9])
-            return self._layer("conv", affine, args[1], x, 1, 1)
-        if name in ("addmm", "mm", "linear") and len(tracked) == 1:
-            bias, data, weight = args[:3] if name == "addmm" else (None, *args[:2])
-            if name == "linear":
-                bias, weight = (args[2] if len(args) > 2 else None), weight.t()
-            if data is x:
-                affine = self._affine(matrix, weight, bias)
-                return self._layer("linear", affine, weight, x, -1, -1)
-        if name in ("add", "sub") and len(args) == 2 and len(tracked) == len(tensors) == 2:
-            alpha = kwargs.get("alpha", 1) * (-1 if name == "sub" else 1)
-            if tensors[0].shape == tensors[1].shape:
-                return self._sum(name, args, alpha)
-        if name in ("mul", "div", "neg") and len(tracked) == 1:
-            factor = _factor(name, args, x)
-            if factor is not None:
-                return self._scaled(name, x, factor)
-        if torch.Tag.pointwise in func.tags or name in _POINTWISE:
-            return self._pointwise(name, func, args, kwargs, tensors, tracked)
-        if name == "cat":
-            return self._concat(args, kwargs, tracked)
-        if name in _VIEWS:
-            return self._view(name, args, x)
-        if name in _CUTS:
-            return self._restart("reshape", name, tracked, "")
-        if "batch_norm" in name or "group_norm" in name or "layer_norm" in name:
-            return self._restart("norm", name.removeprefix("native_"), tracked, "")
-        if name in ("rms_norm", "_fused_rms_norm"):
-            return self._restart("norm", name.strip("_"), tracked, "")
-        if name in _REDUCTIONS and len(args) > 1 and self._get(x) is not None:
-            return self._reduce(name, args, kwargs, x)
-        if "pool" in name or "upsample" in name:
-            return self._pool(name, args, x)
-        return self._restart("unknown", name, tracked, f"no theory of {name} is known here")
+        return None
 
-    # Operations.
+    def _fused(self, op: Operation) -> Record | None:
+        """This library's own kernels."""
+        if op.what.namespace != "fusedshape":
+            return None
+        kind = op.name.partition("_")[2]
+        if kind == "conv":
+            return self._fused_product(op)
+        if kind != "bias_act":
+            return self._unknown(op)
+        path, bias = self._here(kind), op["bias"]
+        taken = self._take(op["x"], None if bias is None else op["dim"])
+        dim = self._dim_like(op["x"])
+        assert taken is not None
+        if bias is not None and bool(bias.count_nonzero()):
+            step = Step("affine", (taken,), path, "bias", op["x"].shape[dim], affine=_shift(bias))
+            taken = self._push(step)
+        spec = op.spec
+        made = _Signal(((taken, 1.0),), dim % op["x"].ndim, path, spec.activation, ("spec", spec))
+        return lambda out: self._set(out, made)
 
-    def _layer(
-        self, name: str, affine: Affine, weight: Tensor, x: Tensor, dim: int, dim_out: int
-    ) -> Callable[[Any], None]:
+    def _fused_product(self, op: Operation) -> Record:
+        x, weight = op["x"], op["weight"]
+        if x.ndim == 2:
+            return self._layer("linear", op, self._affine(matrix, weight.t(), None), weight, x)
+        geometry = op["stride"], op["padding"], op["dilation"], False, [0] * (x.ndim - 2), 1
+        affine = self._affine(convolution, weight, None, *geometry)
+        return self._layer("conv", op, affine, weight, x)
+
+    def _noise(self, op: Operation) -> Record | None:
+        """Dropout and the like."""
+        if op.kind in _NOISE:
+            return self._restart("dropout", op)
+        return None
+
+    def _weighted(self, op: Operation) -> Record | None:
+        """Layers, and what else multiplies by a matrix or adds a bias."""
+        if op.name == "convolution":
+            weight = op["weight"]
+            if self._is_fixed_average(weight):
+                return self._restart("pool", op, "filter")
+            if op.x is not op["input"] or len(op.tracked) > 1:
+                return None
+            geometry = "stride", "padding", "dilation", "transposed", "output_padding", "groups"
+            affine = self._affine(convolution, weight, op["bias"], *(op[name] for name in geometry))
+            return self._layer("conv", op, affine, weight, op.x)
+        if op.name not in _MATRIX or len(op.tracked) > 1:
+            return None
+        data, weight, bias = _product(op)
+        if data is not op.x or op.get("alpha", 1) != 1 or op.get("beta", 1) != 1:
+            return None
+        return self._layer("linear", op, self._affine(matrix, weight, bias), weight, data)
+
+    def _layer(self, name: str, op: Operation, affine: Affine, weight: Tensor, x: Tensor) -> Record:
+        dim = 1 if name == "conv" else -1
         taken = self._take(x, dim)
         inputs = () if taken is None else (taken,)
         step = Step("affine", inputs, self._here(name), name, affine=affine)
@@ -339,7 +371,7 @@ class Tape(TorchDispatchMode):
         at = weight.untyped_storage().data_ptr()
         if at in self._own:
             step.weight = at, int(weight.storage_offset()), weight.numel()
-        return lambda out: self._emit(out, step, dim_out)
+        return lambda out: self._emit(out, step, dim)
 
     def _is_random(self, tensors: Sequence[Tensor]) -> bool:
         return bool(self._random) and any(t in self._random for t in tensors)
@@ -358,93 +390,70 @@ class Tape(TorchDispatchMode):
             self.known[key] = look(weight, *rest)
         return self.known[key]
 
-    def _fused(self, name: str, args: tuple[Any, ...]) -> Callable[[Any], None]:
-        """This library's own kernels."""
-        kind = name.partition("_")[2]
-        x = args[0]
-        if kind not in ("bias_act", "conv"):
-            return self._restart("unknown", name, [x], f"no theory of {name} is known here")
-        path = self._here(kind)
-        if kind == "conv":
-            if x.ndim == 2:
-                affine = self._affine(matrix, args[1].t(), None)
-                return self._layer("linear", affine, args[1], x, -1, -1)
-            zeros = [0] * (x.ndim - 2)
-            affine = self._affine(convolution, args[1], None, *args[2:5], False, zeros, 1)
-            return self._layer("conv", affine, args[1], x, 1, 1)
-        bias = args[1]
-        taken = self._take(x, None if bias is None else args[2])
-        dim = self._dim_like(x)
-        assert taken is not None
-        if bias is not None and bool(bias.count_nonzero()):
-            shift = Affine(bias=float(bias.double().square().mean()))
-            taken = self._push(Step("affine", (taken,), path, "bias", x.shape[dim], affine=shift))
-        spec = _spec(args[-6:])
-        made = _Signal(((taken, 1.0),), dim % x.ndim, path, spec.activation, ("spec", spec))
-        return lambda out: self._set(out, made)
+    def _arithmetic(self, op: Operation) -> Record | None:
+        """Sums of two values, and multiples of one."""
+        if op.name in ("add", "sub") and len(op.tracked) == len(op.tensors) == 2:
+            a, b = op.tensors
+            if a.shape == b.shape:
+                alpha = op.get("alpha", 1) * (-1 if op.name == "sub" else 1)
+                return self._sum(op.name, a, b, alpha)
+        if op.name in _SCALES and len(op.tracked) == 1 and op.factor is not None:
+            return self._scaled(op.name, op.x, op.factor)
+        return None
 
-    def _sum(self, name: str, args: tuple[Any, ...], alpha: float) -> Callable[[Any], None]:
-        for t in args[:2]:
+    def _sum(self, name: str, one: Tensor, other: Tensor, alpha: float) -> Record:
+        for t in (one, other):
             self._settle(t)
-        a, b = (self._get(t) for t in args[:2])
-        assert a is not None
-        assert b is not None
+        a, b = self._known(one), self._known(other)
         if a.expr is not None or b.expr is not None:
             if len(a.terms) == len(b.terms) == 1 and a.terms[0][0] == b.terms[0][0]:
                 expr = ("add", self._expr(a), self._expr(b), alpha)
                 return self._deferred(replace(a, expr=expr, terms=((a.terms[0][0], 1.0),)), name)
-            for t in args[:2]:
+            for t in (one, other):
                 self._unscale(t)
-            a, b = (self._get(t) for t in args[:2])
-            assert a is not None
-            assert b is not None
+            a, b = self._known(one), self._known(other)
         total = dict(a.terms)
         for i, w in b.terms:
             total[i] = total.get(i, 0.0) + alpha * w
         return self._deferred(_Signal(tuple(total.items()), a.dim), name)
 
-    def _scaled(self, name: str, x: Tensor, factor: float) -> Callable[[Any], None]:
+    def _scaled(self, name: str, x: Tensor, factor: float) -> Record:
         self._settle(x)
-        signal = self._get(x)
-        assert signal is not None
+        signal = self._known(x)
         if signal.expr is not None:
             made = replace(signal, expr=("scale", signal.expr, factor))
         else:
             made = replace(signal, terms=tuple((i, w * factor) for i, w in signal.terms))
         return self._deferred(made, name)
 
-    def _pointwise(
-        self,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        tracked: list[Tensor],
-    ) -> Callable[[Any], None]:
-        if self._is_random([t for t in tensors if self._get(t) is None]):
-            return self._restart("dropout", "noise" if name == "add" else "dropout", tracked, "")
-        others = [t for t in tensors if self._get(t) is None and t.numel() != 1]
-        others = [t for t in others if t not in self._constant]
-        if name == "add" and len(others) == 1 and len(tracked) == 1:
-            return self._shifted(tracked[0], others[0])
+    def _pointwise(self, op: Operation) -> Record | None:
+        """A function of every element by itself: part of an activation, if of one layer's value."""
+        if not op.is_pointwise:
+            return None
+        untracked = [t for t in op.tensors if self._get(t) is None]
+        if self._is_random(untracked):
+            return self._restart("dropout", op, "noise" if op.name == "add" else "dropout")
+        others = [t for t in untracked if t.numel() != 1 and t not in self._constant]
+        if op.name == "add" and len(others) == 1 and len(op.tracked) == 1:
+            return self._shifted(op.x, others[0])
+        if others and op.name == "mul" and _is_dropout(self._stack):
+            return self._restart("dropout", op, "dropout")
         if others:
-            is_dropout = name == "mul" and _is_dropout(self._stack)
-            why = "" if is_dropout else f"{name} with a tensor that is no layer's weight"
-            op: Op = "dropout" if is_dropout else "unknown"
-            return self._restart(op, "dropout" if is_dropout else name, tracked, why)
-        for t in tracked:
+            why = f"{op.name} with a tensor that is no layer's weight"
+            return self._restart("unknown", op, note=why)
+        for t in op.tracked:
             self._settle(t)
-            signal = self._get(t)
-            if signal is not None and len(signal.terms) > 1:
+            if len(self._known(t).terms) > 1:
                 self._take(t)
-        signals = [self._get(t) for t in tracked]
-        bases = {s.terms[0][0] for s in signals if s is not None}
-        if len(bases) > 1:
-            why = f"{name} of values that come from different layers"
-            return self._restart("unknown", name, tracked, why)
-        first = signals[0]
-        assert first is not None
+        signals = [self._known(t) for t in op.tracked]
+        if len({s.terms[0][0] for s in signals}) > 1:
+            why = f"{op.name} of values that come from different layers"
+            return self._restart("unknown", op, note=why)
+        terms = ((signals[0].terms[0][0], 1.0),)
+        return self._deferred(replace(signals[0], expr=self._applied(op), terms=terms), op.name)
+
+    def _applied(self, op: Operation) -> Expr:
+        """A pointwise operation as an expression."""
 
         def leaf(a: Any) -> Any:
             if not isinstance(a, Tensor):
@@ -454,38 +463,43 @@ class Tape(TorchDispatchMode):
                 return self._expr(signal)
             return ("c", self._constant[a] if a in self._constant else float(a))
 
-        functional = getattr(getattr(torch.ops.aten, name), func._overloadname)
-        options = tuple((k, leaf(v)) for k, v in kwargs.items() if k not in ("dtype", "layout"))
-        expr = ("f", functional, tuple(leaf(a) for a in args), options)
-        made = replace(first, expr=expr, terms=((first.terms[0][0], 1.0),))
-        return self._deferred(made, name)
+        functional = getattr(getattr(torch.ops.aten, op.name), op.func._overloadname)
+        options = [(k, leaf(v)) for k, v in op.kwargs.items() if k not in ("dtype", "layout")]
+        return ("f", functional, tuple(leaf(a) for a in op.args), tuple(options))
 
-    def _shifted(self, x: Tensor, bias: Tensor) -> Callable[[Any], None]:
+    def _shifted(self, x: Tensor, bias: Tensor) -> Record:
         if not bool(bias.count_nonzero()):
             signal = self._get(x)
             return lambda out: self._set(out, signal)
         taken, dim = self._take(x), self._dim_like(x)
-        shift = Affine(bias=float(bias.double().square().mean()))
         inputs = () if taken is None else (taken,)
-        step = Step("affine", inputs, self._here("bias"), "bias", affine=shift)
+        step = Step("affine", inputs, self._here("bias"), "bias", affine=_shift(bias))
         return lambda out: self._emit(out, step, dim)
 
-    def _concat(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[Tensor]
-    ) -> Callable[[Any], None]:
-        parts = [t for t in args[0] if t.numel()]
-        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % parts[0].ndim
+    def _moved(self, op: Operation) -> Record | None:
+        """The same numbers at other places."""
+        if op.kind in CONCATS:
+            return self._concat(op)
+        if op.kind in _WHOLE_VIEWS:
+            return self._view(op)
+        if op.kind == "col2im" and overlaps(op["kernel_size"], op["stride"], op["dilation"]):
+            return None
+        return self._restart("reshape", op) if op.kind in _ELSEWHERE else None
+
+    def _concat(self, op: Operation) -> Record:
+        parts = [t for t in op["tensors"] if t.numel()]
+        dim = op["dim"] % parts[0].ndim
         taken = [self._take(t, dim) for t in parts]
         whole = [i for i in taken if i is not None]
         if len(whole) < len(parts):
-            return self._restart("reshape", "cat", tracked, "")
+            return self._restart("reshape", op)
         sizes = tuple(float(t.shape[dim]) for t in parts)
         step = Step("concat", tuple(whole), self._here("cat"), "cat", weights=sizes)
         return lambda out: self._emit(out, step, dim)
 
-    def _view(self, name: str, args: tuple[Any, ...], x: Tensor) -> Callable[[Any], None]:
-        signal = self._get(x)
-        assert signal is not None
+    def _view(self, op: Operation) -> Record:
+        x = op.x
+        signal = self._known(x)
         if signal.dim is None and signal.expr is None and len(signal.terms) == 1:
             return lambda out: self._set(out, signal)  # an input that nobody used yet
         taken = self._take(x)
@@ -494,64 +508,67 @@ class Tape(TorchDispatchMode):
         def record(out: Any) -> None:
             if not isinstance(out, Tensor) or taken is None:
                 return
-            move, to = _moved(name, args, x.shape, out.shape, dim, self.batch)
-            step = Step("reshape", (taken,), self._here(name), name, move=move)
+            move, to = op.moved(out.shape, dim, self.batch)
+            step = Step("reshape", (taken,), self._here(op.name), op.name, move=move)
             self._emit(out, step, to)
             if move is not None:
                 step.channels = out.shape[to]
-            elif name in ("permute", "transpose") and taken not in self._lost:
+            elif op.kind in TURNS and taken not in self._lost:
                 step.note = "its inputs leave dimension 0, and are not followed there"
                 self._lost.add(len(self.steps) - 1)
 
         return record
 
-    def _reduce(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
-    ) -> Callable[[Any], None]:
-        dims = {d % x.ndim for d in ([args[1]] if isinstance(args[1], int) else args[1] or ())}
-        dim = self._dim_like(x)
-        keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-        if not dims or dim in dims or 0 in dims:
-            return self._restart("unknown", name, [x], f"{name} over channels or inputs")
-        taken = self._take(x)
-        step = Step("pool", () if taken is None else (taken,), self._here(name), name)
-        to = dim if keep else dim - sum(d < dim for d in dims)
-        return lambda out: self._emit(out[0] if isinstance(out, (tuple, list)) else out, step, to)
+    def _pooled(self, op: Operation) -> Record | None:
+        """Normalisations, and values that stand for several locations."""
+        if op.kind in NORMS:
+            return self._restart("norm", op, op.kind)
+        if op.kind in REDUCTIONS and op.get("dim") is not None:
+            return self._reduce(op)
+        if op.kind in _POOLS:
+            return self._pool(op)
+        return None
 
-    def _pool(self, name: str, args: tuple[Any, ...], x: Tensor) -> Callable[[Any], None]:
-        record = self._restart("pool", name, [x], "")
+    def _reduce(self, op: Operation) -> Record:
+        x, given = op.x, op["dim"]
+        dims = {d % x.ndim for d in ([given] if isinstance(given, int) else given)}
+        dim = self._dim_like(x)
+        if not dims or dim in dims or 0 in dims:
+            return self._restart("unknown", op, note=f"{op.name} over channels or inputs")
+        taken = self._take(x)
+        step = Step("pool", () if taken is None else (taken,), self._here(op.name), op.name)
+        to = dim if op.get("keepdim", False) else dim - sum(d < dim for d in dims)
+        return lambda out: self._emit(_first(out), step, to)
+
+    def _pool(self, op: Operation) -> Record:
+        record = self._restart("pool", op)
         where = len(self.steps)
 
         def read(out: Any) -> None:
             record(out)
-            first = out[0] if isinstance(out, (tuple, list)) else out
-            n = next((n for n in (1, 2, 3) if f"{n}d" in name), 0)
-            if len(self.steps) == where or not n or x.ndim != n + 2:
-                return
-            places = x.shape[2:]
-            if "nearest" in name:
-                self.steps[where].reads = min(1.0, math.prod(first.shape[2:]) / math.prod(places))
-            elif name.startswith(("max_pool", "avg_pool")):
-                self.steps[where].reads = read_share(*_window(name, args, places))
+            if len(self.steps) > where:
+                self.steps[where].reads = op.reads(_first(out))
 
         return read
 
-    def _restart(
-        self, op: Op, name: str, tracked: Sequence[Tensor], note: str
-    ) -> Callable[[Any], None]:
+    def _unknown(self, op: Operation) -> Record:
+        return self._restart("unknown", op, note=f"no theory of {op.name} is known here")
+
+    def _restart(self, kind: Op, op: Operation, name: str = "", note: str = "") -> Record:
         """A step whose value can only be measured."""
-        taken = [i for t in tracked if (i := self._take(t)) is not None]
+        name = name or op.name
+        taken = [i for t in op.tracked if (i := self._take(t)) is not None]
         inputs = tuple(dict.fromkeys(taken))
-        dim, ndim = self._dim_like(tracked[0]), tracked[0].ndim
+        dim, ndim = self._dim_like(op.x), op.x.ndim
         path = self._here(name)
 
         def record(out: Any) -> None:
             for t in out if isinstance(out, (tuple, list)) else [out]:
                 if not isinstance(t, Tensor) or not t.is_floating_point() or not t.ndim:
                     continue
-                to = dim if t.ndim == ndim else _usual(t)
-                self._emit(t, Step(op, inputs, path, name, note=note), to)
-                if op in ("pool", "norm"):
+                to = dim if t.ndim == ndim else usual_dim(t.ndim)
+                self._emit(t, Step(kind, inputs, path, name, note=note), to)
+                if kind in ("pool", "norm"):
                     return  # what else they give are indices and statistics
 
         return record
@@ -570,11 +587,17 @@ class Tape(TorchDispatchMode):
         self._emit(t, step, signal.dim)
         return self._signals.get(t)
 
+    def _known(self, t: Tensor) -> _Signal:
+        """The signal of a tensor that has one."""
+        signal = self._get(t)
+        assert signal is not None
+        return signal
+
     def _set(self, t: Any, signal: _Signal | None) -> None:
         if isinstance(t, Tensor) and signal is not None:
             self._signals[t] = replace(signal, version=_version(t) + self._ahead)
 
-    def _deferred(self, signal: _Signal, name: str) -> Callable[[Any], None]:
+    def _deferred(self, signal: _Signal, name: str) -> Record:
         made = replace(signal, path=self._here(name), name=name)
         return lambda out: self._set(out, made)
 
@@ -594,7 +617,7 @@ class Tape(TorchDispatchMode):
 
     def _dim_like(self, t: Any) -> int:
         signal = self._get(t)
-        return _usual(t) if signal is None or signal.dim is None else signal.dim
+        return usual_dim(t.ndim) if signal is None or signal.dim is None else signal.dim
 
     @staticmethod
     def _expr(signal: _Signal) -> Expr:
@@ -610,7 +633,7 @@ class Tape(TorchDispatchMode):
             return None
         want = None if dim is None else dim % t.ndim
         if signal.dim is None:
-            signal = replace(signal, dim=_usual(t) if want is None else want)
+            signal = replace(signal, dim=usual_dim(t.ndim) if want is None else want)
             self._set(t, signal)
         assert signal.dim is not None
         if signal.expr is not None or [w for _, w in signal.terms] != [1.0]:
@@ -686,81 +709,31 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _window(name: str, args: tuple[Any, ...], places: Sequence[int]) -> tuple[Any, ...]:
-    """The arguments of `read_share` for a pool."""
-
-    def each(i: int, default: Any) -> list[int]:
-        given = args[i] if len(args) > i and args[i] not in ([], None) else default
-        given = [given] if isinstance(given, int) else list(given)
-        return given * (len(places) // len(given))
-
-    kernel = each(1, 1)
-    dilation = each(4, 1) if name.startswith("max_pool") else each(len(args), 1)
-    return torch.ones(kernel), places, each(2, kernel), each(3, 0), dilation
-
-
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
-
-
-def _usual(t: Tensor) -> int:
-    """Where the channels are if nothing tells: last in (N, T, C), else after the inputs."""
-    return 2 if t.ndim == 3 else min(1, t.ndim - 1)
-
-
-def _spec(constants: Sequence[Any]) -> ActSpec:
-    numbers: dict[str, Any] = dict(zip(CONSTANTS, constants[1:], strict=True))
-    return ActSpec(_IDS[int(constants[0])], **numbers)
-
-
-def _factor(name: str, args: tuple[Any, ...], x: Tensor) -> float | None:
-    """The number that an operation multiplies x by, if that is all."""
-    if name == "neg":
-        return -1.0
-    other = args[1] if args[0] is x else args[0]
-    if len(args) != 2 or (isinstance(other, Tensor) and other.numel() != 1):
-        return None
-    if name == "div":
-        return 1 / float(other) if args[0] is x and float(other) else None
-    return float(other)
 
 
 def _is_dropout(stack: list[nn.Module]) -> bool:
     return any("drop" in type(module).__name__.lower() for module in stack[-2:])
 
 
-def _moved(
-    name: str,
-    args: tuple[Any, ...],
-    was: Sequence[int],
-    now: Sequence[int],
-    dim: int,
-    batch: int,
-) -> tuple[Callable[[Tensor], Tensor] | None, int]:
-    """What a view does to a (pairs, …, *locations) kernel, and where the channels are then."""
-    places = [d for d in range(1, len(was)) if d != dim]
-    if name in ("permute", "transpose"):
-        order = list(range(len(was)))
-        if name == "permute":
-            order = [d % len(was) for d in args[1]]
-        else:
-            a, b = args[1] % len(was), args[2] % len(was)
-            order[a], order[b] = order[b], order[a]
-        to = order.index(dim)
-        if order[0] != 0 or was[0] != batch:
-            return None, _usual_of(now)
-        before = [was[d] for d in places]
-        turn = [2 + places.index(d) for d in order[1:] if d != dim]
-        return lambda k: k.reshape(*k.shape[:2], *before).permute(0, 1, *turn), to
-    # The others keep the order of elements in memory.
-    if dim == len(was) - 1 and now[-1] == was[-1]:
-        return lambda k: k, len(now) - 1
-    if now[0] == was[0] and dim == 1 and len(now) > 1 and now[1] == was[1]:
-        return lambda k: k, 1
-    if list(now) == [batch, math.prod(was[1:])] and was[0] == batch:
-        return lambda k: k.reshape(*k.shape[:2], -1).mean(2), 1
-    return None, _usual_of(now)
+def _product(op: Operation) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a product of matrices takes: the data, the weight (in, out), and the bias."""
+    if op.name == "linear":
+        return op["input"], op["weight"].t(), op["bias"]
+    if op.name == "addmm":
+        return op["mat1"], op["mat2"], op["self"]
+    return op["self"], op["mat2"], None
 
 
-def _usual_of(shape: Sequence[int]) -> int:
-    return 2 if len(shape) == 3 else min(1, len(shape) - 1)
+def _shift(bias: Tensor) -> Affine:
+    return Affine(bias=float(bias.double().square().mean()))
+
+
+def _first(out: Any) -> Any:
+    """The values that an operation gives, without indices."""
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def _nothing(out: Any) -> None:
+    """No step."""

@@ -8,7 +8,6 @@ Linear arithmetic is kept as sums Σ wᵢ·nodeᵢ until something else takes th
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,11 +22,40 @@ from torch.utils import _pytree as pytree
 
 from fusedshape.activations import ACTIVATIONS, TORCH_NAMES, options_of
 from fusedshape.faithful import calls, inputs_for, misread
-from fusedshape.kinds import features, kind_of
-from fusedshape.nodes import is_query
+from fusedshape.kinds import FUNCTIONS, LocationNorm, WeightedSum, features, kind_of
+from fusedshape.nodes import is_query, operation
 from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec, from_torch
 from fusedshape.theory.network import Node, Op, Wiring
+from fusedshape.torch_ops import (
+    ACTIVATION_MODULES,
+    ALPHA_DROPOUTS,
+    ATTENTION,
+    BLOCKS,
+    CHANNEL_NORMS,
+    CONCATS,
+    COPIES,
+    DIFFERENCES,
+    DROPOUTS,
+    LOCATION_NORMS,
+    MATMULS,
+    MOVES,
+    NEW,
+    PADS,
+    POOLS,
+    PRODUCTS,
+    QUOTIENTS,
+    RESIZES,
+    SAME,
+    SOFTMAXES,
+    SUMS,
+    VIEWS,
+    WRAPPERS,
+    base,
+    function_of,
+    name_of,
+    writes,
+)
 from fusedshape.tracing import (
     Slot,
     behind_norm,
@@ -36,44 +64,20 @@ from fusedshape.tracing import (
     required,
 )
 from fusedshape.validate import flag
+from fusedshape.windows import overlaps
 
 # A factor before these is a factor after them, or, for norm, none at all.
 _LINEAR = ("affine", "pool", "reshape", "dropout", "norm")
 _BY_HAND = "pass depth= or subnet_max= by hand"
-# What torch calls the function that a module computes; its attributes are the arguments there.
-_MODULES = {known.module: known.name for known in TORCH_NAMES if known.module is not None}
 _ACTIVATIONS = {*(known.name for known in TORCH_NAMES), *ACTIVATIONS}
-_SAME = {"contiguous", "detach", "to", "type_as", "float", "double", "half", "bfloat16", "cpu"}
-_SAME |= {"cuda", "requires_grad_", "alias", "identity", "checkpoint"}
-_VIEWS = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "squeeze"}
-_VIEWS |= {"unsqueeze", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t"}
-_VIEWS |= {"T", "mT", "chunk", "split", "tensor_split", "unbind", "narrow", "select", "getitem"}
-_VIEWS |= {"expand", "expand_as", "broadcast_to", "rearrange", "unfold", "real"}
-_RESHAPES = {"clone", "roll", "flip", "rot90", "repeat", "tile", "repeat_interleave", "pad"}
-_RESHAPES |= {"interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
-_RESHAPES |= {"fold", "index_select", "gather"}
-_POOLS = {"mean", "amax", "amin", "sum", "max", "adaptive_avg_pool", "adaptive_max_pool"}
-_POOLS |= {"avg_pool", "max_pool", "lp_pool", "fractional_max_pool"}
-_DROPOUTS = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
-_DROPOUTS |= {"stochastic_depth", "drop_path"}
-_NORMS = {"layer_norm", "rms_norm", "normalize"}
-_AFFINE = {"linear", "conv", "conv_transpose", "matmul", "mm", "addmm", "einsum", "embedding"}
-_SOFTMAX = {"softmax", "log_softmax"}
-_NEW = {"zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_full"}
-_NEW |= {"new_zeros", "new_ones", "new_empty", "new_tensor"}
-# By the file of torch.nn.modules in which a forward stands.
-_FILES: dict[str, Op] = {
-    "dropout": "dropout",
-    "pooling": "pool",
-    "padding": "reshape",
-    "pixelshuffle": "reshape",
-    "channelshuffle": "reshape",
-    "fold": "reshape",
-    "upsampling": "reshape",
-    "flatten": "reshape",
+_AFFINE = {*FUNCTIONS, *MATMULS, "embedding"}
+# What a function or module of torch is to the theory. Views are no nodes, but for modules.
+_OPS: dict[str, Op] = {
+    **dict.fromkeys(MOVES | PADS | RESIZES | BLOCKS, "reshape"),
+    **dict.fromkeys(POOLS, "pool"),
+    **dict.fromkeys(DROPOUTS | ALPHA_DROPOUTS, "dropout"),
+    **dict.fromkeys(LOCATION_NORMS, "norm"),
 }
-_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module"}
-_WRAPPERS |= {"OptimizedModule": "_orig_mod"}
 
 
 class _Cell:
@@ -190,7 +194,7 @@ class _Trace:
         called = self.seen | self.opaque
         for path, module in self.model.named_modules():
             own = next(module.parameters(recurse=False), None) is not None
-            if (own or type(module) in _MODULES) and module not in called:
+            if (own or type(module) in ACTIVATION_MODULES) and module not in called:
                 self.notes[f"{path!r} ({type(module).__name__}) is never called"] = None
 
     # Nodes and signals.
@@ -284,9 +288,9 @@ class _Trace:
         """The value that a module returns."""
         kind = type(module).__name__
         self.seen.add(module)
-        if kind in _WRAPPERS:
-            inside = getattr(module, _WRAPPERS[kind])
-            return self.call(inside, _join(path, _WRAPPERS[kind]), args, kwargs)
+        if kind in WRAPPERS:
+            inside = getattr(module, WRAPPERS[kind])
+            return self.call(inside, _join(path, WRAPPERS[kind]), args, kwargs)
         if module._forward_hooks or module._forward_pre_hooks:
             self.notes[f"{path!r} ({kind}) has forward hooks, which were not read"] = None
         taken = _signals((args, kwargs))
@@ -340,31 +344,30 @@ class _Trace:
                 weight = module._parameters.get("weight")
                 y = self._affine(x, module if weight is None else weight, path, module)
             return y if spec is None else self.like("nonlinear", y, path, spec=spec)
-        name = next((name for cls, name in _MODULES.items() if isinstance(module, cls)), None)
-        if name is not None:
+        if isinstance(module, WeightedSum):
+            total = _add(list(zip(taken, module.weights, strict=True)), path)
+            self.index(total)
+            return total
+        if isinstance(module, LocationNorm):
+            channels = None if x.channels is None else x.channels + module.added_channels
+            return self.emit("norm", [x], path, channels=channels, axes=x.axes)
+        return self._stock(module, path, x)
+
+    def _stock(self, module: nn.Module, path: str, x: _Signal) -> _Signal | None:
+        """The value of one of torch's modules without weights; None if it is not known."""
+        name = function_of(module)
+        if name == "identity":
+            return x
+        if name in ACTIVATION_MODULES.values():
             options = {k: getattr(module, k, v) for k, v in options_of(name).items()}
             y = self._activate(name, options, x, path)
             return self._in_place(x, y) if getattr(module, "inplace", False) else y
-        if _is_ours(module, "NormalizedSum"):
-            weights = getattr(module, "weights", ())
-            total = _add(list(zip(taken, weights, strict=True)), path)
-            self.index(total)
-            return total
-        if _is_ours(module, "PerLocationNorm"):
-            more = int(getattr(module, "homog_mode", "off") != "off")
-            channels = None if x.channels is None else x.channels + more
-            return self.emit("norm", [x], path, channels=channels, axes=x.axes)
-        if isinstance(module, nn.Identity):
-            return x
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            return self.like("norm", x, path)
-        if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmax2d)):
+        if name in SOFTMAXES:
             return self._softmax(x, path)
-        op = _FILES.get(_file(module))
-        if op is None:
+        op = "reshape" if base(name) in VIEWS else _OPS.get(base(name))
+        if op is None or (isinstance(module, nn.Fold) and _overlaps(**vars(module))):
             return None
-        padding = getattr(module, "padding", ())
-        if op != "reshape" or _keeps_channels(_file(module), padding, x):
+        if op != "reshape" or _keeps_channels(base(name), getattr(module, "padding", ()), x):
             return self.like(op, x, path)
         return self.emit(op, [x], path)
 
@@ -440,17 +443,14 @@ class _Trace:
         taken = _signals((args, kwargs))
         if not taken:
             return _computed(node, args, kwargs)
-        target = node.target
-        if isinstance(target, type):
-            return _record(target, args, kwargs)
-        name = target if isinstance(target, str) else str(getattr(target, "__name__", target))
-        if target is getattr:
-            name = str(args[1])
-        if is_query(node) or name in _NEW or name.startswith(("_assert", "size")):
+        if isinstance(node.target, type):
+            return _record(node.target, args, kwargs)
+        name = operation(node)
+        if is_query(node) or name in NEW or name.startswith(("_assert", "size")):
             return _UNSIZED
         in_place = name.endswith("_") and not name.endswith("__")
         name = name.rstrip("_") if in_place else name
-        if target is getattr and not isinstance(args[0], _Signal):
+        if node.target is getattr and not isinstance(args[0], _Signal):
             return _part(args[0], name) or self.unknown(taken, at, f"it has no {name} as traced")
         try:
             result = self._computation(name.lstrip("_"), list(args), kwargs, taken, at)
@@ -468,46 +468,50 @@ class _Trace:
         if not args:
             args = [kwargs.get("input", taken[0])]
         x = args[0]
-        base = name[:-2] if name.endswith(("1d", "2d", "3d")) else name
+        kind = base(name)
         if name == "getitem" and not isinstance(x, _Signal):
             return _item(*args)
-        if name in ("cat", "concat", "concatenate"):
+        if name in CONCATS:
             return self._concat(args, kwargs, taken, at)
-        if name in ("add", "iadd", "sub", "isub", "subtract", "rsub"):
+        if name in SUMS | DIFFERENCES:
             return self._sum(name, args, kwargs, at)
-        if name in ("mul", "imul", "multiply", "truediv", "itruediv", "div", "divide", "neg"):
+        if name in PRODUCTS | QUOTIENTS | {"neg"}:
             return self._product(name, args, kwargs, taken, at)
-        if base in _AFFINE and len(taken) == 1:
-            return self._affine_function(base, args, kwargs, x, at)
+        if name in _AFFINE and len(taken) == 1:
+            return self._affine_function(name, args, kwargs, x, at)
         if len(taken) > 1 or x is not taken[0]:
             return self.unknown(taken, at, _why_not_function(name))
         if name in ("clamp", "clip", "clamp_min") or name in _ACTIVATIONS:
             return self._activate(*_activation(name, args, kwargs), x, at)
         if name == "pow" and args[1] == 2:
             return self._activate("square", {}, x, at)
-        if name in _SAME:
+        if name in SOFTMAXES:
+            return self._softmax(x, at)
+        if name in VIEWS:
+            return self._view(name, args, kwargs, x)
+        if name in SAME:
             return x
+        if name in COPIES:
+            return replace(x, cell=_Cell(dict(x.cell.terms), x.cell.path))
+        op = _OPS.get(kind)
+        if op is None or (kind == "fold" and _overlaps(*args[1:], **kwargs)):
+            return self.unknown(taken, at, _why_not_function(name))
+        widths = (*args[1:], kwargs.get("pad", ()))[0]
+        if op != "reshape" or _keeps_channels(kind, widths, x):
+            return self.like(op, x, at)
+        return self.emit(op, [x], at)
+
+    def _view(self, name: str, args: list[Any], kwargs: dict[str, Any], x: _Signal) -> Any:
+        """A view of a signal, or its parts."""
         if name == "chunk":
             return self._chunks(x, *args[1:], **kwargs)
         if name in ("split", "split_with_sizes"):
             parts = self._split(x, *args[1:], **kwargs)
             if parts:
                 return parts
-        if name in _VIEWS:
-            cuts = args[1] if name == "getitem" else ()
-            return x if _cuts_locations(cuts, x) else replace(x, channels=None, axes=frozenset())
-        if base in _RESHAPES:
-            widths = (*args[1:], kwargs.get("pad", ()))[0]
-            if _keeps_channels(base, widths, x):
-                return self.like("reshape", x, at)
-            return self.emit("reshape", [x], at)
-        if name in _SOFTMAX:
-            return self._softmax(x, at)
-        ops: dict[Op, set[str]] = {"pool": _POOLS, "dropout": _DROPOUTS, "norm": _NORMS}
-        op = next((op for op, names in ops.items() if base in names), None)
-        return (
-            self.unknown(taken, at, _why_not_function(name)) if op is None else self.like(op, x, at)
-        )
+        if name == "getitem" and _cuts_locations(args[1], x):
+            return x
+        return replace(x, channels=None, axes=frozenset())
 
     def _chunks(self, x: _Signal, chunks: Any, dim: Any = 0) -> Any:
         """The parts of a tensor, and of its channels if it is cut along them."""
@@ -538,18 +542,20 @@ class _Trace:
         given = [*args, *kwargs.values()]
         weight = next((v for v in given if isinstance(v, Tensor) and v.ndim > 1), None)
         signal = next(v for v in pytree.tree_leaves(given) if isinstance(v, _Signal))
-        if name != "einsum" and (
-            weight is None or (signal is not x and name not in ("matmul", "mm", "addmm"))
-        ):
+        if name != "einsum" and (weight is None or (signal is not x and name not in MATMULS)):
             return self.unknown(
                 [signal], at, f"{name} takes weights that are not known; {_BY_HAND}"
             )
-        return self._affine(signal, weight, at, weight if name in ("linear", "conv") else None)
+        kind = FUNCTIONS.get(name)
+        y = self._affine(signal, weight, at, None)
+        if kind is None or kind.transposed or weight is None:
+            return y
+        return replace(y, channels=weight.shape[0], axes=kind.channel_dims)
 
     def _sum(self, name: str, args: list[Any], kwargs: dict[str, Any], at: str) -> Any:
         a, b = (*args, kwargs.get("other"))[:2]
         alpha = kwargs.get("alpha", 1)
-        sign = -1.0 if "sub" in name else 1.0
+        sign = -1.0 if name in DIFFERENCES else 1.0
         weights = (sign, 1.0) if name == "rsub" else (1.0, sign)
         if not isinstance(alpha, (int, float)):
             return self.unknown(_signals((a, b)), at, f"alpha={alpha} is not known; {_BY_HAND}")
@@ -566,7 +572,7 @@ class _Trace:
     def _product(
         self, name: str, args: list[Any], kwargs: dict[str, Any], taken: list[_Signal], at: str
     ) -> _Signal:
-        divides = "div" in name
+        divides = name in QUOTIENTS
         if len(taken) == 2:
             swish = None if divides else self._swish(taken)
             if swish is not None:
@@ -681,7 +687,7 @@ def _part(whole: Any, name: str) -> Any:
 
 def _computed(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """The value of a function of constants alone."""
-    in_place = str(node.target).endswith("_")
+    in_place = writes(name_of(node.target))
     if in_place or any(isinstance(leaf, _Unsized) for leaf in pytree.tree_leaves((args, kwargs))):
         return _UNSIZED
     try:
@@ -705,25 +711,35 @@ def _activation(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[str
 
 
 def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
-    """How many channels a layer, or a function with such a weight, gives, and where."""
+    """How many channels a layer gives, and where."""
     kind = kind_of(layer)
     if kind is not None:
-        axes = frozenset((1, -1 - kind.dimensions)) if kind.dimensions else frozenset((-1,))
-        return features(layer)[1], axes
+        return features(layer)[1], kind.channel_dims
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, frozenset((-1,))
-    if isinstance(layer, Tensor):
-        axes = frozenset((-1,)) if layer.ndim == 2 else frozenset((1, 1 - layer.ndim))
-        return layer.shape[0], axes
     return None, frozenset()
 
 
 def _keeps_channels(name: str, padding: Any, x: _Signal) -> bool:
     """Whether what resizes or pads a tensor leaves its channels what and where they are."""
-    if name in ("interpolate", "upsample", "upsampling"):
+    if name in RESIZES:
         return True
+    pads = name in PADS or name.endswith("_pad")
     padded = len(padding) // 2 if isinstance(padding, (tuple, list)) else 0
-    return name in ("pad", "padding") and 0 < padded < min((-a for a in x.axes if a < 0), default=0)
+    return pads and 0 < padded < min((-a for a in x.axes if a < 0), default=0)
+
+
+def _overlaps(
+    output_size: Any = None,
+    kernel_size: Any = 1,
+    dilation: Any = 1,
+    padding: Any = 0,
+    stride: Any = 1,
+    **others: Any,
+) -> bool:
+    """Whether torch.nn.functional.fold, with these arguments, adds up blocks that overlap."""
+    pairs = (v if isinstance(v, tuple) else (v, v) for v in (kernel_size, stride, dilation))
+    return overlaps(*pairs)
 
 
 def _cuts_locations(index: Any, x: _Signal) -> bool:
@@ -733,20 +749,11 @@ def _cuts_locations(index: Any, x: _Signal) -> bool:
     return 1 in x.axes and index[1:2] in ((), (slice(None),))
 
 
-def _file(module: nn.Module) -> str:
-    return str(inspect.unwrap(type(module).forward).__module__).rpartition(".")[2]
-
-
 def _is_sequential(module: nn.Module) -> bool:
     """Whether a module calls its children one after the other."""
     return isinstance(module, nn.Sequential) and (
         type(module).forward is nn.Sequential.forward or is_plain(module)
     )
-
-
-def _is_ours(module: nn.Module, name: str) -> bool:
-    """Whether a module is one of `fusedshape.nn`, which stands above this file."""
-    return any((c.__module__, c.__name__) == ("fusedshape.nn", name) for c in type(module).__mro__)
 
 
 def _join(path: str, name: str) -> str:
@@ -763,11 +770,13 @@ def _why_not(module: nn.Module) -> str:
             f"{kind} normalises over the batch, which undoes what shaped activations set up; build "
             "the model without, or pass strip_batchnorm=True"
         )
-    if _file(module) in ("normalization", "instancenorm"):
+    if base(function_of(module)) in CHANNEL_NORMS or isinstance(module, nn.LocalResponseNorm):
         return (
             f"{kind} normalises over locations, which undoes what shaped activations set up; "
             "replace it by nn.Identity() or nn.LayerNorm"
         )
+    if isinstance(module, nn.Fold):
+        return f"{kind} adds up values of blocks that overlap; {_BY_HAND}"
     if "Attention" in kind or "Transformer" in kind:
         return (
             f"{kind} holds attention, which mixes locations in a way that depends on the data; "
@@ -780,12 +789,14 @@ def _why_not(module: nn.Module) -> str:
 
 def _why_not_function(name: str) -> str:
     """Why a function of torch cannot be read."""
-    if name in ("batch_norm", "instance_norm", "group_norm"):
+    if name == "fold":
+        return f"fold adds up values of blocks that overlap; {_BY_HAND}"
+    if name in CHANNEL_NORMS:
         return (
             f"{name} undoes what shaped activations set up; build the model without, or use "
             "F.layer_norm"
         )
-    if name in ("scaled_dot_product_attention", "multi_head_attention_forward", "bmm", "matmul"):
+    if name in ATTENTION | {"bmm", "matmul"}:
         return (
             f"{name} of values that all depend on the input is attention or the like, which mixes "
             f"locations in a way that depends on the data; {_BY_HAND}"
@@ -803,7 +814,7 @@ def _joined(model: nn.Module, example: Any) -> dict[nn.Module, list[list[int]]]:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             kwargs = kwargs or {}
-            if func in (torch.cat, torch.concat, torch.concatenate):
+            if name_of(func) in CONCATS:
                 parts = kwargs.get("tensors", args[0] if args else ())
                 dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
                 found[running[-1]].append([part.shape[dim] for part in parts])

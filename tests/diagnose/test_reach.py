@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fusedshape import ShapedActivation, theory
 from fusedshape.diagnose import diagnose
-from fusedshape.diagnose.reach import reach, read_share
+from fusedshape.diagnose.reach import reach
 from fusedshape.init import init_module_
+from fusedshape.windows import read_share
 
 
 @pytest.mark.parametrize("taps", ["all", "centre", "corner"])
