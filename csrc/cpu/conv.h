@@ -1,6 +1,7 @@
-// Convolutions and linear layers in float32, whose results are finished while they are in the cache.
+// Convolutions and linear layers in float32 that apply the activation to a result while it is in the
+// cache.
 //
-// Tensors lie as (batch, *spatial, channels). A linear layer is a convolution over one position.
+// In memory tensors are (batch, *spatial, channels). A linear layer is a convolution over one position.
 #pragma once
 
 #include <array>
@@ -14,7 +15,8 @@ constexpr int kSpatial = 3;
 constexpr int64_t kChannels = 16;  // divides the channels of every convolution
 using Sizes = std::array<int64_t, kSpatial>;
 
-// W; distances in memory of output channels, input channels and, in each dimension, taps.
+// W, and its strides: of output channels (rows), of input channels (columns) and of taps in each
+// dimension.
 struct Weight {
   float* data;
   int64_t row, column;
@@ -29,7 +31,7 @@ struct Conv {
   int64_t in_rows() const { return batch * in[0] * in[1] * in[2]; }
   int64_t out_rows() const { return batch * out[0] * out[1] * out[2]; }
 
-  // The same as a linear layer, where positions do not matter.
+  // The same convolution as a linear layer if it treats each position by itself, else unchanged.
   Conv flat() const {
     const Sizes ones = {1, 1, 1}, none = {0, 0, 0};
     if (taps() > 1 || stride != ones || padding != none) {
@@ -39,16 +41,16 @@ struct Conv {
   }
 };
 
-// What becomes of a row of results: y = γ(φ(α(y + share · residual + b) + β) + δ) where `value` is
-// given, or dx = dx · γα φ′ where `grad` is, and `sums` gets its sum for each channel.
+// What is done to a row of results. With `value`, y = γ(φ(α(y + share · residual + b) + β) + δ). With
+// `grad`, dx = dx · γα φ′, and `sums` receives its sum for each channel. With neither, nothing.
 struct Finish {
   ValueRow<float> value = nullptr;
   GradRow<float> grad = nullptr;
   Constants<float> constants = {};
-  const float* bias = nullptr;   // never null with value or grad
-  const float* saved = nullptr;  // lies as the result
-  float* sums = nullptr;         // may be null
-  const float* residual = nullptr;  // lies as the result; may be null
+  const float* bias = nullptr;      // set with `value` and `grad`
+  const float* saved = nullptr;     // set with `grad`, in the result's layout
+  float* sums = nullptr;            // null if nobody needs them
+  const float* residual = nullptr;  // null if there is none; in the result's layout
   float share = 0;
 };
 

@@ -1,7 +1,8 @@
-// What torch sees of the convolutions: native_conv, _conv_act, _conv_dgrad and _conv_wgrad.
+// The convolutions as torch's ops: native_conv, native_conv_act, native_conv_dgrad and
+// native_conv_wgrad.
 //
-// Tensors are float32 (N, C, *spatial) whose channels are innermost in memory, or matrices (M, C) for
-// a linear layer. Checks arguments, allocates results.
+// Checks the arguments and allocates the results. Tensors are float32 of shape (N, C, *spatial) with
+// the channels innermost in memory; those of a linear layer are matrices (M, C).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +17,8 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-constexpr int64_t kMost = int64_t{1} << 31;  // of strides and the like, whose products must fit
+// The largest size, stride, padding or dilation, so that products of two do not overflow.
+constexpr int64_t kMost = int64_t{1} << 31;
 
 bool in_range(int64_t value, int64_t least) { return least <= value && value <= kMost; }
 
@@ -34,8 +36,8 @@ std::string text(const Ints& sizes) {
   return s + ")";
 }
 
-// The product of sizes that are not negative; an error where no memory could hold as many floats.
-int64_t count(const char* op, const char* name, const Ints& sizes) {
+// Raises an error if a tensor of these sizes, none negative, is too large to be addressed.
+void check_count(const char* op, const char* name, const Ints& sizes) {
   int64_t total = 1;
   bool fits = true;
   for (const int64_t size : sizes) {
@@ -43,7 +45,6 @@ int64_t count(const char* op, const char* name, const Ints& sizes) {
   }
   STD_TORCH_CHECK(fits && total <= INT64_MAX / int64_t{sizeof(float)}, op, ": ", name, " of ",
                   text(sizes), " has more numbers than can be addressed");
-  return total;
 }
 
 // The strides of (N, C, *spatial) with channels innermost.
@@ -54,7 +55,7 @@ Ints channels_last(const Ints& sizes) {
   stride *= sizes[1];
   for (size_t d = sizes.size() - 1; d >= 2; --d) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes[d]);  // as torch counts them
+    stride *= std::max<int64_t>(1, sizes[d]);  // torch, too, counts a size of 0 as 1
   }
   strides[0] = stride;
   return strides;
@@ -80,20 +81,24 @@ void check_operand(const char* op, const char* name, const Tensor& x, const Ints
 const float* data(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 float* mutable_data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-// One problem: the sizes of its tensors, checked.
+// How the kernel moves over its input, one number for each spatial dimension.
+struct Geometry {
+  const Ints &stride, &padding, &dilation;
+};
+
+// A convolution whose sizes fit together, and the shapes of its input and output.
 struct Problem {
   Conv conv;
-  Ints x, y;  // shapes
+  Ints x, y;
 
-  Problem(const char* op, const Ints& x, const Ints& weight, const Ints& stride,
-          const Ints& padding, const Ints& dilation)
-      : x(x) {
+  Problem(const char* op, const Ints& x, const Ints& weight, const Geometry& geometry) : x(x) {
+    const auto& [stride, padding, dilation] = geometry;
     const size_t ndim = weight.size();
     STD_TORCH_CHECK(2 <= ndim && ndim <= 2 + kSpatial && x.size() == ndim, op, ": input ", text(x),
                     " and weight ", text(weight), " must have the same 2 to ", 2 + kSpatial,
                     " dimensions");
-    count(op, "an input", x);
-    count(op, "a weight", weight);
+    check_count(op, "an input", x);
+    check_count(op, "a weight", weight);
     const size_t n = ndim - 2;
     STD_TORCH_CHECK(stride.size() == n && padding.size() == n && dilation.size() == n, op,
                     ": stride, padding and dilation need ", n, " numbers each");
@@ -127,8 +132,8 @@ struct Problem {
       y.push_back(conv.out[to]);
       padded.push_back(extent);
     }
-    count(op, "an input padded", padded);
-    count(op, "an output", y);
+    check_count(op, "an input padded", padded);
+    check_count(op, "an output", y);
   }
 
   Weight weight(float* data, const Ints& strides) const {
@@ -146,12 +151,12 @@ struct Problem {
 
 Ints shape(const Tensor& x) { return Ints(x.sizes().begin(), x.sizes().end()); }
 
-// A row of the biases, of zeros where there are none.
+// The biases side by side in memory; zeros where there is no bias.
 class Bias {
  public:
-  Bias(const char* op, const MaybeTensor& bias, int64_t channels) : zeros_(bias ? 0 : channels) {
+  Bias(const char* op, const MaybeTensor& bias, int64_t channels) : own_(bias ? 0 : channels) {
     if (!bias) {
-      data_ = zeros_.data();
+      data_ = own_.data();
       return;
     }
     check_float(op, "bias", *bias);
@@ -161,24 +166,24 @@ class Bias {
       data_ = data(*bias);
       return;
     }
-    zeros_.resize(channels);
+    own_.resize(channels);
     for (int64_t i = 0; i < channels; ++i) {
-      zeros_[i] = data(*bias)[i * bias->stride(0)];
+      own_[i] = data(*bias)[i * bias->stride(0)];
     }
-    data_ = zeros_.data();
+    data_ = own_.data();
   }
 
   const float* get() const { return data_; }
 
  private:
-  std::vector<float> zeros_;
+  std::vector<float> own_;
   const float* data_;
 };
 
 Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const MaybeTensor& residual,
-               const Ints& stride, const Ints& padding, const Ints& dilation, Finish finish) {
+               const Geometry& geometry, Finish finish) {
   check_float(op, "weight", weight);
-  const Problem problem(op, shape(x), shape(weight), stride, padding, dilation);
+  const Problem problem(op, shape(x), shape(weight), geometry);
   check_operand(op, "x", x, problem.x);
   if (residual) {
     check_operand(op, "residual", *residual, problem.y);
@@ -190,7 +195,7 @@ Tensor forward(const char* op, const Tensor& x, const Tensor& weight, const Mayb
 }
 
 Tensor native_conv(Tensor x, Tensor weight, Ints stride, Ints padding, Ints dilation) {
-  return forward("native_conv", x, weight, {}, stride, padding, dilation, {});
+  return forward("native_conv", x, weight, {}, {stride, padding, dilation}, {});
 }
 
 Tensor native_conv_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor residual,
@@ -198,7 +203,8 @@ Tensor native_conv_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor re
                        int64_t activation, double slope, double input_scale, double input_shift,
                        double output_shift, double output_scale) {
   const char* op = "native_conv_act";
-  check_activation(op, activation);
+  Activation act = checked(
+      op, {activation, {slope, input_scale, input_shift, output_shift, output_scale}});
   const Bias vector(op, bias, weight.dim() == 0 ? 0 : weight.size(0));
   Finish finish;
   if (residual) {
@@ -207,13 +213,12 @@ Tensor native_conv_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor re
     // α(√(1 − w²)(y + b) + w r) = α√(1 − w²)(y + w/√(1 − w²) r + b)
     const double own_weight = std::sqrt((1 - residual_weight) * (1 + residual_weight));
     finish.share = static_cast<float>(residual_weight / own_weight);
-    input_scale *= own_weight;
+    act.constants.input_scale *= own_weight;
   }
-  finish.value = value_row<float>(activation, Along::channels);
-  finish.constants =
-      constants_of<float>(slope, input_scale, input_shift, output_shift, output_scale);
+  finish.value = value_row<float>(act.id, Along::channels);
+  finish.constants = act.constants.as<float>();
   finish.bias = vector.get();
-  return forward(op, x, weight, residual, stride, padding, dilation, finish);
+  return forward(op, x, weight, residual, {stride, padding, dilation}, finish);
 }
 
 std::tuple<Tensor, Tensor> native_conv_dgrad(Tensor dz, Tensor weight, MaybeTensor saved,
@@ -224,20 +229,20 @@ std::tuple<Tensor, Tensor> native_conv_dgrad(Tensor dz, Tensor weight, MaybeTens
                                              bool save_output, bool bias_grad) {
   const char* op = "native_conv_dgrad";
   check_float(op, "weight", weight);
-  const Problem problem(op, input_size, shape(weight), stride, padding, dilation);
+  const Problem problem(op, input_size, shape(weight), {stride, padding, dilation});
   check_operand(op, "dz", dz, problem.y);
   const Ints channels = {bias_grad ? problem.conv.in_channels : 0};
   const Tensor sums = empty(channels, {1});
   const Bias vector(op, save_output ? MaybeTensor() : bias, problem.conv.in_channels);
   Finish finish;
   if (saved) {
-    check_activation(op, activation);
+    const Activation act = checked(
+        op, {activation, {slope, input_scale, input_shift, output_shift, output_scale}});
     check_operand(op, "saved", *saved, problem.x);
-    finish.grad = grad_row<float>(activation, save_output, Along::channels);
+    finish.grad = grad_row<float>(act.id, save_output, Along::channels);
     STD_TORCH_CHECK(finish.grad != nullptr, op, ": activation=", activation,
                     " has no derivative from its output; save the input");
-    finish.constants =
-        constants_of<float>(slope, input_scale, input_shift, output_shift, output_scale);
+    finish.constants = act.constants.as<float>();
     finish.bias = vector.get();
     finish.saved = data(*saved);
   }
@@ -251,7 +256,7 @@ std::tuple<Tensor, Tensor> native_conv_dgrad(Tensor dz, Tensor weight, MaybeTens
 Tensor native_conv_wgrad(Tensor dz, Tensor x, Ints weight_size, Ints stride, Ints padding,
                          Ints dilation) {
   const char* op = "native_conv_wgrad";
-  const Problem problem(op, shape(x), weight_size, stride, padding, dilation);
+  const Problem problem(op, shape(x), weight_size, {stride, padding, dilation});
   check_operand(op, "x", x, problem.x);
   check_operand(op, "dz", dz, problem.y);
   const Ints strides = channels_last(weight_size);

@@ -1,10 +1,11 @@
-// Cuts memory into rows and blocks, and brings the channel sums together.
+// Cuts memory into rows and blocks for the threads, and adds up the channel sums.
 //
-// Two ways, by how long a channel's runs are. Long ones (NCHW) are rows themselves: one bias, one
-// sum. Short ones (channels_last, features last, tiny images) would make short rows; there, memory
-// is a matrix whose columns are one period of all channels, or several when one is short, so that
-// every column has one bias and one sum. How memory is cut depends on the layout alone: so do the
-// sums' roundings, whatever the number of threads.
+// There are two ways, chosen by how many numbers of a channel lie together. Where they are many
+// (NCHW), they make rows themselves, each with one bias and one sum. Where they are few
+// (channels_last, features last, tiny images), such rows would be too short. Memory is then read as a
+// matrix with one period of all channels, or several short ones, as its columns, so that every column
+// has one bias and one sum. How memory is cut depends on the layout alone, so the sums are rounded
+// alike for any number of threads.
 #include "kernels.h"
 
 #include <algorithm>
@@ -16,12 +17,12 @@
 namespace fusedshape {
 namespace {
 
-constexpr int64_t kLongRun = 32;       // shorter runs do not pay for a row each
-constexpr int64_t kRowsPerFlush = 32;  // rows added up in A before they go into a double
-constexpr int64_t kMinRows = 8, kMaxRows = 128;
-constexpr int64_t kBlocks = 64;  // blocks to aim at, enough for many threads
+constexpr int64_t kLongRun = 32;       // from so many numbers on, a run is a row of its own
+constexpr int64_t kRowsPerFlush = 32;  // rows whose sums are added in A before they go into a double
+constexpr int64_t kMinRows = 8, kMaxRows = 128;  // of a block
+constexpr int64_t kBlocks = 64;                  // wanted, so that many threads have work
 
-// Numbers of the type they are computed in are used where they lie, others through a buffer.
+// A row in the type that it is computed in: where it lies, or converted in a buffer.
 template <class T, class A>
 class Staged {
  public:
@@ -52,14 +53,14 @@ class Staged {
   A buffer_[std::is_same_v<T, A> ? 1 : kWidth];
 };
 
-// Memory in pieces of one size, pieces in runs.
+// Memory in pieces of one size, which are cut where a channel's run ends.
 struct Runs {
   static constexpr int64_t size = kGrain;
   const Layout& layout;
 
   int64_t count() const { return ceil_div(layout.numel, size); }
 
-  // Runs that a piece can touch; its partial sums are numbered from its first run on.
+  // How many runs a piece can touch; its partial sums are numbered from its first run.
   int64_t touched() const { return (size - 1) / layout.inner + 2; }
 
   int64_t first_channel(int64_t piece) const {
@@ -68,7 +69,7 @@ struct Runs {
 
   int64_t next(int64_t channel) const { return channel + 1 == layout.channels ? 0 : channel + 1; }
 
-  // f(run, channel, start, n) for the rows of a piece; a long run is several rows.
+  // Calls f(run, channel, start, n) for each row of a piece; a long run makes several rows.
   template <class F>
   void each(int64_t piece, const F& f) const {
     const int64_t begin = piece * size, last = std::min(begin + size, layout.numel);
@@ -88,8 +89,11 @@ struct Runs {
 };
 
 template <class T, class A>
-void bias_act_runs(const T* x, const A* bias, T* y, const Layout& layout, ValueRow<A> row,
+void bias_act_runs(const Forward<T>& tensors, const Layout& layout, ValueRow<A> row,
                    const Constants<A>& constants) {
+  const T* x = tensors.x;
+  const A* bias = tensors.bias;
+  T* y = tensors.y;
   const Runs runs{layout};
   parallel(runs.count(), runs.size, [&](int64_t piece) {
     const A none = 0;
@@ -103,8 +107,12 @@ void bias_act_runs(const T* x, const A* bias, T* y, const Layout& layout, ValueR
 }
 
 template <class T, class A>
-void act_grad_runs(const T* grad, const T* saved, const A* bias, T* dx, A* sums,
-                   const Layout& layout, GradRow<A> row, const Constants<A>& constants) {
+void act_grad_runs(const Backward<T>& tensors, const Layout& layout, GradRow<A> row,
+                   const Constants<A>& constants) {
+  const T *grad = tensors.grad, *saved = tensors.saved;
+  const A* bias = tensors.bias;
+  T* dx = tensors.dx;
+  A* sums = tensors.sums;
   const Runs runs{layout};
   const int64_t touched = runs.touched();
   std::vector<double> partials(sums == nullptr ? 0 : runs.count() * touched);
@@ -139,7 +147,7 @@ struct Block {
   int64_t row, rows, column, width;
 };
 
-// Memory as a matrix; a block is a few rows of at most kWidth columns.
+// Memory read as a matrix; a block is a few of its rows, in at most kWidth of its columns.
 struct Matrix {
   const Layout& layout;
   int64_t period, width, columns, rows, rows_per_block;
@@ -164,12 +172,12 @@ struct Matrix {
     return {row, std::min(rows_per_block, rows - row), column, std::min(width, period - column)};
   }
 
-  // Channels a block can touch; its partial sums are numbered from its first channel on.
+  // How many channels a block can touch; its partial sums are numbered from its first channel.
   int64_t touched() const { return std::min(layout.channels, (width - 1) / layout.inner + 2); }
 
   int64_t first_channel(const Block& block) const { return block.column / layout.inner; }
 
-  // f(row, start, n) for the rows of a block; the last row of all may be short.
+  // Calls f(row, start, n) for each row of a block; the matrix's last row may be short.
   template <class F>
   void each(const Block& block, const F& f) const {
     for (int64_t row = block.row; row < block.row + block.rows; ++row) {
@@ -178,7 +186,7 @@ struct Matrix {
     }
   }
 
-  // The bias of each column of a block: `bias` itself where it serves, else `memory` filled.
+  // The bias of each column of a block: a part of `bias` where that will do, else `memory`, filled.
   template <class A>
   const A* spread(const A* bias, const Block& block, A* memory) const {
     if (bias == nullptr) {
@@ -233,8 +241,11 @@ struct Matrix {
 };
 
 template <class T, class A>
-void bias_act_columns(const T* x, const A* bias, T* y, const Layout& layout, ValueRow<A> row,
+void bias_act_columns(const Forward<T>& tensors, const Layout& layout, ValueRow<A> row,
                       const Constants<A>& constants) {
+  const T* x = tensors.x;
+  const A* bias = tensors.bias;
+  T* y = tensors.y;
   const Matrix matrix(layout);
   parallel(matrix.count(), matrix.size(), [&](int64_t i) {
     const Block block = matrix[i];
@@ -249,8 +260,12 @@ void bias_act_columns(const T* x, const A* bias, T* y, const Layout& layout, Val
 }
 
 template <class T, class A>
-void act_grad_columns(const T* grad, const T* saved, const A* bias, T* dx, A* sums,
-                      const Layout& layout, GradRow<A> row, const Constants<A>& constants) {
+void act_grad_columns(const Backward<T>& tensors, const Layout& layout, GradRow<A> row,
+                      const Constants<A>& constants) {
+  const T *grad = tensors.grad, *saved = tensors.saved;
+  const A* bias = tensors.bias;
+  T* dx = tensors.dx;
+  A* sums = tensors.sums;
   const Matrix matrix(layout);
   const int64_t touched = matrix.touched();
   std::vector<double> partials(sums == nullptr ? 0 : matrix.count() * touched);
@@ -289,31 +304,31 @@ Along along(const Layout& layout) {
 
 }  // namespace
 
-template <class T, class A>
-void bias_act(const T* x, const A* bias, T* y, const Layout& layout, int64_t activation,
-              const Constants<A>& constants) {
+template <class T>
+void bias_act(const Forward<T>& tensors, const Layout& layout, const Activation& activation) {
+  using A = typename Opmath<T>::type;
   const Along way = along(layout);
   const auto kernel = way == Along::run ? bias_act_runs<T, A> : bias_act_columns<T, A>;
-  kernel(x, bias, y, layout, value_row<A>(activation, way), constants);
+  kernel(tensors, layout, value_row<A>(activation.id, way),
+         activation.constants.template as<A>());
 }
 
-template <class T, class A>
-void act_grad(const T* grad, const T* saved, const A* bias, T* dx, A* sums, const Layout& layout,
-              int64_t activation, bool from_output, const Constants<A>& constants) {
+template <class T>
+void act_grad(const Backward<T>& tensors, const Layout& layout, const Activation& activation,
+              bool from_output) {
+  using A = typename Opmath<T>::type;
   const Along way = along(layout);
   const auto kernel = way == Along::run ? act_grad_runs<T, A> : act_grad_columns<T, A>;
-  kernel(grad, saved, bias, dx, sums, layout, grad_row<A>(activation, from_output, way),
-         constants);
+  kernel(tensors, layout, grad_row<A>(activation.id, from_output, way),
+         activation.constants.template as<A>());
 }
 
-#define FS_INSTANTIATE(T, A)                                                                  \
-  template void bias_act<T, A>(const T*, const A*, T*, const Layout&, int64_t,                \
-                               const Constants<A>&);                                          \
-  template void act_grad<T, A>(const T*, const T*, const A*, T*, A*, const Layout&, int64_t,  \
-                               bool, const Constants<A>&);
-FS_INSTANTIATE(float, float)
-FS_INSTANTIATE(double, double)
-FS_INSTANTIATE(BFloat16, float)
-FS_INSTANTIATE(Float16, float)
+#define FS_INSTANTIATE(T)                                                             \
+  template void bias_act<T>(const Forward<T>&, const Layout&, const Activation&);     \
+  template void act_grad<T>(const Backward<T>&, const Layout&, const Activation&, bool);
+FS_INSTANTIATE(float)
+FS_INSTANTIATE(double)
+FS_INSTANTIATE(BFloat16)
+FS_INSTANTIATE(Float16)
 
 }  // namespace fusedshape

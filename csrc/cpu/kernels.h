@@ -1,4 +1,5 @@
-// The kernel contract on raw memory: dense tensors, in parallel, the same for any number of threads.
+// The pointwise passes on raw memory. Tensors are dense, and results do not depend on the number of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -8,21 +9,40 @@
 
 namespace fusedshape {
 
-// Dense memory as a sequence of channels, `inner` numbers each: channel of i = (i / inner) % channels.
-// No size is 0.
+// Dense memory as a sequence of channels, `inner` numbers each: the number at i belongs to channel
+// (i / inner) % channels. No size is 0.
 struct Layout {
   int64_t numel, channels, inner;
 };
 
-// y = γ(φ(α(x + b) + β) + δ); y may be x, bias null for none.
-template <class T, class A = typename Opmath<T>::type>
-void bias_act(const T* x, const A* bias, T* y, const Layout& layout, int64_t activation,
-              const Constants<A>& constants);
+// What the forward pass reads and writes. y may be the same memory as x; bias may be null.
+template <class T>
+struct Forward {
+  using A = typename Opmath<T>::type;
+  const T* x;
+  const A* bias;
+  T* y;
+};
 
-// dx = grad · γα φ′ and, unless `sums` is null, its sum for each channel; dx may be grad. `saved` is
-// the output if `from_output`, else the input.
-template <class T, class A = typename Opmath<T>::type>
-void act_grad(const T* grad, const T* saved, const A* bias, T* dx, A* sums, const Layout& layout,
-              int64_t activation, bool from_output, const Constants<A>& constants);
+// What the backward pass reads and writes. dx may be the same memory as grad; bias and sums may be
+// null.
+template <class T>
+struct Backward {
+  using A = typename Opmath<T>::type;
+  const T* grad;
+  const T* saved;  // the output if `from_output`, else the input
+  const A* bias;
+  T* dx;
+  A* sums;
+};
+
+// y = γ(φ(α(x + b) + β) + δ).
+template <class T>
+void bias_act(const Forward<T>& tensors, const Layout& layout, const Activation& activation);
+
+// dx = grad · γα φ′, and its sum for each channel.
+template <class T>
+void act_grad(const Backward<T>& tensors, const Layout& layout, const Activation& activation,
+              bool from_output);
 
 }  // namespace fusedshape

@@ -1,6 +1,6 @@
-// What torch sees of the pointwise kernels: native_bias_act and native_act_grad, for CPU tensors.
+// The pointwise passes as torch's ops: native_bias_act and native_act_grad, for CPU tensors.
 //
-// Checks arguments, finds out how tensors lie in memory, allocates results.
+// Checks the arguments, finds how the tensors lie in memory and allocates the results.
 #include <algorithm>
 #include <tuple>
 #include <utility>
@@ -12,7 +12,7 @@
 namespace fusedshape {
 namespace {
 
-// Whether the elements fill one stretch of memory, each number once.
+// Whether the elements fill one stretch of memory without gaps or overlaps.
 bool is_dense(const Tensor& x) {
   if (x.is_contiguous()) {
     return true;
@@ -35,6 +35,7 @@ bool is_dense(const Tensor& x) {
   return true;
 }
 
+// Whether two tensors of one shape have the same strides.
 bool same_order(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -45,7 +46,7 @@ bool same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// torch.empty_like, whose strides the fakes promise.
+// As torch.empty_like, which the fakes call and so promise its strides.
 Tensor empty_like(const Tensor& x, bool dense) {
   if (!dense || x.numel() == 0) {
     return torch::stable::empty_like(x);
@@ -55,8 +56,8 @@ Tensor empty_like(const Tensor& x, bool dense) {
   return empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype);
 }
 
-// A copy of x that lies in memory as empty_like(shape) does. Outside autograd: a caller's x may
-// require a gradient, which copy_ would hand on as if this op were the identity.
+// A copy of x with the strides of empty_like(shape). Made without autograd: where x requires a
+// gradient, copy_ would pass that on as if this op were the identity.
 Tensor copy_like(const Tensor& x, const Tensor& shape, bool dense) {
   const Tensor y = empty_like(shape, dense);
   const bool grad_mode = aoti_torch_grad_mode_is_enabled();
@@ -76,7 +77,7 @@ void check_x(const char* op, const char* name, const Tensor& x) {
                   "; supported are Float, Double, BFloat16 and Half");
 }
 
-// Where the channels of x lie. Without bias and sum there is one channel, and `dim` means nothing.
+// Where the channels of x lie. If neither a bias nor sums need them, x counts as one channel.
 Layout layout_of(const char* op, const Tensor& x, const MaybeTensor& bias, int64_t dim,
                  bool channels) {
   if (!bias && !channels) {
@@ -100,7 +101,7 @@ Layout layout_of(const char* op, const Tensor& x, const MaybeTensor& bias, int64
   return {x.numel(), size, size == 1 ? x.numel() : x.stride(dim)};
 }
 
-// The numbers of a vector as A: where they lie, or converted into `memory`.
+// The numbers of a vector as A: in place if they can be read there, else converted into `memory`.
 template <class T, class A>
 const A* numbers_of(const Tensor& x, std::vector<A>& memory) {
   const T* data = static_cast<const T*>(x.const_data_ptr());
@@ -121,7 +122,7 @@ const A* numbers_of(const Tensor& x, std::vector<A>& memory) {
   return memory.data();
 }
 
-// A bias has x's dtype or float32.
+// The numbers of a bias, which has x's dtype or float32; null where there is no bias.
 template <class T>
 class Bias {
  public:
@@ -141,7 +142,7 @@ class Bias {
   const A* data_ = nullptr;
 };
 
-// f(T{}) for the C++ type of a dtype that passed check_x.
+// Calls f(T{}) with the C++ type of a dtype that passed check_x.
 template <class F>
 void with_type(ScalarType type, const F& f) {
   switch (type) {
@@ -152,21 +153,26 @@ void with_type(ScalarType type, const F& f) {
   }
 }
 
-// x and y lie in memory alike.
-void run_bias_act(const char* op, const Tensor& x, const Tensor& y, const MaybeTensor& bias,
-                  int64_t dim, int64_t activation, double slope, double input_scale,
-                  double input_shift, double output_shift, double output_scale) {
-  const Layout layout = layout_of(op, y, bias, dim, false);
+// Where an op's bias lies along its input, and which activation it applies.
+struct Pass {
+  const char* op;
+  const MaybeTensor& bias;
+  int64_t dim;
+  const Activation& activation;
+};
+
+// x and y have the same strides.
+void run_bias_act(const Pass& pass, const Tensor& x, const Tensor& y) {
+  const Layout layout = layout_of(pass.op, y, pass.bias, pass.dim, false);
   if (layout.numel == 0) {
     return;
   }
   with_type(y.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    using A = typename Opmath<T>::type;
-    const Bias<T> b(bias);
-    bias_act<T>(static_cast<const T*>(x.const_data_ptr()), b.data(),
-                static_cast<T*>(y.mutable_data_ptr()), layout, activation,
-                constants_of<A>(slope, input_scale, input_shift, output_shift, output_scale));
+    const Bias<T> bias(pass.bias);
+    bias_act<T>({static_cast<const T*>(x.const_data_ptr()), bias.data(),
+                 static_cast<T*>(y.mutable_data_ptr())},
+                layout, pass.activation);
   });
 }
 
@@ -175,11 +181,11 @@ Tensor native_bias_act(Tensor x, MaybeTensor bias, int64_t dim, int64_t activati
                        double output_scale) {
   const char* op = "native_bias_act";
   check_x(op, "x", x);
-  check_activation(op, activation);
+  const Activation act = checked(
+      op, {activation, {slope, input_scale, input_shift, output_shift, output_scale}});
   const bool dense = is_dense(x);
   const Tensor y = dense ? empty_like(x, true) : copy_like(x, x, false);
-  run_bias_act(op, dense ? x : y, y, bias, dim, activation, slope, input_scale, input_shift,
-               output_shift, output_scale);
+  run_bias_act({op, bias, dim, act}, dense ? x : y, y);
   return y;
 }
 
@@ -188,18 +194,18 @@ void native_bias_act_(Tensor x, MaybeTensor bias, int64_t dim, int64_t activatio
                       double output_scale) {
   const char* op = "native_bias_act_";
   check_x(op, "x", x);
-  check_activation(op, activation);
+  const Activation act = checked(
+      op, {activation, {slope, input_scale, input_shift, output_shift, output_scale}});
   STD_TORCH_CHECK(is_dense(x), op, ": x of shape ", shape_of(x),
                   " has gaps or overlaps in memory; use native_bias_act");
-  run_bias_act(op, x, x, bias, dim, activation, slope, input_scale, input_shift, output_shift,
-               output_scale);
+  run_bias_act({op, bias, dim, act}, x, x);
 }
 
-void check_act_grad(const char* op, const Tensor& grad, const Tensor& saved, int64_t activation,
-                    bool save_output) {
+void check_act_grad(const char* op, const Tensor& grad, const Tensor& saved,
+                    const Activation& activation, bool save_output) {
   check_x(op, "saved", saved);
   check_x(op, "grad", grad);
-  check_activation(op, activation);
+  checked(op, activation);
   const ScalarType type = saved.scalar_type();
   STD_TORCH_CHECK(grad.scalar_type() == type, op, ": grad has dtype ",
                   toString(grad.scalar_type()), ", saved ", toString(type), "; must be the same");
@@ -207,18 +213,18 @@ void check_act_grad(const char* op, const Tensor& grad, const Tensor& saved, int
   STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), op,
                   ": grad has shape ", shape_of(grad), ", saved ", shape_of(saved),
                   "; must be the same");
-  STD_TORCH_CHECK(!save_output || grad_row<float>(activation, true, Along::run) != nullptr, op,
-                  ": activation=", activation,
+  STD_TORCH_CHECK(!save_output || grad_row<float>(activation.id, true, Along::run) != nullptr, op,
+                  ": activation=", activation.id,
                   " has no derivative from its output; save the input");
 }
 
-// grad, saved and dx lie in memory alike; grad and dx may be the same. Returns the sums.
-Tensor run_act_grad(const char* op, const Tensor& grad, const Tensor& saved, const Tensor& dx,
-                    const MaybeTensor& bias, int64_t dim, int64_t activation, double slope,
-                    double input_scale, double input_shift, double output_shift,
-                    double output_scale, bool save_output, bool bias_grad) {
+// Writes dx and returns its sums. grad, saved and dx have the same strides; grad and dx may be one
+// tensor.
+Tensor run_act_grad(const Pass& pass, const Tensor& grad, const Tensor& saved, const Tensor& dx,
+                    bool save_output, bool bias_grad) {
   const ScalarType type = saved.scalar_type();
-  const Layout layout = layout_of(op, saved, save_output ? MaybeTensor() : bias, dim, bias_grad);
+  const MaybeTensor bias = save_output ? MaybeTensor() : pass.bias;
+  const Layout layout = layout_of(pass.op, saved, bias, pass.dim, bias_grad);
   const int64_t channels = bias_grad ? layout.channels : 0;
   const int64_t one = 1;
   const Tensor sums = empty_strided(
@@ -231,13 +237,12 @@ Tensor run_act_grad(const char* op, const Tensor& grad, const Tensor& saved, con
   with_type(type, [&](auto number) {
     using T = decltype(number);
     using A = typename Opmath<T>::type;
-    const Bias<T> vector(save_output ? MaybeTensor() : bias);
-    act_grad<T>(static_cast<const T*>(grad.const_data_ptr()),
-                static_cast<const T*>(saved.const_data_ptr()), vector.data(),
-                static_cast<T*>(dx.mutable_data_ptr()),
-                bias_grad ? static_cast<A*>(sums.mutable_data_ptr()) : nullptr, layout,
-                activation, save_output,
-                constants_of<A>(slope, input_scale, input_shift, output_shift, output_scale));
+    const Bias<T> vector(bias);
+    act_grad<T>({static_cast<const T*>(grad.const_data_ptr()),
+                 static_cast<const T*>(saved.const_data_ptr()), vector.data(),
+                 static_cast<T*>(dx.mutable_data_ptr()),
+                 bias_grad ? static_cast<A*>(sums.mutable_data_ptr()) : nullptr},
+                layout, pass.activation, save_output);
   });
   return sums;
 }
@@ -248,15 +253,16 @@ std::tuple<Tensor, Tensor> native_act_grad(Tensor grad, Tensor saved, MaybeTenso
                                            double output_shift, double output_scale,
                                            bool save_output, bool bias_grad) {
   const char* op = "native_act_grad";
-  check_act_grad(op, grad, saved, activation, save_output);
+  const Activation act = {activation,
+                          {slope, input_scale, input_shift, output_shift, output_scale}};
+  check_act_grad(op, grad, saved, act, save_output);
   if (!is_dense(saved)) {
     saved = copy_like(saved, saved, false);
   }
   const bool alike = same_order(grad, saved);
   const Tensor dx = alike ? empty_like(saved, true) : copy_like(grad, saved, true);
-  const Tensor sums = run_act_grad(op, alike ? grad : dx, saved, dx, bias, dim, activation, slope,
-                                   input_scale, input_shift, output_shift, output_scale,
-                                   save_output, bias_grad);
+  const Tensor sums =
+      run_act_grad({op, bias, dim, act}, alike ? grad : dx, saved, dx, save_output, bias_grad);
   return {dx, sums};
 }
 
@@ -265,12 +271,13 @@ Tensor native_act_grad_(Tensor grad, Tensor saved, MaybeTensor bias, int64_t dim
                         double output_shift, double output_scale, bool save_output,
                         bool bias_grad) {
   const char* op = "native_act_grad_";
-  check_act_grad(op, grad, saved, activation, save_output);
+  const Activation act = {activation,
+                          {slope, input_scale, input_shift, output_shift, output_scale}};
+  check_act_grad(op, grad, saved, act, save_output);
   STD_TORCH_CHECK(is_dense(saved) && same_order(grad, saved), op,
                   ": grad and saved of shape ", shape_of(grad),
                   " must lie in memory alike, without gaps or overlaps; use native_act_grad");
-  return run_act_grad(op, grad, saved, grad, bias, dim, activation, slope, input_scale,
-                      input_shift, output_shift, output_scale, save_output, bias_grad);
+  return run_act_grad({op, bias, dim, act}, grad, saved, grad, save_output, bias_grad);
 }
 
 }  // namespace
