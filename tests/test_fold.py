@@ -30,10 +30,10 @@ from fusedshape import (
 )
 from fusedshape.models import rescaled_resnet, vanilla_convnet, vanilla_mlp
 from tests.support import zoo
+from tests.support.operands import LEAKY
 from tests.support.specs import shaped
 
 SPEC = shaped("softplus")
-LEAKY = shaped("leaky_relu")
 TRELU = ActSpec("leaky_relu", negative_slope=0.3, output_scale=1.35)
 FALLING = ActSpec("tanh", -0.7, 0.2, -0.35, -1.9)
 MIRRORED = ActSpec("leaky_relu", -0.7, 0.0, -0.35, -1.9, 0.37)

@@ -16,14 +16,10 @@ from torch import Tensor
 from fusedshape import ActSpec, native, reference
 from tests.support.convolutions import (
     EPS,
-    F32,
-    F64,
     KINDS,
     LAST,
-    LEAKY,
     ONE,
     OPS,
-    SWISH,
     Call,
     Case,
     W,
@@ -32,8 +28,8 @@ from tests.support.convolutions import (
     conv,
     conv2d,
     draw,
-    last,
 )
+from tests.support.operands import F32, F64, LEAKY, SWISH, last
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 

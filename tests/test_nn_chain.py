@@ -21,7 +21,7 @@ from fusedshape import (
     convert,
 )
 from fusedshape.nn import why_not_chained
-from tests.support.chains import F32, LEAKY, SWISH, draw, nodes
+from tests.support.operands import F32, LEAKY, SWISH, draw, nodes
 
 
 def conv(spec: ActSpec = LEAKY, channels: int = 4, **kwargs: Any) -> ShapedConv2d:

@@ -17,7 +17,6 @@ from fusedshape import (
     NormalizedSum,
     convert,
     linear_act,
-    native,
     theory,
 )
 from fusedshape.diagnose import diagnose
@@ -28,9 +27,8 @@ from fusedshape.models.vanilla import vanilla_convnet
 from fusedshape.nn import ShapedLinear
 from fusedshape.ops.choice import Engine
 from fusedshape.shortcuts import reweight_shortcuts
+from tests.support.backends import NATIVE
 from tests.support.nets import assert_finds, converted, initialised, mlp
-
-NATIVE = pytest.mark.skipif(not native.available(), reason=f"native: {native.why_not()}")
 
 
 def test_finds_weights_drawn_for_the_other_layout() -> None:

@@ -24,12 +24,11 @@ from fusedshape import (
     ActSpec,
     ShapedChain,
     ShapedConv2d,
-    native,
     reference,
 )
 from fusedshape.ops import ChainLayer, conv_act, conv_chain, linear_act
-from tests.support.backends import BACKENDS, INTERPRET
-from tests.support.chains import F32, F64, LEAKY, SWISH, draw, nodes
+from tests.support.backends import BACKENDS, INTERPRET, NATIVE
+from tests.support.operands import F32, F64, LEAKY, SWISH, draw, nodes
 from tests.support.specs import SPECS
 
 DTYPES = [F64, F32, torch.bfloat16, torch.float16]
@@ -263,9 +262,6 @@ class Calls(TorchDispatchMode):
         elif name.endswith("act_grad_"):
             self.made.setdefault(name, []).append(args[0].data_ptr())
         return out
-
-
-NATIVE = pytest.mark.skipif(not native.available(), reason=f"native: {native.why_not()}")
 
 
 @NATIVE

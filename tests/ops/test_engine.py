@@ -26,10 +26,10 @@ from fusedshape.ops.choice import (
 )
 from fusedshape.ops.engines import ATEN
 from fusedshape.ops.problem import DIRECTIONS, Direction, Problem, problem_of
-from tests.support.backends import INTERPRET
+from tests.support.backends import INTERPRET, NATIVE_SERVES
+from tests.support.operands import LEAKY
 from tests.support.specs import shaped
 
-LEAKY = shaped("leaky_relu")
 X, W = torch.ones(2, 3, 5, 4), torch.ones(6, 3, 3, 3)
 GEOMETRY = ([1, 2], [1, 0], [1, 1], False, [0, 0], 1)
 PROBLEM = problem_of(X, W, LEAKY, GEOMETRY)
@@ -152,9 +152,6 @@ def test_engines_survive_copies_of_modules() -> None:
     assert old(X).shape == (2, 6, 3, 2)
 
 
-NATIVE = pytest.mark.skipif(
-    INTERPRET or not native.available(), reason=f"no csrc for CPU tensors: {native.why_not()}"
-)
 #: On the CPU, float32 and channels_last, 1×1: what csrc's convolutions do best.
 POINTWISE = Problem(
     "cpu", None, torch.float32, (8, 64, 14, 14), (64, 64, 1, 1), True, (1, 1), (0, 0), (1, 1), 1,
@@ -234,7 +231,7 @@ def last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.ones(shape, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_only_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known of a layer before its problem is looked at."""
     large, small = last(8, 64, 8, 8), last(8, 64, 8, 7)
@@ -251,7 +248,7 @@ def test_only_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not to be had" in str(why_not("native", large, last(64, 64, 1, 1), 1))
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_a_chooser_is_not_asked_for_small_inputs(asked: list[tuple[Direction, Problem]]) -> None:
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     w = last(64, 64, 1, 1)
@@ -262,7 +259,7 @@ def test_a_chooser_is_not_asked_for_small_inputs(asked: list[tuple[Direction, Pr
     assert [e.name for e in found] == ["native"] * 3, "Triton cannot, so what is pinned does"
 
 
-@NATIVE
+@NATIVE_SERVES
 @pytest.mark.parametrize("names", [*itertools.product(["aten", "native"], repeat=3)], ids="-".join)
 def test_each_direction_by_its_own_engine(names: tuple[str, str, str]) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -289,7 +286,7 @@ def test_each_direction_by_its_own_engine(names: tuple[str, str, str]) -> None:
         torch.testing.assert_close(g, t, rtol=1e-4, atol=1e-5 * t.abs().amax().item())
 
 
-@NATIVE
+@NATIVE_SERVES
 @pytest.mark.parametrize(
     ("x", "weight", "groups", "reason"),
     [
@@ -321,7 +318,7 @@ def test_linear_layers_that_have_nothing_to_sum_or_gaps() -> None:
             linear_act(x, torch.ones(16, 16), None, LEAKY, engine="native")
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_apart() -> None:
     x, weight, bias = torch.randn(64, 512), torch.randn(64, 512), torch.randn(64)
     ran: list[str] = []
@@ -361,7 +358,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_choices_are_remembered_while_they_hold() -> None:
     x, weight = torch.ones(128, 512), torch.ones(64, 512)
     asked: list[str] = []

@@ -23,19 +23,15 @@ from fusedshape.ops.choice import install_chooser
 from tests.support.backends import INTERPRET
 from tests.support.convolutions import (
     EPS,
-    F32,
-    F64,
     KINDS,
     LAST,
-    LEAKY,
-    SWISH,
     Case,
     conv2d,
     draw,
-    last,
     plain,
     wide,
 )
+from tests.support.operands import F32, F64, LEAKY, SWISH, last
 
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"native: {native.why_not()}"),
@@ -259,7 +255,10 @@ def test_frozen_parameters_of_a_chain(frozen: int) -> None:
 
 NOT_SERVED: dict[str, tuple[str, Callable[[], tuple[Tensor, Tensor, dict[str, Any]]]]] = {
     "contiguous": ("is not channels_last", lambda: (big(), small_weight(), {})),
-    "sliced": ("is not channels_last", lambda: (last(big())[:, :, ::2], small_weight(), {})),
+    "sliced": (
+        "is not channels_last",
+        lambda: (last(big())[:, :, ::2], small_weight(), {}),
+    ),
     "float64": (
         "csrc's convolutions are for float32, got torch.float64",
         lambda: (last(big()).double(), small_weight().double(), {}),
@@ -269,7 +268,10 @@ NOT_SERVED: dict[str, tuple[str, Callable[[], tuple[Tensor, Tensor, dict[str, An
         lambda: (last(big()).bfloat16(), small_weight().bfloat16(), {}),
     ),
     "groups": ("groups=2", lambda: (last(big()), draw(32, 16, 3, 3), {"groups": 2})),
-    "channels in": ("24 channels", lambda: (last(draw(4, 24, 30, 20)), draw(32, 24, 1, 1), {})),
+    "channels in": (
+        "24 channels",
+        lambda: (last(draw(4, 24, 30, 20)), draw(32, 24, 1, 1), {}),
+    ),
     "channels out": ("40 channels", lambda: (last(big()), draw(40, 32, 1, 1), {})),
 }
 

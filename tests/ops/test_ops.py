@@ -22,18 +22,11 @@ from fusedshape import ActSpec, native, reference
 from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_act, shaped_act
 from fusedshape.spec import saves_output
 from tests.support.backends import BACKENDS, INTERPRET
-from tests.support.operands import LEAKY
+from tests.support.operands import LEAKY, SWISH, draw
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-SWISH = shaped("swish")
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def leaf(*shape: int, seed: int = 0) -> Tensor:

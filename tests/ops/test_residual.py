@@ -22,22 +22,12 @@ from fusedshape.ops import conv_act, linear_act
 from fusedshape.ops.choice import install_chooser
 from fusedshape.ops.layer import joined_spec
 from fusedshape.ops.problem import Direction, Problem
-from tests.support.backends import BACKENDS, INTERPRET
-from tests.support.specs import SPECS, shaped
+from tests.support.backends import BACKENDS, INTERPRET, NATIVE_SERVES
+from tests.support.operands import F32, F64, LEAKY, SWISH, draw, last
+from tests.support.specs import SPECS
 
-F32, F64 = torch.float32, torch.float64
-LEAKY = shaped("leaky_relu")  # saves its output
-SWISH = shaped("swish")  # saves its input
 BOTH = pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
-NATIVE = pytest.mark.skipif(
-    INTERPRET or not native.available(), reason=f"native: {native.why_not()}"
-)
 NHWC = torch.channels_last
-
-
-def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
 
 
 def normalised(z: Tensor, r: Tensor, w: float, spec: ActSpec) -> Tensor:
@@ -234,7 +224,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_no_pass_is_needless() -> None:
     shapes = (2, 16, 6, 6), (16, 16, 3, 3), (16,), (2, 16, 6, 6)
     tensors = [draw(*shape, dtype=F32, seed=i) for i, shape in enumerate(shapes)]
@@ -277,11 +267,7 @@ NATIVE_CASES: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-def last(t: Tensor) -> Tensor:
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-@NATIVE
+@NATIVE_SERVES
 @pytest.mark.parametrize("dense", [True, False], ids=["channels_last", "contiguous"])
 @BOTH
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=lambda c: f"{c[0]}-{c[1]}")
@@ -310,7 +296,7 @@ def test_native_engine(case: tuple[Any, ...], spec: ActSpec, dense: bool) -> Non
     assert torch.equal(results(f, *tensors)[0], got[0])
 
 
-@NATIVE
+@NATIVE_SERVES
 @BOTH
 def test_second_derivatives_do_not_depend_on_the_engine(spec: ActSpec) -> None:
     x, weight = last(draw(2, 16, 4, 3, dtype=F32)), draw(16, 16, 3, 3, dtype=F32, seed=1) / 12
@@ -326,7 +312,7 @@ def test_second_derivatives_do_not_depend_on_the_engine(spec: ActSpec) -> None:
     assert_close(penalty(*leaves, engine="native"), want, 128)
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_native_rows_that_do_not_lie_together() -> None:
     # 1x1 convolutions whose result is narrower and wider than a panel, and more rows than a block.
     for channels in (16, 64, 160):
@@ -338,7 +324,7 @@ def test_native_rows_that_do_not_lie_together() -> None:
         assert_close([y], [normalised(z, r.double(), 0.7, SWISH)])
 
 
-@NATIVE
+@NATIVE_SERVES
 @BOTH
 def test_opcheck(spec: ActSpec) -> None:
     x, weight = last(draw(2, 16, 5, 6, dtype=F32)), draw(32, 16, 3, 3, dtype=F32)
@@ -357,7 +343,7 @@ def test_opcheck(spec: ActSpec) -> None:
             op(x, weight, None, r, w, *args[5:])
 
 
-@NATIVE
+@NATIVE_SERVES
 def test_directions_are_asked_for_when_they_are_due() -> None:
     asked: list[Direction] = []
 
@@ -383,7 +369,7 @@ def test_directions_are_asked_for_when_they_are_due() -> None:
         assert calls.counts[name] == 1
 
 
-@pytest.mark.parametrize("engine", ["auto", pytest.param("native", marks=NATIVE)])
+@pytest.mark.parametrize("engine", ["auto", pytest.param("native", marks=NATIVE_SERVES)])
 @BOTH
 def test_fullgraph_compile(spec: ActSpec, engine: str) -> None:
     torch._dynamo.reset()
@@ -411,7 +397,7 @@ def test_fullgraph_compile(spec: ActSpec, engine: str) -> None:
 
 
 @pytest.mark.slow
-@NATIVE
+@NATIVE_SERVES
 @BOTH
 def test_inductor(spec: ActSpec) -> None:
     def f(x: Tensor, weight: Tensor) -> Tensor:

@@ -9,13 +9,10 @@ import pytest
 from fusedshape import native
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = [
-    "reference",
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(not native.available(), reason=f"native: {native.why_not()}"),
-    ),
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
-    ),
-]
+NATIVE = pytest.mark.skipif(not native.available(), reason=f"native: {native.why_not()}")
+# Triton's interpreter comes before csrc where it is asked to serve CPU tensors.
+NATIVE_SERVES = pytest.mark.skipif(
+    INTERPRET or not native.available(), reason=f"no csrc for CPU tensors: {native.why_not()}"
+)
+TRITON = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+BACKENDS = ["reference", pytest.param("native", marks=NATIVE), pytest.param("triton", marks=TRITON)]

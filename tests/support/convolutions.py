@@ -12,25 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedshape import ActSpec, reference
-from tests.support.specs import shaped
+from tests.support import operands
+from tests.support.operands import F32, last
 
 OPS = torch.ops.fusedshape
-LEAKY = shaped("leaky_relu")  # saves its output
-SWISH = shaped("swish")  # saves its input
-
-F32, F64 = torch.float32, torch.float64
 EPS = torch.finfo(F32).eps
 LAST = torch.channels_last
 
 
 def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
-
-
-def last(x: Tensor) -> Tensor:
-    """The same numbers with channels innermost."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return operands.draw(*shape, dtype=dtype, seed=seed)
 
 
 class Case(NamedTuple):

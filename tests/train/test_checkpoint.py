@@ -23,30 +23,13 @@ from torch import Tensor
 from fusedshape import files
 from fusedshape.cli import main
 from fusedshape.files import ContentError
-from fusedshape.train import Data, TrainConfig, checkpoint, run
+from fusedshape.train import TrainConfig, checkpoint, run
 from fusedshape.train.loop import demand_one_process
-
-HERE = __name__
-
-
-def blobs() -> Data:
-    """Four classes that differ in which quarter of the image is bright."""
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(96) % 4
-    x = 0.3 * torch.randn(96, 1, 4, 4, generator=g)
-    for i, label in enumerate(y.tolist()):
-        x[i, 0, 2 * (label // 2) : 2 * (label // 2) + 2, 2 * (label % 2) : 2 * (label % 2) + 2] += 2
-    return Data(x[:64], y[:64], x[64:], y[64:], num_classes=4)
-
+from tests.support.training import BLOBS
 
 TINY = TrainConfig(
-    data=f"{HERE}:blobs", depth=4, width=4, epochs=2, batch_size=32, lr=3e-3, eta=0.5, threads=1
+    data=BLOBS, depth=4, width=4, epochs=2, batch_size=32, lr=3e-3, eta=0.5, threads=1
 )
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +37,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The checkpoint of a run of two epochs that was stopped behind its first."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(sys.modules, HERE, sys.modules[__name__])
 
         def stop(path: Path, result: dict[str, Any], *rest: Any) -> None:
             checkpoint.keep(path, result, *rest)
@@ -70,9 +52,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The weights of the same run, not stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(sys.modules, HERE, sys.modules[__name__])
-        run(TINY, folder)
+    run(TINY, folder)
     return weights(folder)
 
 

@@ -19,16 +19,7 @@ from fusedshape.machine import write_json
 from fusedshape.nn import PerLocationNorm, ShapedConv2d
 from fusedshape.train import Data, TrainConfig, demo, loop, plot, run
 from fusedshape.train.loop import build, evaluate, fit, learning_rate
-
-
-def blobs() -> Data:
-    """Four classes that differ in which quarter of the image is bright."""
-    g = torch.Generator().manual_seed(0)
-    y = torch.arange(96) % 4
-    x = 0.3 * torch.randn(96, 1, 4, 4, generator=g)
-    for i, label in enumerate(y.tolist()):
-        x[i, 0, 2 * (label // 2) : 2 * (label // 2) + 2, 2 * (label % 2) : 2 * (label % 2) + 2] += 2
-    return Data(x[:64], y[:64], x[64:], y[64:], num_classes=4)
+from tests.support.training import BLOBS, blobs
 
 
 def exploding(in_channels: int, num_classes: int) -> nn.Module:
@@ -52,13 +43,8 @@ def no_module(in_channels: int, num_classes: int) -> int:
 
 HERE = __name__
 TINY = TrainConfig(
-    data=f"{HERE}:blobs", depth=6, width=8, epochs=4, batch_size=16, lr=3e-3, eta=0.5, threads=1
+    data=BLOBS, depth=6, width=8, epochs=4, batch_size=16, lr=3e-3, eta=0.5, threads=1
 )
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, HERE, sys.modules[__name__])
 
 
 def weights(path: Path) -> dict[str, Tensor]:
