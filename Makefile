@@ -7,24 +7,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: idle OpenMP threads of several processes wait on each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# Two workers; whoever has run its half takes over tests of the other's.
+WORKERS := -n 2 --dist worksteal
+# Triton reads TRITON_INTERPRET once, when it is imported: hence a run of their own.
+INTERPRETED := tests/ops/test_ops.py tests/ops/test_chain.py -k triton
 SPHINX := $(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+# Compiling csrc, checking types and building the documentation take one core each.
+MAKEFLAGS += --jobs=2
 
-.PHONY: demo test docs test-newest exhaustive clean
+.PHONY: demo test check docs test-newest exhaustive clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
 
-test: .venv/ready
+test: .venv/ready check docs
+	$(PYTEST) $(WORKERS) fusedshape tests bench --benchmark-disable
+	TRITON_INTERPRET=1 $(PYTEST) $(WORKERS) $(INTERPRETED)
+
+check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2
-	TRITON_INTERPRET=1 $(PYTEST) -n 2 tests/ops/test_ops.py tests/ops/test_chain.py -k triton
-	$(PYTEST) bench --benchmark-disable
-	$(SPHINX)
 
 # The pages in docs/ and the API from the docstrings; a warning is an error.
-docs: .venv/ready
+docs: .venv/installed
 	$(SPHINX)
 	@echo open build/docs/index.html
 
@@ -34,15 +40,18 @@ test-newest:
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	.venv-newest/bin/fusedshape build --optional
 	.venv-newest/bin/python -c 'import torch; print("torch", torch.__version__)'
-	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-newest/bin/pytest -n 2 tests/ops/test_ops.py tests/ops/test_chain.py -k triton
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(WORKERS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-newest/bin/pytest $(WORKERS) $(INTERPRETED)
 
 exhaustive: .venv/ready
-	$(PYTEST) -n 2 -m exhaustive
+	$(PYTEST) $(WORKERS) -m exhaustive
 
-.venv/ready: pyproject.toml constraints.txt csrc/cpu/*
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/ready: .venv/installed csrc/cpu/*
 	$(BIN)/fusedshape build --optional
 	touch $@
 
