@@ -10,17 +10,19 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from fusedshape import native
+import fusedshape
+from fusedshape import native, theory, train
 from fusedshape.bench import command as bench
 from fusedshape.convert import command as conversion
 from fusedshape.diagnose import command as diagnosis
 from fusedshape.interrupts import Terminated, terminable
 from fusedshape.loading import FactoryError
 from fusedshape.machine import machine, version
-from fusedshape.shell import EXIT_CODES, Commands, respell, spelling
+from fusedshape.shell import EXIT_CODES, Commands, message
 from fusedshape.theory import command as constants
 from fusedshape.train import command as training
 from fusedshape.tuning import command as tuning
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
-        print(f"fusedshape: error: {_message(error, args)}", file=sys.stderr)
+        print(f"fusedshape: error: {_said(error, args)}", file=sys.stderr)
         return 1
     return 0
 
@@ -86,13 +88,17 @@ def commands() -> Commands:
     return found
 
 
-def _message(error: Exception, args: argparse.Namespace) -> str:
+def _said(error: Exception, args: argparse.Namespace) -> str:
     """What an error says, with the command's options in place of Python's arguments."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, FactoryError):
         return str(error)
-    return respell(str(error), spelling(args))
+    # Which function of Python refused something says nothing to who uses the shell.
+    names = {*fusedshape.__all__, *theory.__all__, *train.__all__, "Sweep"} - {*theory.METHODS}
+    names.discard(args.parser.prog.split()[-1])
+    text = re.sub(rf"(^|: )(?:{'|'.join(names)}): ", r"\1", str(error))
+    return message(text, args)
 
 
 def _declare_build(commands: Commands) -> None:

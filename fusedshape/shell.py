@@ -95,45 +95,61 @@ def shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def respell(text: str, names: Mapping[str, str]) -> str:
-    """Write the Python arguments in a library's message as the options of a command.
+def message(text: str, args: argparse.Namespace) -> str:
+    """What the library says, in the words of a command.
+
+    Options are named as their arguments in Python. What differs is set by the command as defaults:
+    `spelling`, options by the arguments' names, and `write`, as `respell` takes it.
+    """
+    options = {name: "--" + name.replace("_", "-") for name in vars(args)}
+    options |= getattr(args, "spelling", {})
+    return respell(text, options, getattr(args, "write", as_option))
+
+
+def as_option(name: str, value: str | None) -> str:
+    """An option and its value; those that switch something have none."""
+    if value in (None, "True") or name.startswith("--no-"):
+        return name
+    return f"{name} {'none' if value == 'None' else value}"
+
+
+def as_field(name: str, value: str | None) -> str:
+    """A field of a JSON file and its value."""
+    if value is None:
+        return f'"{name}"'
+    words = {"True": "true", "False": "false", "None": "null"}
+    number = re.fullmatch(r"[-+.\de]+", value)
+    return f'"{name}": ' + words.get(value, value if number else f'"{value}"')
+
+
+def respell(
+    text: str, names: Mapping[str, str], write: Callable[[str, str | None], str] = as_option
+) -> str:
+    """Write the arguments of Python that a text names in another way.
 
     Args:
-        text: the message.
-        names: from the argument to the option. A word that may be plain English, as `depth`, is
-            taken for the argument only where a value follows.
+        text: a message of the library.
+        names: from the argument to its other name. A word that may be plain English, as `depth`,
+            is taken for the argument only where a value or a limit follows.
+        write: how to write the other name and the value, which is None where the text has none.
 
     Example:
         >>> names = {"depth": "--depth", "clamp": "--clamp", "sigma_b": "--sigma-b"}
         >>> respell("depth=5 is too small; pass clamp=True or drop sigma_b", names)
         '--depth 5 is too small; pass --clamp or drop --sigma-b'
+        >>> respell("depth=5 is too small; pass clamp=True", {"clamp": "clamp"}, as_field)
+        'depth=5 is too small; pass "clamp": true'
     """
-    if not names:
-        return text
 
-    def option(match: re.Match[str]) -> str:
+    def other(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
-        if not match["equals"] and "_" not in name:
+        if match["call"]:
+            return "f(" if "_" in name else match[0]
+        if not match["equals"] and not match["must"] and "_" not in name:
             return match[0]
-        spelled = names[name]
-        if value in (None, "", "True") or spelled.startswith("--no-"):
-            return spelled
-        value = value.strip("'\"")
-        return f"{spelled} {'none' if value == 'None' else value}"
+        return write(names[name], value and value.strip("'\"")) + (match["must"] or "")
 
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     value = r"'[^']*'|\[[^]]*\]|[^\s,;:()'\[\]]*[^\s,;:()'\[\].]"
-    return re.sub(
-        rf"(?<![\w.-])(?P<name>{known})\b(?!\()(?:(?P<equals>=|(?= [<>]=))(?P<value>{value})?)?",
-        option,
-        text,
-    )
-
-
-def spelling(args: argparse.Namespace) -> dict[str, str]:
-    """The options of a command by the names of the arguments that they become.
-
-    An option has its argument's name, but for what the command sets as the default `spelling`.
-    """
-    options = {name: "--" + name.replace("_", "-") for name in vars(args)}
-    return options | getattr(args, "spelling", {})
+    after = rf"(?P<equals>=)(?P<value>{value})?|(?P<must> [<>]=| must be)|(?P<call>\()"
+    return re.sub(rf"(?<![\w.\"-])(?P<name>{known})\b(?:{after})?", other, text)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from fusedshape import ActSpec, machine, theory
+from fusedshape import ACTIVATIONS, ActSpec, machine, theory
 from fusedshape.cli import commands, main
+from fusedshape.init import Method
+from fusedshape.train import TrainConfig
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -85,7 +91,10 @@ def test_constants_from_a_users_wiring(
         (("constants", "EOC", "softplus"), "softplus"),
         (("constants", "EOC", "relu", "--depth", "3"), "takes --sigma-b only"),
         (("constants", "DKS", "tanh", "--depth", "3", "--sigma-b", "1"), "not at --sigma-b"),
-        (("constants", "TAT", "relu", "--depth", "50", "--zeta", "2"), "aims at eta, not at zeta"),
+        (
+            ("constants", "TAT", "relu", "--depth", "50", "--zeta", "2"),
+            "aims at eta, not at --zeta 2",
+        ),
         (("convert", "json:JSONDecoder", "--method", "DKS", "--tau", "1"), "not an nn.Module"),
         (("convert", "builtins:iter"), "builtins:iter raised TypeError"),
         (("convert", "nowhere"), "pkg.module:name"),
@@ -118,7 +127,7 @@ def test_errors_are_one_line(
         (("train", "race"), "choose from 'run', 'demo', 'sweep'"),
         (("bench", "show", "r.json", "--seed", "1"), "bench show: error: unrecognized arguments"),
         (("bench", "race"), "choose from 'run', 'list', 'show', 'compare', 'plot'"),
-        (("constants", "SHAPE", "relu"), "choose from 'DKS', 'TAT', 'EOC'"),
+        (("constants", "SHAPE", "relu"), "choose from 'TAT', 'DKS', 'EOC'"),
         (("constants", "TAT", "relu"), "give the network once: --depth"),
         (("convert", "torch.nn:ReLU", "--chain", "0"), "no positive integer, nor 'all'"),
         (("convert", "torch.nn:ReLU", "--init", "zeros"), "choose from 'suo', 'suo_full'"),
@@ -150,6 +159,106 @@ def test_every_option_has_a_line_of_help() -> None:
             assert first not in ("of", "with", "as", "default", "instead"), f"{name}: {about}"
 
 
+NETS = """
+import torch
+from torch import nn
+
+def chain(activation, layers):
+    return nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(8, 8), activation())))
+
+def shallow():
+    return chain(nn.ReLU, 2)
+
+def deep():
+    return chain(nn.ReLU, 20)
+
+def silu():
+    return chain(nn.SiLU, 20)
+
+def normed():
+    return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+class Branch(nn.Linear):
+    def forward(self, x):
+        return torch.relu(super().forward(x)) if x.sum() > 0 else x
+
+def branch():
+    return Branch(8, 8)
+
+class Gate(nn.Linear):
+    def forward(self, x):
+        return torch.relu(super().forward(x)) * torch.tanh(x)
+
+def gate():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Gate(8, 8))
+
+number = 3
+"""
+
+#: Bad input → what the message has to say, in the words of the shell.
+BAD = {
+    "constants TAT leaky_relu --depth 5": "--eta 0.9 is out of reach for --depth 5",
+    "constants TAT leaky_relu --depth 0": "--depth must be at least 1",
+    "constants TAT leaky_relu --depth 50 --eta 1.5": "--eta must be in (0, 1), got 1.5",
+    "constants DKS tanh --depth 50 --q-slope 2": "--q-slope must be in (0, 1]",
+    "constants DKS tanh --depth 50 --sigma-b 1": "not at --sigma-b 1",
+    "constants DKS tanh --depth 9999999999999": "--depth 9999999999999 is beyond",
+    "constants EOC relu --sigma-b 1": "pass --sigma-b 0",
+    "constants EOC tanh --clamp": "not at --clamp",
+    "constants EOC tanh --negative-slope 0.1": "tanh takes no --negative-slope",
+    "constants TAT tanh --subnet-max nets:number": "--subnet-max must be called as f(x, r), got 3",
+    "constants --model nets:normed": "pass --strip-batchnorm",
+    "constants --model nets:gate": "pass --depth or --subnet-max",
+    "constants --model nets:deep --depth 3": "drop --depth",
+    "convert nets:shallow": "or --clamp",
+    "convert nets:normed": "Pass --strip-batchnorm to take",
+    "convert nets:branch": "pass --on-untraceable report",
+    "convert nets:silu": "pass --replace torch.nn:SiLU",
+    "convert nets:deep --depth 0": "--depth must be at least 1",
+    "convert nets:deep EOC relu --depth 3": "EOC knows no depth",
+    "convert nets:deep --replace torch.nn:Linear": "parameters would be lost",
+    "diagnose nets:deep --sigma-w 0": "--sigma-w 0 would leave nothing",
+    "diagnose nets:deep --batches 0": "--batches must be a positive int",
+    "tune nets:deep --input 4,8": "no fused layers",
+    "train demo --depth 0": "--depth 0 must be finite and in 1",
+    "train demo --eta 2": "--eta must be in (0, 1)",
+    "train sweep --jobs 0": "--jobs must be at least 1",
+    "train sweep --depths 0": "--depths 0 must be finite",
+    "train run bad.json": '"batch_size": 0 must be',
+    "train run shallow.json": 'or "clamp": true',
+    "bench run --suite smoke --seed -1": "--seed must be in 0",
+    "bench run --suite smoke --limit 0": "--limit must be above 0 seconds",
+}
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "bad.json").write_text('{"depth": 3, "batch_size": 0}')
+    (tmp_path / "shallow.json").write_text('{"depth": 3}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    yield
+    sys.modules.pop("nets", None)
+
+
+@pytest.mark.usefixtures("nets")
+@pytest.mark.parametrize("line", BAD)
+def test_messages_speak_the_language_of_the_shell(
+    capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    code, _, err = run(capsys, *line.split())
+    said = err.splitlines()[-1]
+    assert code == 1
+    assert said.startswith("fusedshape: error: ")
+    assert BAD[line] in said
+    assert not re.search(r"\w=|\b(True|False|None)\b", said), said
+    values = {*ACTIVATIONS, *get_args(Method), "fused_layers"}
+    fields = {field.name for field in dataclasses.fields(TrainConfig)} if ".json" in line else set()
+    snakes = set(re.findall(r"[a-z]+_[a-z_]+", said)) - values - fields
+    assert not snakes, said
+
+
 def test_convert_says_what_it_would_do(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +275,15 @@ def test_convert_says_what_it_would_do(
     assert "20" in out
     code, out, _ = run(capsys, "convert", "mine:net", "--json")
     assert json.loads(out)
+    code, out, _ = run(capsys, "convert", "mine:net", "--no-fuse", "--keep", "1*", "--init", "none")
+    assert code == 0
+    assert out.count("not fused: --no-fuse") == 14  # 1, 11, 13, 15, 17 and 19 are kept
+    assert "initialised" not in out
+    code, out, _ = run(capsys, "convert", "mine:net", "DKS", "tanh", "--q-slope", "0.99", "--json")
+    recipe = {"method": "DKS", "activation": "tanh", "zeta": 1.5, "q_slope": 0.99, "clamp": False}
+    assert json.loads(out)["recipe"] == recipe
+    code, out, _ = run(capsys, "convert", "mine:net", "--chain", "8")
+    assert (code, "ShapedChain" in out) == (0, True)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, get_args
+from fnmatch import fnmatchcase
+from typing import get_args
 
 import torch
 
 from fusedshape.convert import convert
 from fusedshape.init import Method
 from fusedshape.loading import load_object, make_model
-from fusedshape.shell import Commands, respell, shape, spelling
-from fusedshape.theory.command import add_recipe, recipe_of
+from fusedshape.shell import Commands, as_option, message, shape
+from fusedshape.theory.command import add_network, add_recipe, network_of, recipe_of
 
 
 def declare(commands: Commands) -> None:
@@ -25,12 +26,20 @@ def declare(commands: Commands) -> None:
         help="model to look at: pkg.module:factory, called without arguments",
     )
     add_recipe(parser)
+    add_network(parser)
     parser.add_argument(
         "--replace",
         action="append",
         metavar="PKG.MODULE:CLASS",
         help="class of activations to replace, such as torch.nn:SiLU; may be given several times "
         "(default torch.nn:ReLU)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        metavar="PATTERN",
+        help="leave activations alone whose qualified names match this, such as 'head.*'; may be "
+        "given several times",
     )
     known = (*get_args(Method), "none")
     parser.add_argument(
@@ -73,19 +82,24 @@ def declare(commands: Commands) -> None:
         "(default: small shapes that fit its first layers)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(spelling={"example": "--input", "fuse": "--no-fuse"})
+    parser.set_defaults(
+        spelling={"example": "--input", "fuse": "--no-fuse", "filter_fn": "--keep"}, write=_write
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     model = make_model(args.model)
-    given: dict[str, Any] = recipe_of(args)
+    given = network_of(args)
     if args.replace is not None:
         given["replace"] = tuple(map(load_object, args.replace))
+    if args.keep is not None:
+        given["filter_fn"] = lambda name, _: not any(fnmatchcase(name, p) for p in args.keep)
     if args.example is not None:
         generator = torch.Generator().manual_seed(0)
         given["example"] = torch.randn(args.example, generator=generator)
     report = convert(
         model,
+        recipe_of(args),
         init=None if args.init == "none" else args.init,
         chain=args.chain,
         fuse=args.fuse,
@@ -97,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(report.to_dict(), indent=1))
     else:
-        print(respell(str(report), spelling(args)))
+        print(message(str(report), args))
 
 
 def _chain(text: str) -> bool | int:
@@ -107,3 +121,11 @@ def _chain(text: str) -> bool | int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive integer, nor 'all'")
     return int(text)
+
+
+def _write(name: str, value: str | None) -> str:
+    """An option and its value; --replace takes one class at a time."""
+    if name != "--replace" or value is None:
+        return as_option(name, value)
+    classes = [wanted.removeprefix("nn.") for wanted in value.strip("[]").split(", ")]
+    return " ".join(f"--replace torch.nn:{wanted}" for wanted in classes)

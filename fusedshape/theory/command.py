@@ -1,19 +1,20 @@
-"""`fusedshape constants`, and the options for method, activation and network of every command."""
+"""`fusedshape constants`, and the options for recipe and network that other commands take, too."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from fusedshape import theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.loading import load_object, make_model
 from fusedshape.shell import Commands
-from fusedshape.theory import eoc, solve, trace_wiring
+from fusedshape.theory import DKS, EOC, METHODS, TARGETS, TAT, Recipe, recipes
 
-METHODS = ("DKS", "TAT", "EOC")
-TARGETS = ("zeta", "eta", "tau", "sigma_b")
+#: What is shaped, and how, where nothing is named.
+_USUAL = TAT()
 
 
 def declare(commands: Commands) -> None:
@@ -21,6 +22,7 @@ def declare(commands: Commands) -> None:
     about = "compute the constants of a shaped activation for a network"
     parser = commands.add("constants", _run, about)
     add_recipe(parser)
+    add_network(parser)
     parser.add_argument(
         "--model",
         metavar="PKG.MODULE:FACTORY",
@@ -36,111 +38,126 @@ def declare(commands: Commands) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Declare the method, the activation, the targets, and the network they are for."""
+    """Declare what a recipe is made of: the method, the activation, and what to aim at."""
     for name, choices, about in (
-        ("method", METHODS, f"method by which to shape: {', '.join(METHODS)} (default TAT)"),
-        ("activation", None, f"activation to shape: {', '.join(ACTIVATIONS)} (default leaky_relu)"),
+        ("method", METHODS, "method by which to shape"),
+        ("activation", ACTIVATIONS, "activation to shape"),
     ):
-        kind: Any = {"metavar": name.upper(), "choices": choices}
-        kind["type"] = str.upper if choices else str
+        default = getattr(_USUAL, name)
+        kind: Any = {"metavar": name.upper()}
+        if name == "method":
+            kind |= {"choices": tuple(choices), "type": str.upper}
         # In every command as an option, or as a word.
         parser.add_argument(f"{name}_word", nargs="?", help=f"{name}, as --{name} takes it", **kind)
+        about = f"{about}: {', '.join(choices)} (default {default})"
         parser.add_argument(f"--{name}", help=about, **kind)
-    targets = parser.add_argument_group("targets")
-    for name, about in (
-        ("zeta", "largest slope of the network's C map that DKS aims at (default 1.5)"),
-        ("eta", "value of the network's C map at 0 that TAT of leaky_relu aims at (default 0.9)"),
-        ("tau", "curvature of the network's C map at 1 that other TAT aims at (default 0.3)"),
-        ("sigma-b", "standard deviation of the biases for EOC (default: the theory's choice)"),
-    ):
-        targets.add_argument(f"--{name}", type=float, metavar="NUMBER", help=about)
-    targets.add_argument(
+    group = parser.add_argument_group("targets of the method")
+    for name, target in TARGETS.items():
+        owners = " and ".join(own for own, kind in METHODS.items() if name in kind.targets())
+        about = f"{target.about}, which {owners} aims at (default {_default(target)})"
+        _add_number(group, name, about)
+    _add_number(group, "negative_slope", "slope of leaky_relu below 0 for EOC (default 0)")
+    group.add_argument(
         "--clamp",
         action="store_true",
+        default=None,
         help="take the nearest target that can be reached where the wanted one cannot",
     )
-    network = parser.add_argument_group("network")
-    network.add_argument(
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Declare the network that constants are for."""
+    group = parser.add_argument_group("network")
+    group.add_argument(
         "--depth",
         type=int,
         metavar="LAYERS",
         help="number of nonlinear layers, if the network is a plain chain of them",
     )
-    network.add_argument(
+    group.add_argument(
         "--subnet-max",
         metavar="PKG.MODULE:FUNCTION",
         help="take the wiring from a function of (x, r) that applies the map r for each layer",
     )
 
 
-def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The method, the activation and what else was given, as `solve` and `convert` take them.
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the options of `add_recipe` spell.
 
     Raises:
         SystemExit: 2, the method or the activation is given twice.
-        ValueError: a target that the method does not aim at, or no such function.
+        ValueError, TypeError: as `fusedshape.theory.recipes.recipe_of`.
     """
-    found: dict[str, Any] = {}
-    for name, usual in (("method", "TAT"), ("activation", "leaky_relu")):
+    found = {}
+    for name in ("method", "activation"):
         word, option = getattr(args, f"{name}_word"), getattr(args, name)
         if word and option:
             args.parser.error(f"{name} is given twice, as {word} and as {option}")
-        found[name] = word or option or usual
-    given = {n: getattr(args, n) for n in ("depth", *TARGETS) if getattr(args, n) is not None}
-    strange = strange_targets(found["method"], found["activation"], given)
-    if strange:
-        raise ValueError(f"{strange}; drop what is not its own")
+        found[name] = word or option or getattr(_USUAL, name)
+    names = dict.fromkeys(field.name for kind in METHODS.values() for field in fields(kind))
+    given = {name: getattr(args, name) for name in names if name != "activation"}
+    given = {name: value for name, value in given.items() if value is not None}
+    method = found.pop("method")
+    return recipes.recipe_of(args.parser.prog.split()[-1], method, given | found)
+
+
+def network_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `add_network`, as `solve` and `convert` take it."""
+    given: dict[str, Any] = {}
+    if args.depth is not None:
+        given["depth"] = args.depth
     if args.subnet_max is not None:
         given["subnet_max"] = load_object(args.subnet_max)
-    if args.clamp:
-        given["clamp"] = True
-    return found | given
+    return given
 
 
-def strange_targets(method: str | None, activation: str, given: Mapping[str, object]) -> str | None:
-    """Say which of the targets that are given, and not None, a method does not aim at.
+def _add_number(group: Any, name: str, about: str) -> None:
+    option = "--" + name.replace("_", "-")
+    group.add_argument(option, type=float, metavar="NUMBER", help=about)
 
-    Example:
-        >>> strange_targets("TAT", "tanh", {"zeta": 1.5, "tau": 0.3})
-        'TAT of tanh aims at tau, not at zeta'
-        >>> strange_targets("DKS", "tanh", {"zeta": 1.5, "tau": None})
-    """
-    aims: dict[str | None, str | None] = {"DKS": "zeta", "TAT": "tau", "EOC": "sigma_b", None: None}
-    name = method and method.upper()
-    if name not in aims:
-        return None  # who knows the methods says so
-    aim = "eta" if name == "TAT" and activation in ("relu", "leaky_relu") else aims[name]
-    strange = [other for other in TARGETS if given.get(other) is not None and other != aim]
-    if not strange:
-        return None
-    of = f"{name} of {activation}" if name else "method null"
-    return f"{of} aims at {aim or 'nothing'}, not at {', '.join(strange)}"
+
+def _default(target: recipes.Target) -> str:
+    """A target's default, or its defaults by activation."""
+    rows: dict[float | None, list[str]] = {}
+    for row in ACTIVATIONS.values():
+        rows.setdefault(target.default(row), []).append(row.name)
+    few = len(ACTIVATIONS) // 2
+    return ", ".join(
+        f"{value:g}"
+        + (
+            ""
+            if len(rows) == 1
+            else f" for {' and '.join(names) if len(names) < few else 'others'}"
+        )
+        for value, names in rows.items()
+        if value is not None
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
-    given = recipe_of(args)
-    method, activation = given.pop("method"), given.pop("activation")
-    networks = given.keys() & {"depth", "subnet_max"}
+    recipe, network = recipe_of(args), network_of(args)
+    row: dict[str, Any]
     wiring = None
     if args.model is not None:
-        if networks or method == "EOC":
+        if network or isinstance(recipe, EOC):
             raise ValueError("--model tells the depth; drop --depth and --subnet-max, and EOC")
-        wiring = trace_wiring(make_model(args.model), strip_batchnorm=args.strip_batchnorm)
-        given["subnet_max"] = wiring
-    elif method != "EOC" and len(networks) != 1:
-        args.parser.error(
-            "give the network once: --depth for a plain chain of layers, --subnet-max, or --model"
-        )
-    row: dict[str, Any]
-    if method == "EOC":
-        sigma_b = given.pop("sigma_b", None)
-        if given:
-            raise ValueError(f"EOC takes --sigma-b only, got {', '.join(sorted(given))}")
-        edge = eoc(activation, sigma_b=sigma_b)
-        row = {"method": "EOC", "activation": activation}
+        wiring = theory.trace_wiring(make_model(args.model), strip_batchnorm=args.strip_batchnorm)
+        network["subnet_max"] = wiring
+    if isinstance(recipe, EOC):
+        if network:
+            given = " and ".join("--" + name.replace("_", "-") for name in network)
+            raise ValueError(f"EOC takes --sigma-b only and knows no network, got {given}; drop it")
+        edge = theory.eoc(recipe)
+        row = {"method": recipe.method, "activation": recipe.activation}
         row |= {"sigma_w": edge.sigma_w, "sigma_b": edge.sigma_b, "q": edge.q}
     else:
-        row = {"method": method, **solve(method, activation, **given).to_dict()}
+        assert isinstance(recipe, (TAT, DKS))
+        if len(network) != 1:
+            args.parser.error(
+                "give the network once: --depth for a plain chain of layers, --subnet-max, or "
+                "--model"
+            )
+        row = {"method": recipe.method, **theory.solve(recipe, **network).to_dict()}
         if wiring is not None:
             row |= {"depth": wiring.depth, "notes": list(wiring.notes)}
     if args.json:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
 
-from fusedshape.shell import Commands
+from fusedshape.shell import Commands, as_field
+from fusedshape.theory import TARGETS, TAT
 from fusedshape.train.config import TrainConfig
-from fusedshape.train.demo import ARMS, DEPTHS, SEEDS, run_demo, run_sweep, summary
+from fusedshape.train.demo import ARMS, DEPTHS, SEEDS, Demo, Sweep, run_demo, run_sweep, summary
 from fusedshape.train.loop import run
 
 
@@ -20,6 +22,8 @@ def declare(commands: Commands) -> None:
     parser = train.add("run", _run, "train what a JSON file describes; go on if interrupted")
     parser.add_argument("config", metavar="FILE", help="JSON file of a TrainConfig")
     _add_out(parser)
+    names = {field.name: field.name for field in fields(TrainConfig)}
+    parser.set_defaults(spelling=names, write=as_field)
 
     parser = train.add("demo", _demo, "train one deep vanilla network twice: by TAT, and with ReLU")
     _add_out(parser)
@@ -39,7 +43,21 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights and of the order of data (default 0)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's setting)")
+    parser.add_argument(
+        "--threads", type=int, help="number of CPU threads (default: torch's setting)"
+    )
+    parser.add_argument(
+        "--eta",
+        type=float,
+        metavar="NUMBER",
+        help=f"{TARGETS['eta'].about}, for TAT (default {TAT().eta:g})",
+    )
+    parser.add_argument(
+        "--clamp",
+        action="store_true",
+        help="take the nearest eta that can be reached where the wanted one cannot, as in shallow "
+        "networks",
+    )
 
     about = "train every arm at every depth with several seeds; go on if interrupted"
     parser = train.add("sweep", _sweep, about)
@@ -74,6 +92,13 @@ def declare(commands: Commands) -> None:
     parser.add_argument(
         "--epochs", type=int, default=20, help="passes of the full runs over the data (default 20)"
     )
+    parser.add_argument(
+        "--clamp",
+        action="store_true",
+        help="take the nearest targets that can be reached where the methods' own cannot, as in "
+        "shallow networks",
+    )
+    parser.set_defaults(spelling={"depth": "--depths", "seed": "--seeds", "eta": "eta"})
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -101,23 +126,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    run_demo(
-        args.out,
-        depth=args.depth,
-        width=args.width,
-        epochs=args.epochs,
-        seed=args.seed,
-        threads=args.threads,
-    )
+    run_demo(args.out, Demo(**{field.name: getattr(args, field.name) for field in fields(Demo)}))
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    data = run_sweep(
-        args.out / "sweep.json",
-        jobs=args.jobs,
-        depths=args.depths,
-        arms=args.arms,
-        seeds=args.seeds,
-        epochs=args.epochs,
-    )
-    print(summary(data))
+    names = ("depths", "arms", "seeds", "epochs", "clamp")
+    plan = Sweep(**{name: getattr(args, name) for name in names})
+    print(summary(run_sweep(args.out / "sweep.json", plan, jobs=args.jobs)))

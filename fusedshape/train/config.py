@@ -11,13 +11,14 @@ from typing import Any
 from fusedshape.files import parse_json, quoted, read_json, write_json
 from fusedshape.init import Method
 from fusedshape.loading import is_path
-from fusedshape.theory.command import strange_targets
+from fusedshape.theory import METHODS, TARGETS, Recipe
+from fusedshape.theory.recipes import recipe_of
 from fusedshape.validate import real
 
 #: Bytes of a configuration's file.
 SIZE = 1 << 20
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": ("TAT", "DKS", "EOC", None),
+    "method": (*METHODS, None),
     "init": ("suo", "suo_full", "delta_orthogonal", "gaussian", None),
     "optimiser": ("adam", "sgd"),
     "schedule": ("onecycle", "constant"),
@@ -26,7 +27,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 MODELS = ("convnet", "mlp")
 DATA = ("digits",)
 WHOLE = ("depth", "width", "epochs", "batch_size", "seed", "threads")
-OPTIONAL = ("depth", "zeta", "eta", "tau", "sigma_b", "threads")
+OPTIONAL = ("depth", "threads")
 LIMITS: dict[str, tuple[float, float]] = {
     "depth": (1, 2**31 - 1),
     "width": (1, 2**31 - 1),
@@ -36,10 +37,6 @@ LIMITS: dict[str, tuple[float, float]] = {
     "threads": (1, 1024),
     "lr": (1e-12, math.inf),
     "gain": (1e-12, math.inf),
-    "zeta": (1, math.inf),
-    "eta": (0, 1),
-    "tau": (0, math.inf),
-    "sigma_b": (0, math.inf),
     "momentum": (0, 0.999999),
     "weight_decay": (0, math.inf),
     "label_smoothing": (0, 0.999999),
@@ -59,10 +56,12 @@ class TrainConfig:
         pln: put `fusedshape.nn.PerLocationNorm` before the model, which adds an input channel.
         method: "TAT", "DKS", "EOC", or None to leave the model's own activations.
         activation: of the converted model.
-        zeta: target of DKS; None takes convert's default, as for the other targets.
-        eta: target of TAT with leaky_relu.
-        tau: target of TAT with smooth activations.
-        sigma_b: of EOC.
+        zeta: target of DKS; None takes the method's default, as for the other targets.
+        q_slope: target of DKS.
+        eta: target of TAT with relu and leaky_relu.
+        tau: target of TAT with all other activations.
+        sigma_b: target of EOC.
+        clamp: take the nearest target that can be reached where the given one cannot.
         init: how `fusedshape.init.init_module_` draws every linear and convolution layer; None
             leaves the model's own weights.
         gain: σ_w of every layer, for method None; the other methods decide it themselves.
@@ -99,9 +98,11 @@ class TrainConfig:
     method: str | None = "TAT"
     activation: str = "leaky_relu"
     zeta: float | None = None
+    q_slope: float | None = None
     eta: float | None = None
     tau: float | None = None
     sigma_b: float | None = None
+    clamp: bool = False
     init: Method | None = "suo"
     gain: float = 1.0
     epochs: int = 20
@@ -130,7 +131,7 @@ class TrainConfig:
             _check_number(name, value, low, high)
             if name not in WHOLE:
                 object.__setattr__(self, name, float(value))
-        for name in ("pln", "channels_last"):
+        for name in ("pln", "clamp", "channels_last"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
                     f"TrainConfig: {name} must be true or false, got {getattr(self, name)!r}"
@@ -149,14 +150,42 @@ class TrainConfig:
                 )
         if self.model in MODELS and self.depth is None:
             raise ValueError(f"TrainConfig: model {self.model!r} needs a depth, e.g. depth=100")
-        strange = strange_targets(self.method, self.activation, self.to_dict())
-        if strange:
-            raise ValueError(f"TrainConfig: {strange}; set it to null")
+        self._demand_recipe()
         if self.method is not None and self.gain != 1:
             raise ValueError(
                 f"TrainConfig: {self.method} decides the scale of the weights, got "
                 f"gain={self.gain}; leave it at 1, or set method to null"
             )
+
+    def _demand_recipe(self) -> None:
+        if self.method is not None:
+            recipe = self.recipe
+            for name in self._aims():
+                object.__setattr__(self, name, getattr(recipe, name))
+        elif self._aims():
+            raise ValueError(
+                f"TrainConfig: method null aims at nothing, not at {', '.join(self._aims())}; set "
+                "it to null, and clamp to false"
+            )
+
+    def _aims(self) -> dict[str, Any]:
+        """What of a recipe is not left to its defaults."""
+        given = {name: getattr(self, name) for name in TARGETS}
+        given = {name: value for name, value in given.items() if value is not None}
+        return given | ({"clamp": True} if self.clamp else {})
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What the model is converted by; None for method None.
+
+        Example:
+            >>> TrainConfig(depth=30, eta=0.8).recipe
+            TAT('leaky_relu', eta=0.8)
+        """
+        if self.method is None:
+            return None
+        given = {"activation": self.activation, **self._aims()}
+        return recipe_of("TrainConfig", self.method, given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of the fields."""

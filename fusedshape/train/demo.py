@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,6 +20,7 @@ from fusedshape.train.checkpoint import EPOCH, Result
 from fusedshape.train.config import TrainConfig
 from fusedshape.train.loop import demand_one_process, fit
 from fusedshape.train.plot import plot_curves, plot_depths
+from fusedshape.validate import integer
 
 Say = Callable[[str], None]
 
@@ -34,8 +35,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 DEMO_ARMS = ("TAT leaky_relu", "ReLU orthogonal")
 DEMO_RATE = 1e-4
-#: Of the demo and the sweep alike.
-RECIPE: dict[str, Any] = {"label_smoothing": 0.1}
+#: How both the demo and the sweep train.
+TRAINING: dict[str, Any] = {"label_smoothing": 0.1}
 DEPTHS = (300, 100, 30)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
@@ -57,78 +58,152 @@ _ROW = {
 }
 
 
-def run_demo(
-    out_dir: str | Path,
-    *,
-    depth: int = 300,
-    width: int = 32,
-    epochs: int = 20,
-    seed: int = 0,
-    threads: int | None = None,
-    progress: Say | None = None,
-) -> dict[str, Any]:
-    """Train a deep vanilla convolutional net on digits twice: TAT, and ReLU for contrast.
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What the demo trains.
 
-    Both nets have the same layers, data, optimiser and learning rate; ReLU's weights are scaled
-    orthogonal × √2, the best start known for it, and it gets a quarter of the epochs. Writes
-    `demo.json` and `demo.png`.
-
-    Args:
-        out_dir: folder, made if missing.
+    Attributes:
         depth: nonlinear layers.
         width: channels.
         epochs: passes over the data for TAT.
         seed: decides weights and the order of examples.
         threads: CPU threads; None leaves torch's setting.
+        eta: target of TAT; None takes the method's default.
+        clamp: take the nearest eta that can be reached where that one cannot.
+    """
+
+    depth: int = DEPTHS[0]
+    width: int = 32
+    epochs: int = 20
+    seed: int = 0
+    threads: int | None = None
+    eta: float | None = None
+    clamp: bool = False
+
+    def configs(self) -> dict[str, TrainConfig]:
+        """Arm → what is trained: TAT, and ReLU for a quarter of the epochs.
+
+        Raises:
+            ValueError, TypeError: as `TrainConfig`.
+        """
+        base = TrainConfig(
+            depth=self.depth,
+            width=self.width,
+            epochs=self.epochs,
+            lr=DEMO_RATE,
+            seed=self.seed,
+            threads=self.threads,
+            **TRAINING,
+        )
+        tat, relu = DEMO_ARMS
+        few = max(self.epochs // 4, 1)
+        return {
+            tat: replace(base, **ARMS[tat], eta=self.eta, clamp=self.clamp),
+            relu: replace(base, **ARMS[relu], eta=None, epochs=few),
+        }
+
+
+def run_demo(
+    out_dir: str | Path, demo: Demo = Demo(), *, progress: Say | None = None
+) -> dict[str, Any]:
+    """Train a deep vanilla convolutional net on digits twice: TAT, and ReLU for contrast.
+
+    Both nets have the same layers, data, optimiser and learning rate. ReLU's weights are scaled
+    orthogonal × √2, the best start known for it, and it gets a quarter of the epochs. Writes
+    `demo.json` and `demo.png`.
+
+    Args:
+        out_dir: folder, made if missing.
+        demo: what to train.
         progress: what to do with a line of text; None prints it.
 
     Returns:
         The content of `demo.json`: header and rows.
 
     Raises:
+        ValueError: a value out of its range, or a network in which TAT cannot reach eta.
         ImportError: scikit-learn or matplotlib is missing.
     """
     say = progress or _print
     demand_one_process()
+    configs = demo.configs()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     header = provenance()
-    say(f"{depth} layers of {width} channels, no normalisation, no skip connections, on 8×8 digits")
+    say(
+        f"{demo.depth} layers of {demo.width} channels, no normalisation, no skip connections, on "
+        "8×8 digits"
+    )
     say(headline(header))
     say(f"{'arm':<16} {'epochs':>6} {'train loss':>10} {'test accuracy':>13} {'seconds':>7}")
     rows: list[Result] = []
-    for arm in DEMO_ARMS:
-        config = TrainConfig(
-            depth=depth,
-            width=width,
-            epochs=epochs if arm == DEMO_ARMS[0] else max(epochs // 4, 1),
-            lr=DEMO_RATE,
-            seed=seed,
-            threads=threads,
-            **RECIPE,
-            **ARMS[arm],
-        )
+    for arm, config in configs.items():
         row = _row(arm, "demo", fit(config, bar=sys.stderr.isatty()))
         rows.append(row)
         say(_table_line(row))
         write_json(out / "demo.json", {"header": header, "rows": rows})
-    title = f"{depth} layers without normalisation or skip connections, digits"
+    title = f"{demo.depth} layers without normalisation or skip connections, digits"
     plot_curves({row["arm"]: [row] for row in rows}, out / "demo.png", title)
     say(f"wrote {out / 'demo.json'} and {out / 'demo.png'}")
     return {"header": header, "rows": rows}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a sweep trains: every arm at every depth, with several seeds, at its best rate.
+
+    Attributes:
+        depths: nonlinear layers, in this order.
+        arms: keys of `ARMS`.
+        learning_rates: candidates.
+        seeds: seeds of the full runs; the first one also chooses the rate.
+        epochs: passes of the full runs over the data.
+        width: channels.
+        clamp: take the nearest target that can be reached where a method's own cannot.
+
+    Raises:
+        ValueError: an unknown arm, or no rates or seeds.
+    """
+
+    depths: Sequence[int] = DEPTHS
+    arms: Sequence[str] = tuple(ARMS)
+    learning_rates: Sequence[float] = LEARNING_RATES
+    seeds: Sequence[int] = SEEDS
+    epochs: int = 20
+    width: int = 32
+    clamp: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.arms) - set(ARMS))
+        if unknown:
+            raise ValueError(f"Sweep: unknown arms {unknown}; known: {sorted(ARMS)}")
+        if not (self.learning_rates and self.seeds):
+            raise ValueError(
+                f"Sweep: needs at least one learning rate and one seed, got "
+                f"{len(self.learning_rates)} and {len(self.seeds)}"
+            )
+
+    def config(self, arm: str, depth: int, lr: float, seed: int) -> TrainConfig:
+        """A full run of one arm."""
+        config = TrainConfig(
+            depth=depth,
+            width=self.width,
+            epochs=self.epochs,
+            lr=lr,
+            seed=seed,
+            threads=1,
+            **TRAINING,
+            **ARMS[arm],
+        )
+        return replace(config, clamp=self.clamp and hasattr(config.recipe, "clamp"))
+
+
 def run_sweep(
     out_path: str | Path,
+    plan: Sweep = Sweep(),
     *,
     jobs: int = 2,
-    depths: Sequence[int] = DEPTHS,
-    arms: Iterable[str] = tuple(ARMS),
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    seeds: Sequence[int] = SEEDS,
-    epochs: int = 20,
-    width: int = 32,
     progress: Say | None = None,
 ) -> dict[str, Any]:
     """Train every arm at every depth with several seeds, each at the best of a few learning rates.
@@ -141,33 +216,20 @@ def run_sweep(
 
     Args:
         out_path: JSON file.
+        plan: what to train.
         jobs: processes; 1 trains in this one.
-        depths: nonlinear layers, in this order.
-        arms: keys of `ARMS`.
-        learning_rates: candidates.
-        seeds: of the full runs.
-        epochs: of the full runs.
-        width: channels.
         progress: what to do with a line of text; None prints it.
 
     Returns:
         The content of the file: headers, and rows of purpose "rate" or "full".
 
     Raises:
-        ValueError: an unknown arm, no rates or seeds, or a file that holds something else.
+        ValueError: no process, or a file that holds something else.
         ImportError: scikit-learn is missing.
     """
     say = progress or _print
     path = Path(out_path)
-    arms = tuple(arms)
-    unknown = sorted(set(arms) - set(ARMS))
-    if unknown:
-        raise ValueError(f"run_sweep: unknown arms {unknown}; known: {sorted(ARMS)}")
-    if not (learning_rates and seeds and jobs >= 1):
-        raise ValueError(
-            f"run_sweep: needs at least one learning rate, one seed and one job, got "
-            f"{len(learning_rates)}, {len(seeds)} and {jobs}"
-        )
+    integer("train sweep", "jobs", jobs, 1)
     demand_one_process()
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
@@ -177,43 +239,42 @@ def run_sweep(
     header = len(data["headers"]) - 1
     say(headline(data["headers"][-1]))
 
-    def train(purpose: str, wanted: Mapping[TrainConfig, str]) -> list[Result]:
-        """Rows of these configurations, trained or found in the file."""
-        done = [row["config"] for row in rows if row["purpose"] == purpose]
-        missing = {c: arm for c, arm in wanted.items() if c.to_dict() not in done}
-        for config, result in _train_all(list(missing), jobs):
-            row = _row(missing[config], purpose, result) | {"header": header}
+    def train(purpose: str, wanted: Mapping[TrainConfig, str]) -> dict[str, list[Result]]:
+        """Arm → rows of these configurations, trained or found in the file."""
+        done = [TrainConfig.from_dict(row["config"]) for row in rows if row["purpose"] == purpose]
+        for config, result in _train_all([c for c in wanted if c not in done], jobs):
+            row = _row(wanted[config], purpose, result) | {"header": header}
             rows.append(row)
             write_json(path, data)
             say(f"{purpose:<4} {config.depth:>5} {config.lr:.0e} {config.seed} {_table_line(row)}")
-        configs = [config.to_dict() for config in wanted]
-        return [row for row in rows if row["purpose"] == purpose and row["config"] in configs]
+        found: dict[str, list[Result]] = {arm: [] for arm in plan.arms}
+        for row in rows:
+            if row["purpose"] == purpose and TrainConfig.from_dict(row["config"]) in wanted:
+                found[row["arm"]].append(row)
+        return found
 
-    for depth in depths:
-        base = TrainConfig(
-            depth=depth, width=width, epochs=epochs, seed=seeds[0], threads=1, **RECIPE
-        )
-        short = replace(base, epochs=max(epochs // 4, 1))
-        tried = train(
-            "rate",
-            {replace(short, lr=lr, **ARMS[arm]): arm for arm in arms for lr in learning_rates},
-        )
-        of_arm = {arm: [row for row in tried if row["arm"] == arm] for arm in arms}
+    first, *seeds = plan.seeds
+    for depth in plan.depths:
+        short: dict[TrainConfig, str] = {}
+        for arm in plan.arms:
+            for lr in plan.learning_rates:
+                config = plan.config(arm, depth, lr, first)
+                short[replace(config, epochs=max(config.epochs // 4, 1))] = arm
+        tried = train("rate", short)
         finals = train(
             "full",
             {
-                replace(base, lr=lr, **ARMS[arm]): arm
-                for arm in arms
-                for lr in best_rates(of_arm[arm])[:2]
+                plan.config(arm, depth, lr, first): arm
+                for arm in plan.arms
+                for lr in best_rates(tried[arm])[:2]
             },
         )
-        of_arm = {arm: [row for row in finals if row["arm"] == arm] for arm in arms}
         train(
             "full",
             {
-                replace(base, lr=best_rates(of_arm[arm])[0], seed=seed, **ARMS[arm]): arm
-                for seed in seeds[1:]
-                for arm in arms
+                plan.config(arm, depth, best_rates(finals[arm])[0], seed): arm
+                for seed in seeds
+                for arm in plan.arms
             },
         )
         plot_sweep(data, path)

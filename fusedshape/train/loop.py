@@ -22,6 +22,7 @@ from fusedshape.kinds import kind_of
 from fusedshape.loading import make, make_model
 from fusedshape.models import vanilla_convnet, vanilla_mlp
 from fusedshape.nn import PerLocationNorm
+from fusedshape.theory import EOC
 from fusedshape.train.checkpoint import Result, keep, resume
 from fusedshape.train.config import TrainConfig
 from fusedshape.train.data import Data, digits
@@ -206,19 +207,10 @@ def build(config: TrainConfig, data: Data) -> nn.Module:
     else:
         model = make_model(config.model, in_channels=shape[0], num_classes=data.num_classes)
     generator = torch.Generator().manual_seed(config.seed)
-    if config.method is not None:
-        names = ["zeta", "eta", "tau", "sigma_b"]
-        if config.method != "EOC":  # which knows no depth
-            names.append("depth")
-        given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        convert(
-            model,
-            method=config.method,
-            activation=config.activation,
-            init=config.init,
-            generator=generator,
-            **given,
-        )
+    recipe = config.recipe
+    if recipe is not None:
+        depth = None if isinstance(recipe, EOC) else config.depth
+        convert(model, recipe, depth=depth, init=config.init, generator=generator)
     elif config.init is not None:
         for module in model.modules():
             if kind_of(module) is not None:

@@ -78,7 +78,7 @@ def test_config_survives_its_file(tmp_path: Path) -> None:
         ({"depth": 3, "seed": -1}, ValueError, "seed=-1"),
         ({"depth": 3, "momentum": 1}, ValueError, "momentum=1"),
         ({"depth": 3, "label_smoothing": 1}, ValueError, "label_smoothing=1"),
-        ({"depth": 3, "eta": 1.5}, ValueError, "eta=1.5"),
+        ({"depth": 3, "eta": 1.5}, ValueError, r"eta must be in \(0, 1\), got 1.5"),
         ({"depth": 3, "method": "tat"}, ValueError, "method='tat'; known: 'TAT', 'DKS', 'EOC'"),
         ({"depth": 3, "method": ["TAT"]}, ValueError, "method="),
         ({"depth": 3, "init": "xavier"}, ValueError, "init='xavier'; known: 'suo'"),
@@ -401,7 +401,9 @@ def tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_writes_table_json_and_plot(tiny_data: None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     lines: list[str] = []
-    out = demo.run_demo(tmp_path, depth=16, width=4, epochs=4, threads=1, progress=lines.append)
+    out = demo.run_demo(
+        tmp_path, demo.Demo(depth=16, width=4, epochs=4, threads=1), progress=lines.append
+    )
     assert json.loads((tmp_path / "demo.json").read_text()) == out
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
     assert [(row["arm"], len(row["epochs"])) for row in out["rows"]] == [
@@ -419,16 +421,15 @@ def test_an_interrupted_sweep_goes_on(
 ) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "sweep.json"
-    options: dict[str, Any] = {
-        "jobs": 1,
-        "depths": (16,),
-        "arms": ("TAT leaky_relu", "ReLU He"),
-        "learning_rates": (1e-4, 1e-2),
-        "seeds": (0, 1),
-        "epochs": 4,
-        "width": 4,
-        "progress": lambda line: None,
-    }
+    plan = demo.Sweep(
+        depths=(16,),
+        arms=("TAT leaky_relu", "ReLU He"),
+        learning_rates=(1e-4, 1e-2),
+        seeds=(0, 1),
+        epochs=4,
+        width=4,
+    )
+    options: dict[str, Any] = {"jobs": 1, "progress": lambda line: None}
     real, trained = demo.fit, []
 
     def counted(config: TrainConfig) -> Any:
@@ -439,17 +440,17 @@ def test_an_interrupted_sweep_goes_on(
 
     monkeypatch.setattr(demo, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
-        demo.run_sweep(path, **options)
+        demo.run_sweep(path, plan, **options)
     assert len(json.loads(path.read_text())["rows"]) == 5
     monkeypatch.setattr(demo, "fit", lambda config: trained.append(config) or real(config))
-    data = demo.run_sweep(path, **options)
+    data = demo.run_sweep(path, plan, **options)
     assert json.loads(path.read_text()) == data
     assert len(trained) == len(set(trained)) == len(data["rows"]) == 2 * 2 + 2 * 2 + 2
     assert [row["header"] for row in data["rows"]] == [0] * 5 + [1] * 5
     full = [row for row in data["rows"] if row["purpose"] == "full"]
     assert {len(row["epochs"]) for row in full} == {4}
     assert {len(row["epochs"]) for row in data["rows"] if row["purpose"] == "rate"} == {1}
-    for arm in options["arms"]:
+    for arm in plan.arms:
         first = [row for row in full if row["arm"] == arm and row["seed"] == 0]
         (second,) = [row for row in full if row["arm"] == arm and row["seed"] == 1]
         best = min(first, key=lambda row: row["final_train_loss"])
@@ -457,8 +458,8 @@ def test_an_interrupted_sweep_goes_on(
         assert second["lr"] == best["lr"]
         assert demo.final_runs(data)[16][arm] == [best, second]
     assert {p.name for p in tmp_path.iterdir()} == {"sweep.json", "sweep.png", "sweep-16.png"}
-    assert all(arm in demo.summary(data) for arm in options["arms"])
-    demo.run_sweep(path, **options)
+    assert all(arm in demo.summary(data) for arm in plan.arms)
+    demo.run_sweep(path, plan, **options)
     assert len(trained) == 10
 
 
@@ -468,13 +469,15 @@ def test_sweep_in_processes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     data = demo.run_sweep(
         tmp_path / "sweep.json",
+        demo.Sweep(
+            depths=(2,),
+            arms=("ReLU He",),
+            learning_rates=(1e-3, 1e-2),
+            seeds=(0,),
+            epochs=1,
+            width=2,
+        ),
         jobs=2,
-        depths=(2,),
-        arms=("ReLU He",),
-        learning_rates=(1e-3, 1e-2),
-        seeds=(0,),
-        epochs=1,
-        width=2,
         progress=lambda line: None,
     )
     assert [row["purpose"] for row in data["rows"]] == ["rate", "rate", "full", "full"]
@@ -482,9 +485,9 @@ def test_sweep_in_processes(tmp_path: Path) -> None:
 
 def test_sweep_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown arms \['GELU'\]"):
-        demo.run_sweep(tmp_path / "s.json", arms=("GELU",))
+        demo.Sweep(arms=("GELU",))
     with pytest.raises(ValueError, match="at least one"):
-        demo.run_sweep(tmp_path / "s.json", seeds=())
+        demo.Sweep(seeds=())
     (tmp_path / "s.json").write_text("[]")
     with pytest.raises(ValueError, match="no sweep's file"):
         demo.run_sweep(tmp_path / "s.json")
