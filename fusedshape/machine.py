@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
         >>> machine()["torch"] == torch.__version__
         True
     """
-    triton = dispatch.why_not("triton", "cuda")
+    triton = dispatch.unavailable("triton", "cuda")
     return {
         "fusedshape": version(),
         "python": platform.python_version(),

@@ -15,8 +15,8 @@ from typing_extensions import Self
 from fusedshape import ops
 from fusedshape.init import init_module_
 from fusedshape.kinds import KINDS, FusedLayer, Kind, LocationNorm, WeightedSum, kind_of
-from fusedshape.ops.choice import ENGINES, Engine
-from fusedshape.ops.dispatch import BACKENDS, Backend
+from fusedshape.ops.choice import Engine, engine_names
+from fusedshape.ops.dispatch import Backend, backend_names
 from fusedshape.ops.stock import shape_of
 from fusedshape.reference import add_scaled
 from fusedshape.spec import ActSpec
@@ -25,8 +25,8 @@ from fusedshape.validate import choice, instance, real, shown
 
 def _check_how(who: str, spec: ActSpec, backend: str, engine: str = "auto") -> None:
     instance(who, "spec", spec, ActSpec)
-    choice(who, "backend", backend, BACKENDS)
-    choice(who, "engine", engine, ENGINES)
+    choice(who, "backend", backend, backend_names())
+    choice(who, "engine", engine, engine_names())
 
 
 def _check_locations(x: Any) -> None:

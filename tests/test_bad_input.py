@@ -40,8 +40,8 @@ from fusedshape import (
     train,
     tuning,
 )
-from fusedshape.ops.choice import ENGINES
-from fusedshape.ops.dispatch import BACKENDS
+from fusedshape.ops.choice import engine_names
+from fusedshape.ops.dispatch import backend_names
 from fusedshape.theory import Node, Wiring
 
 SECONDS = 20  # for one call, on a busy machine
@@ -106,7 +106,7 @@ def maybe(*kinds: Kind) -> Kind:
     return lambda value: value is None or any(kind(value) for kind in kinds)
 
 
-BACKEND, ENGINE, ACTIVATION = word(*BACKENDS), word(*ENGINES), word(*ACTIVATIONS)
+BACKEND, ENGINE, ACTIVATION = word(*backend_names()), word(*engine_names()), word(*ACTIVATIONS)
 SIZES = {"stride": whole(1), "padding": whole(0), "dilation": whole(1), "groups": whole(1)}
 RELU = ActSpec("relu", output_scale=2**0.5)
 X, W = torch.zeros(2, 3, 5, 5), torch.zeros(3, 3, 3, 3)

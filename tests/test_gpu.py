@@ -37,6 +37,7 @@ from fusedshape.tuning import command, measuring
 from fusedshape.tuning.contest import difference_of
 from fusedshape.tuning.problems import operands, terms_of
 from tests.support.backends import INTERPRET
+from tests.support.layers import layer_of
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
@@ -351,13 +352,14 @@ def test_every_activation_at_the_end_of_a_kernel(spec: ActSpec, kind: str) -> No
     z = draw(40, 24, dtype=HALF) if kind == "linear" else draw(2, 24, 5, 4, dtype=HALF)
     if kind != "linear":
         z = z.to(memory_format=torch.channels_last)
-    problem = problem_of(z, torch.empty(shape, dtype=HALF, device="cuda"), spec, geometry)
+    problem = problem_of(z, layer_of(torch.empty(shape, dtype=HALF, device="cuda"), spec, geometry))
     given = operands(problem, ATEN, z.device)
     kernels, bias = given.before.kernels, draw(24, dtype=HALF, seed=1)
     saved = kernels.bias_act(z, bias, spec, 1) if saves_output(spec, HALF) else z
     # Backward starts from what was saved, so that all are on the same side of a kink.
-    given = given._replace(spec=spec, before=Before(saved, bias, spec, kernels, True))
-    triton = engines_for("triton", given.x, given.weight, spec, geometry).fprop
+    own = given.layer._replace(spec=spec)
+    given = given._replace(layer=own, before=Before(saved, bias, spec, kernels, True))
+    triton = engines_for("triton", given.x, own).fprop
     for direction in ("fprop", "dgrad_act"):
         got, want = (given.call(engine, direction) for engine in (triton, ATEN))
         assert difference_of(got, want, terms_of(direction, problem), tf32=False) is None
@@ -424,7 +426,7 @@ def test_every_configuration(case: str, direction: Direction, arithmetic: str) -
         x = x.to(memory_format=torch.channels_last)
         geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1
     for spec in (LEAKY, SWISH):
-        problem = problem_of(x, weight, spec, geometry)
+        problem = problem_of(x, layer_of(weight, spec, geometry))
         with multiplying("tf32" if arithmetic == "tf32" else "ieee"):
             result = tuning.measure(direction, problem, x.device, Still())
         # Forget what was pinned.

@@ -19,7 +19,7 @@ from fusedshape.convert.refusals import refuse_model
 from fusedshape.convert.report import Change, Report
 from fusedshape.convert.request import Request, requested_recipe
 from fusedshape.init import Method
-from fusedshape.ops.dispatch import Backend, why_not
+from fusedshape.ops.dispatch import Backend, unavailable
 from fusedshape.spec import ActSpec
 from fusedshape.theory import Recipe, SubnetMax
 from fusedshape.undo import UndoLog, all_or_nothing
@@ -156,7 +156,7 @@ def convert(
     )
     refuse_model(model, tuple(replace), strip_batchnorm)
     for device in sorted({p.device.type for p in model.parameters()} or {"cpu"}):
-        reason = None if backend == "auto" else why_not(backend, device)
+        reason = None if backend == "auto" else unavailable(backend, device)
         if reason is not None:
             raise reason
     return all_or_nothing(lambda log: _convert(model, request, log))

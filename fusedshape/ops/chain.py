@@ -28,7 +28,7 @@ from fusedshape.ops.checks import (
 from fusedshape.ops.choice import Engine, asked_engine, engines_for, forward_engine
 from fusedshape.ops.dispatch import Backend, choose
 from fusedshape.ops.engines.protocol import Engines
-from fusedshape.ops.layer import Before, channel_dim
+from fusedshape.ops.layer import Before, Layer, channel_dim
 from fusedshape.ops.layer_act import Step, composed
 from fusedshape.reference import product_bias
 from fusedshape.spec import ActSpec, saves_output
@@ -141,7 +141,7 @@ def conv_chain(x: Tensor, layers: Sequence[ChainLayer], *, max_length: int | Non
     nodes = -(-len(steps) // length)
     bounds = [i * len(steps) // nodes for i in range(nodes + 1)]
     for first, end in itertools.pairwise(bounds):
-        x = run(x, tuple(steps[first:end]), params[2 * first : 2 * end])
+        x = _chained(x, tuple(steps[first:end]), params[2 * first : 2 * end])
     return x.squeeze(0) if unbatched else x
 
 
@@ -188,7 +188,7 @@ def _checked(
     )
 
 
-def run(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> Tensor:
+def _chained(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> Tensor:
     """Checked layers as one autograd node; `params` are weight and bias of each in turn."""
     if transformed():
         return _composed(x, steps, params)
@@ -199,17 +199,22 @@ def run(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]) -> 
         wants = [i // 2 for i, p in enumerate(params) if p is not None and p.requires_grad]
         live = wants[0] if wants else len(steps)
     for i in range(live):
-        spec, geometry, kernels, asked = steps[i]
-        weight, bias = params[2 * i : 2 * i + 2]
-        assert weight is not None
-        engine = forward_engine(asked, x, weight, spec, geometry)
-        x = engine.fprop_act(x, weight, bias, spec, geometry, kernels)
+        layer = _layer(steps[i], params, i)
+        x = forward_engine(steps[i].engine, x, layer).fprop_act(x, layer)
     if live == len(steps):
         return x
     left = params[2 * live :]
     if torch.compiler.is_compiling():  # which takes no tensor for two arguments of a node
         left = [None if t is None else t.view_as(t) for t in left]
     return node(Chain)(steps[live:], x, *left)
+
+
+def _layer(step: Step, params: Sequence[Tensor | None], i: int) -> Layer:
+    """The i-th layer of a chain."""
+    weight, bias = params[2 * i], params[2 * i + 1]
+    assert weight is not None
+    spec, geometry, kernels, _ = step
+    return Layer(weight, bias, spec, geometry, kernels)
 
 
 class Chain(torch.autograd.Function):
@@ -220,17 +225,17 @@ class Chain(torch.autograd.Function):
         engines: list[Engines] = []
         saved: list[Tensor] = []
         y = x
-        for i, (spec, geometry, kernels, asked) in enumerate(steps):
-            weight, bias = params[2 * i], params[2 * i + 1]
-            assert weight is not None
-            own = engines_for(asked, y, weight, spec, geometry, chained=i > 0)
+        for i, step in enumerate(steps):
+            layer = _layer(step, params, i)
+            weight, bias, spec, geometry, kernels, _ = layer
+            own = engines_for(step.engine, y, layer, i > 0)
             engines.append(own)
             if saves_output(spec, y.dtype):
-                y = own.fprop.fprop_act(y, weight, bias, spec, geometry, kernels)
+                y = own.fprop.fprop_act(y, layer)
                 saved.append(y)
             else:
                 inner, rest = product_bias(bias, y, weight)
-                z = own.fprop.fprop(y, weight, geometry, None, inner)
+                z = own.fprop.fprop(y, layer, inner)
                 y = kernels.bias_act(z, rest, spec, channel_dim(z, geometry))
                 saved.append(z)
         ctx.steps = steps
@@ -256,7 +261,7 @@ class Chain(torch.autograd.Function):
         last = product_bias(params[-1], saved[-1], params[-2])[1]
         dz, sums = kernels.act_grad(grads[0], saved[-1], last, spec, dim, need[-1])
         for i in range(len(steps) - 1, -1, -1):
-            geometry, own, weight = steps[i].geometry, engines[i], params[2 * i]
+            own, layer = engines[i], _layer(steps[i], params, i)
             saved.pop()  # dz has taken its place
             if sums is not None:
                 out[2 * i + 1] = sums.to(params[2 * i + 1].dtype)
@@ -267,14 +272,14 @@ class Chain(torch.autograd.Function):
                 bias = product_bias(params[2 * i - 1], like, params[2 * i - 2])[1]
                 before = Before(like, bias, spec, kernels, need[2 * i - 1])
             want_x, want_weight = i > 0 or need_x, need[2 * i]
-            inputs = _input(before, geometry, x) if want_weight else like
+            inputs = _input(before, layer.geometry, x) if want_weight else like
             if want_x and want_weight and own.dgrad is own.wgrad:
-                dz, sums, out[2 * i] = own.dgrad.both(dz, weight, inputs, geometry, before)
+                dz, sums, out[2 * i] = own.dgrad.both(dz, inputs, layer, before)
             else:
                 if want_weight:
-                    out[2 * i] = own.wgrad.wgrad(dz, inputs, weight, geometry)
+                    out[2 * i] = own.wgrad.wgrad(dz, inputs, layer)
                 if want_x:
-                    dz, sums = own.dgrad.dgrad(dz, weight, like, geometry, before)
+                    dz, sums = own.dgrad.dgrad(dz, like, layer, before)
             del inputs, like, before  # before the next layer's are made
         return None, dz if need_x else None, *out
 
@@ -291,10 +296,8 @@ def _input(before: Before | None, geometry: Geometry | None, x: Tensor) -> Tenso
 
 def _composed(x: Tensor, steps: Sequence[Step], params: Sequence[Tensor | None]) -> Tensor:
     """The chain in plain PyTorch."""
-    for i, (spec, geometry, _, _) in enumerate(steps):
-        weight, bias = params[2 * i : 2 * i + 2]
-        assert weight is not None
-        x = composed(x, weight, bias, spec, geometry)
+    for i, step in enumerate(steps):
+        x = composed(x, _layer(step, params, i))
     return x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,28 @@ from fusedshape.validate import real, shown
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Size = int | Sequence[int]
-#: Stride, padding, dilation, transposed, output padding, groups, as torch.convolution takes them.
-Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input, in the order in which torch.convolution takes it.
+
+    Attributes:
+        stride: one number for each spatial dimension, and so are the next two.
+        padding: on both sides.
+        dilation: distance of taps.
+        transposed: False, as no engine has transposed convolutions.
+        output_padding: zeros.
+        groups: number of groups.
+    """
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # Asked here, because Dynamo of torch 2.11 cannot trace the question.
@@ -187,7 +207,7 @@ def conv_geometry(
         sizes = [size + sum(side) for size, side in zip(sizes, sides, strict=True)]
         widths = [p for side in reversed(sides) for p in side]
     _check_reach(op, sizes, kernel, pads, dilations)
-    return (strides, pads, dilations, False, [0] * n, groups), widths
+    return Geometry(strides, pads, dilations, False, [0] * n, groups), widths
 
 
 def _check_conv(op: str, shape: Sequence[int], weight: Sequence[int], groups: int) -> int:

@@ -24,7 +24,7 @@ from fusedshape.ops.checks import (
 from fusedshape.ops.choice import Engine, asked_engine
 from fusedshape.ops.dispatch import Backend, choose
 from fusedshape.ops.layer import Shortcut
-from fusedshape.ops.layer_act import Step, run
+from fusedshape.ops.layer_act import Step, layer_act
 from fusedshape.ops.residual import join
 from fusedshape.spec import ActSpec
 
@@ -146,7 +146,7 @@ def conv_act(
         residual, w = check_residual("conv_act", residual, residual_weight, x, shape)
         if w:
             return join(x, weight, bias, Shortcut(residual, w), step)
-    return run(x, weight, bias, step)
+    return layer_act(x, weight, bias, step)
 
 
 def padded(

@@ -54,9 +54,9 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def _register(counter: Any) -> None:
-    for backend in schema.KERNEL_BACKENDS:
+    for engine in schema.DEFINED:
         for name, formula in _FORMULAS.items():
-            op = getattr(torch.ops.fusedshape, f"{backend}_{name}")
+            op = getattr(torch.ops.fusedshape, f"{engine}_{name}")
             counter.register_flop_formula(op)(formula)
 
 

@@ -10,9 +10,45 @@ from torch import Tensor
 
 from fusedshape.compiling import constant_for_dynamo
 from fusedshape.ops.checks import Geometry
-from fusedshape.ops.dispatch import Kernels
+from fusedshape.ops.passes import Kernels
 from fusedshape.reference import own_weight
 from fusedshape.spec import ActSpec
+
+
+class Shortcut(NamedTuple):
+    """What joins a layer before its activation, φ̂(√(1 − w²)·(x ⋆ W + b) + w·r).
+
+    With √(1 − w²) in α (`joined_spec`) that is φ̂(x ⋆ W + w/√(1 − w²)·r + b): one number to add to
+    the product, and gradients that are those of a plain layer, but for r's, which is a multiple of
+    the product's.
+
+    Attributes:
+        residual: r, of the output's shape and dtype.
+        weight: w, above 0 and below 1.
+    """
+
+    residual: Tensor
+    weight: float
+
+
+class Layer(NamedTuple):
+    """A checked convolution or linear layer with its activation: what an engine is given beside x.
+
+    Attributes:
+        weight: W, in the input's dtype.
+        bias: b, in that dtype or float32; None for none.
+        spec: the constants of the activation.
+        geometry: of the convolution; None for a linear layer.
+        kernels: who runs the activation, where it is a pass by itself.
+        shortcut: what joins the product before the activation; None for a plain layer.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    spec: ActSpec
+    geometry: Geometry | None
+    kernels: Kernels
+    shortcut: Shortcut | None = None
 
 
 class Before(NamedTuple):
@@ -33,22 +69,6 @@ class Before(NamedTuple):
     spec: ActSpec
     kernels: Kernels
     bias_grad: bool
-
-
-class Shortcut(NamedTuple):
-    """What joins a layer before its activation, φ̂(√(1 − w²)·(x ⋆ W + b) + w·r).
-
-    With √(1 − w²) in α (`joined_spec`) that is φ̂(x ⋆ W + w/√(1 − w²)·r + b): one number to add to
-    the product, and gradients that are those of a plain layer, but for r's, which is a multiple of
-    the product's.
-
-    Attributes:
-        residual: r, of the output's shape and dtype.
-        weight: w, above 0 and below 1.
-    """
-
-    residual: Tensor
-    weight: float
 
 
 def share(residual_weight: float) -> float:

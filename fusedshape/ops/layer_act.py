@@ -10,16 +10,22 @@ from torch import Tensor
 from fusedshape import reference
 from fusedshape.ops.checks import Geometry, node, plain_backward, transformed
 from fusedshape.ops.choice import engines_for, forward_engine
-from fusedshape.ops.dispatch import Kernels
 from fusedshape.ops.engines import ATEN
-from fusedshape.ops.engines.protocol import Engines
-from fusedshape.ops.layer import Shortcut, channel_dim
+from fusedshape.ops.layer import Layer, channel_dim
+from fusedshape.ops.passes import Kernels
 from fusedshape.ops.pointwise import act_grad, remember
 from fusedshape.spec import ActSpec, saves_output
 
 
 class Step(NamedTuple):
-    """A checked layer without its tensors; no geometry for a linear one."""
+    """A checked layer without its tensors, which an autograd node must be given one by one.
+
+    Attributes:
+        spec: as in `Layer`, and so are the next two.
+        geometry: of the convolution.
+        kernels: of the activation's pass.
+        engine: the one that the caller asked for.
+    """
 
     spec: ActSpec
     geometry: Geometry | None
@@ -27,33 +33,25 @@ class Step(NamedTuple):
     engine: str
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
+def layer_act(x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
     """φ̂(x ⋆ W + b) of checked arguments."""
     spec, geometry, kernels, asked = step
     if transformed():
-        return composed(x, weight, bias, spec, geometry)
+        return composed(x, Layer(weight, bias, spec, geometry, kernels))
     wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not (wanted and torch.is_grad_enabled()):
-        engine = forward_engine(asked, x, weight, spec, geometry)
-        return engine.fprop_act(x, weight, bias, spec, geometry, kernels)
-    engines = engines_for(asked, x, weight, spec, geometry)
-    return node(LayerAct)(x, weight, bias, spec, geometry, kernels, engines)
+    if wanted and torch.is_grad_enabled():
+        return node(LayerAct)(x, weight, bias, step)
+    layer = Layer(weight, bias, spec, geometry, kernels)
+    return forward_engine(asked, x, layer).fprop_act(x, layer)
 
 
-def composed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    spec: ActSpec,
-    geometry: Geometry | None,
-    shortcut: Shortcut | None = None,
-) -> Tensor:
+def composed(x: Tensor, layer: Layer) -> Tensor:
     """A layer in plain PyTorch."""
+    weight, bias, spec, geometry, _, shortcut = layer
     joining = () if shortcut is None else shortcut
     if geometry is None:
         return reference.linear_act(x, weight, bias, spec, *joining)
-    stride, padding, dilation, _, _, groups = geometry
-    sizes = stride, padding, dilation, groups
+    sizes = *geometry[:3], geometry.groups
     return reference.conv_act(x, weight, bias, spec, *sizes, *joining)
 
 
@@ -61,55 +59,51 @@ class LayerAct(torch.autograd.Function):
     """A layer with one saved activation."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        spec: ActSpec,
-        geometry: Geometry | None,
-        kernels: Kernels,
-        engines: Engines,
-    ) -> Tensor:
-        from_output = saves_output(spec, x.dtype)
-        if from_output:
-            y = saved = engines.fprop.fprop_act(x, weight, bias, spec, geometry, kernels)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
+        spec, geometry, kernels, asked = step
+        layer = Layer(weight, bias, spec, geometry, kernels)
+        engines = engines_for(asked, x, layer)
+        if saves_output(spec, x.dtype):
+            y = saved = engines.fprop.fprop_act(x, layer)
+            dim = channel_dim(y, geometry)
+            ctx.save_for_backward(x, weight, y, None)
         else:
             own, rest = reference.product_bias(bias, x, weight)
-            saved = engines.fprop.fprop(x, weight, geometry, None, own)
-            y = kernels.bias_act(saved, rest, spec, channel_dim(saved, geometry))
-        remember(ctx, spec, channel_dim(saved, geometry), kernels)
+            saved = engines.fprop.fprop(x, layer, own)
+            dim = channel_dim(saved, geometry)
+            y = kernels.bias_act(saved, rest, spec, dim)
+            ctx.save_for_backward(x, weight, saved, bias)
+        remember(ctx, spec, dim, kernels)
         ctx.geometry = geometry
         ctx.engines = engines
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, saved, None if from_output else bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias = ctx.saved_tensors
         own, rest = reference.product_bias(bias, x, weight)
+        layer = Layer(weight, bias, ctx.spec, ctx.geometry, ctx.kernels)
         if torch.is_grad_enabled() and not saves_output(ctx.spec, x.dtype):
             # What was saved has no graph to differentiate again.
-            saved = ATEN.fprop(x, weight, ctx.geometry, None, own)
+            saved = ATEN.fprop(x, layer, own)
         dz, dbias = act_grad(ctx, grads[0], saved, rest, bias_index=2)
-        dx, dweight = product_grads(ctx, dz, x, weight)
-        return dx, dweight, dbias, None, None, None, None
+        return *product_grads(ctx, dz, x, layer), dbias, None
 
 
 def product_grads(
-    ctx: Any, dz: Tensor, x: Tensor, weight: Tensor
+    ctx: Any, dz: Tensor, x: Tensor, layer: Layer
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x ⋆ W, for a Function that keeps `engines` and `geometry` on `ctx`.
+    """Gradients of x ⋆ W, for a Function that keeps `engines` on `ctx`.
 
-    Under create_graph and vmap torch makes them, which serves both.
+    Under create_graph and vmap torch computes them, which can be differentiated again and batched.
     """
     need_x, need_weight = ctx.needs_input_grad[:2]
     _, dgrad, wgrad = (ATEN, ATEN, ATEN) if plain_backward(dz) else ctx.engines
     if need_x and need_weight and dgrad is wgrad:
-        dx, _, dweight = dgrad.both(dz, weight, x, ctx.geometry, None)
+        dx, _, dweight = dgrad.both(dz, x, layer, None)
         return dx, dweight
     return (
-        dgrad.dgrad(dz, weight, x, ctx.geometry, None)[0] if need_x else None,
-        wgrad.wgrad(dz, x, weight, ctx.geometry) if need_weight else None,
+        dgrad.dgrad(dz, x, layer, None)[0] if need_x else None,
+        wgrad.wgrad(dz, x, layer) if need_weight else None,
     )

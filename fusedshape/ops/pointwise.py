@@ -18,7 +18,8 @@ from fusedshape.ops.checks import (
     plain_backward,
     transformed,
 )
-from fusedshape.ops.dispatch import Backend, Kernels, choose
+from fusedshape.ops.dispatch import Backend, choose
+from fusedshape.ops.passes import Kernels
 from fusedshape.spec import ActSpec, saves_output
 from fusedshape.validate import integer
 

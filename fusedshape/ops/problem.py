@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fusedshape.compiling import constant_for_dynamo
-from fusedshape.ops.checks import Geometry, is_channels_last
-from fusedshape.spec import ActSpec, saves_output
+from fusedshape.ops.checks import is_channels_last
+from fusedshape.ops.layer import Layer
+from fusedshape.spec import saves_output
 
 #: "dgrad_act" is a dgrad that goes on through the activation of the layer before.
 Direction = Literal["fprop", "dgrad", "dgrad_act", "wgrad"]
@@ -46,8 +47,9 @@ class Problem(NamedTuple):
     saves_output: bool
 
 
-def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | None) -> Problem:
+def problem_of(x: Tensor, layer: Layer) -> Problem:
     """Describe a layer and its input."""
+    weight, _, spec, geometry, *_ = layer
     sizes = ([], [], []) if geometry is None else geometry[:3]
     stride, padding, dilation = map(tuple, sizes)
     return Problem(
@@ -60,7 +62,7 @@ def problem_of(x: Tensor, weight: Tensor, spec: ActSpec, geometry: Geometry | No
         stride=stride,
         padding=padding,
         dilation=dilation,
-        groups=1 if geometry is None else geometry[5],
+        groups=1 if geometry is None else geometry.groups,
         activation=spec.activation,
         saves_output=saves_output(spec, x.dtype),
     )

@@ -9,11 +9,18 @@ from torch import Tensor
 
 from fusedshape import reference
 from fusedshape.ops.apart import is_apart
-from fusedshape.ops.checks import Geometry, node, transformed
+from fusedshape.ops.checks import node, transformed
 from fusedshape.ops.choice import engines_for, forward_engine
 from fusedshape.ops.engines import ATEN
-from fusedshape.ops.engines.protocol import Engines
-from fusedshape.ops.layer import Shortcut, channel_dim, joined_spec, residual_spec, share, wide
+from fusedshape.ops.layer import (
+    Layer,
+    Shortcut,
+    channel_dim,
+    joined_spec,
+    residual_spec,
+    share,
+    wide,
+)
 from fusedshape.ops.layer_act import Step, composed, product_grads
 from fusedshape.ops.pointwise import BiasAct, act_grad, act_grad_alone, remember
 from fusedshape.spec import is_half, saves_output
@@ -25,22 +32,21 @@ def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, ste
     if torch.compiler.is_compiling():  # which takes no tensor for two arguments of a node
         shortcut = Shortcut(shortcut.residual.view_as(shortcut.residual), shortcut.weight)
     if transformed():
-        return composed(x, weight, bias, spec, geometry, shortcut)
+        return composed(x, Layer(weight, bias, spec, geometry, kernels, shortcut))
     if is_apart():
         own, rest = reference.product_bias(bias, x, weight)
-        z = ATEN.fprop(x, weight, geometry, None, own)
+        z = ATEN.fprop(x, Layer(weight, None, spec, geometry, kernels), own)
         dim = channel_dim(z, geometry)
         z = reference.joined(z, rest, *shortcut, dim).to(z.dtype)
         return node(BiasAct)(z, None, spec, dim, kernels)
     tensors = x, weight, bias, shortcut.residual
     wanted = any(t is not None and t.requires_grad for t in tensors)
     if not (wanted and torch.is_grad_enabled()):
-        engine = forward_engine(asked, x, weight, spec, geometry)
-        return engine.fprop_act(x, weight, bias, spec, geometry, kernels, shortcut)
-    engines = engines_for(asked, x, weight, spec, geometry)
+        layer = Layer(weight, bias, spec, geometry, kernels, shortcut)
+        return forward_engine(asked, x, layer).fprop_act(x, layer)
     if saves_output(spec, x.dtype) or is_half(x.dtype):
-        return node(JoinedAct)(x, weight, bias, *shortcut, step, engines)
-    z = node(Joined)(x, weight, *shortcut, geometry, engines)
+        return node(JoinedAct)(x, weight, bias, *shortcut, step)
+    z = node(Joined)(x, weight, *shortcut, step)
     dim = channel_dim(z, geometry)
     return node(BiasAct)(z, bias, joined_spec(spec, shortcut.weight), dim, kernels)
 
@@ -58,21 +64,26 @@ class Joined(torch.autograd.Function):
         weight: Tensor,
         residual: Tensor,
         residual_weight: float,
-        geometry: Geometry | None,
-        engines: Engines,
+        step: Step,
     ) -> Tensor:
-        ctx.geometry = geometry
-        ctx.engines = engines
+        spec, geometry, kernels, asked = step
+        shortcut = Shortcut(residual, residual_weight)
+        layer = Layer(weight, None, spec, geometry, kernels, shortcut)
+        ctx.step = step
+        ctx.engines = engines_for(asked, x, layer)
         ctx.share = share(residual_weight)
         ctx.save_for_backward(x, weight)
-        return engines.fprop.fprop(x, weight, geometry, Shortcut(residual, residual_weight))
+        return ctx.engines.fprop.fprop(x, layer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dz = grads[0]
-        dx, dweight = product_grads(ctx, dz, *ctx.saved_tensors)
+        x, weight = ctx.saved_tensors
+        spec, geometry, kernels, _ = ctx.step
+        layer = Layer(weight, None, spec, geometry, kernels)
+        dx, dweight = product_grads(ctx, dz, x, layer)
         dresidual = dz * ctx.share if ctx.needs_input_grad[2] else None
-        return dx, dweight, dresidual, None, None, None
+        return dx, dweight, dresidual, None, None
 
 
 class JoinedAct(torch.autograd.Function):
@@ -90,18 +101,19 @@ class JoinedAct(torch.autograd.Function):
         residual: Tensor,
         residual_weight: float,
         step: Step,
-        engines: Engines,
     ) -> Tensor:
-        spec, geometry, kernels, _ = step
-        engine = engines.fprop
+        spec, geometry, kernels, asked = step
         shortcut = Shortcut(residual, residual_weight)
+        layer = Layer(weight, bias, spec, geometry, kernels, shortcut)
+        engines = engines_for(asked, x, layer)
+        engine = engines.fprop
         own_spec = joined_spec(spec, residual_weight)
         if saves_output(spec, x.dtype):
-            y = engine.fprop_act(x, weight, bias, spec, geometry, kernels, shortcut)
+            y = engine.fprop_act(x, layer)
             kept: tuple[Tensor | None, ...] = y, None, None
         else:
             own, rest = reference.product_bias(bias, x, weight)
-            z = engine.fprop(x, weight, geometry, shortcut, own)
+            z = engine.fprop(x, layer, own)
             y = kernels.bias_act(z, wide(rest, z), own_spec, channel_dim(z, geometry))
             y = reference.rounded(y, x.dtype)
             # The residual, too, because what a second derivative goes through is computed again.
@@ -119,17 +131,18 @@ class JoinedAct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, residual = ctx.saved_tensors
         own, rest = reference.product_bias(bias, x, weight)
+        layer = Layer(weight, bias, ctx.spec, ctx.geometry, ctx.kernels)
         if torch.is_grad_enabled() and residual is not None:
             # What was saved has no graph to differentiate again.
             shortcut = Shortcut(residual, ctx.residual_weight)
-            z = ATEN.fprop(x, weight, ctx.geometry, shortcut, own)
+            z = ATEN.fprop(x, layer._replace(shortcut=shortcut), own)
             saved = reference.rounded(z, x.dtype)
         dz, dbias = act_grad(ctx, grads[0], saved, rest, bias_index=2)
-        dx, dweight = product_grads(ctx, dz, x, weight)
+        dx, dweight = product_grads(ctx, dz, x, layer)
         dresidual = None
         if ctx.needs_input_grad[3]:
             if is_half(dz.dtype):  # dz has been rounded
                 dresidual = act_grad_alone(ctx, grads[0], saved, rest, ctx.residual_spec)
             else:
                 dresidual = dz * share(ctx.residual_weight)
-        return dx, dweight, dbias, dresidual, None, None, None
+        return dx, dweight, dbias, dresidual, None, None

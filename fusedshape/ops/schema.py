@@ -1,4 +1,4 @@
-"""The dispatcher's view of the kernels: schemas, shape rules (fakes), and who implements them.
+"""The dispatcher's view of the kernels: signatures, and shape rules (fakes).
 
 `native_*` are implemented for CPU tensors by csrc, `triton_*` for CUDA tensors (and for CPU tensors
 under ``TRITON_INTERPRET=1``) by `fusedshape.kernels`. The contract is in ARCHITECTURE.md. They are
@@ -11,46 +11,46 @@ innermost in memory, or contiguous matrices (M, C) where the weight is one: a li
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-from fusedshape import native
 from fusedshape.reference import opmath_dtype
 
-KERNEL_BACKENDS = ("native", "triton")
+#: The engines whose operators are defined.
+DEFINED: list[str] = []
 
-_CONSTANTS = (
+#: The constants of an activation in a signature.
+CONSTANTS = (
     "int activation, float negative_slope, float input_scale, float input_shift, "
     "float output_shift, float output_scale"
 )
-_SCHEMAS = {
-    "bias_act": f"(Tensor x, Tensor? bias, int dim, {_CONSTANTS}) -> Tensor",
-    "bias_act_": f"(Tensor(a!) x, Tensor? bias, int dim, {_CONSTANTS}) -> ()",
+#: The activation by itself.
+PASSES = {
+    "bias_act": f"(Tensor x, Tensor? bias, int dim, {CONSTANTS}) -> Tensor",
+    "bias_act_": f"(Tensor(a!) x, Tensor? bias, int dim, {CONSTANTS}) -> ()",
     "act_grad": (
-        f"(Tensor grad, Tensor saved, Tensor? bias, int dim, {_CONSTANTS}, "
+        f"(Tensor grad, Tensor saved, Tensor? bias, int dim, {CONSTANTS}, "
         "bool save_output, bool bias_grad) -> (Tensor, Tensor)"
     ),
     "act_grad_": (
-        f"(Tensor(a!) grad, Tensor saved, Tensor? bias, int dim, {_CONSTANTS}, "
+        f"(Tensor(a!) grad, Tensor saved, Tensor? bias, int dim, {CONSTANTS}, "
         "bool save_output, bool bias_grad) -> Tensor"
     ),
 }
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
-_CONV_SCHEMAS = {
+#: Layers, with the activation and without.
+LAYERS = {
     "conv_act": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float residual_weight, "
-        f"{_GEOMETRY}, {_CONSTANTS}) -> Tensor"
+        f"{_GEOMETRY}, {CONSTANTS}) -> Tensor"
     ),
     "conv": f"(Tensor x, Tensor weight, {_GEOMETRY}) -> Tensor",
     "conv_dgrad": (
         "(Tensor dz, Tensor weight, Tensor? saved, Tensor? bias, SymInt[] input_size, "
-        f"{_GEOMETRY}, {_CONSTANTS}, bool save_output, bool bias_grad) -> (Tensor, Tensor)"
+        f"{_GEOMETRY}, {CONSTANTS}, bool save_output, bool bias_grad) -> (Tensor, Tensor)"
     ),
     "conv_wgrad": f"(Tensor dz, Tensor x, SymInt[] weight_size, {_GEOMETRY}) -> Tensor",
 }
@@ -142,31 +142,23 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _triton(module: str, name: str, schema: str) -> Callable[..., Any]:
-    before, constants, _ = schema.partition(_CONSTANTS)
-    begin, end = before.count(","), before.count(",") + _CONSTANTS.count(",") + 1
-
-    def kernel(*args: Any) -> Any:
-        # Triton is imported by the first call, not before.
-        launch = getattr(importlib.import_module(f"fusedshape.kernels.{module}"), name)
-        if not constants:
-            return launch(*args)
-        return launch(*args[:begin], args[begin:end], *args[end:])
-
-    return kernel
+_library = library.Library("fusedshape", "DEF")
 
 
-def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
-    _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fusedshape::{op}", fake, lib=_library)
+def define(engine: str) -> None:
+    """Define the operators ``<engine>_…``, for all devices; `implement` says what they run.
+
+    Example:
+        >>> sorted(DEFINED)
+        ['native', 'triton']
+    """
+    for name, signature in (PASSES | LAYERS).items():
+        operator = f"{engine}_{name}"
+        _library.define(operator + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        library.register_fake(f"fusedshape::{operator}", _FAKES[name], lib=_library)
+    DEFINED.append(engine)
 
 
-_library = torch.library.Library("fusedshape", "DEF")
-for _backend in KERNEL_BACKENDS:
-    for _name, _schema in (_SCHEMAS | _CONV_SCHEMAS).items():
-        _define(f"{_backend}_{_name}", _schema, _FAKES[_name])
-_KEYS = ("CUDA", "CPU") if os.environ.get("TRITON_INTERPRET") == "1" else ("CUDA",)
-for _module, _schemas in (("pointwise", _SCHEMAS), ("conv", _CONV_SCHEMAS)):
-    for (_name, _schema), _key in itertools.product(_schemas.items(), _KEYS):
-        _library.impl(f"triton_{_name}", _triton(_module, _name, _schema), _key)
-native.load()
+def implement(operator: str, kernel: Callable[..., Any], device: str) -> None:
+    """Let an operator run `kernel` on tensors of a type of device."""
+    _library.impl(operator, kernel, device.upper())

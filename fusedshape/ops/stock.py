@@ -29,8 +29,8 @@ from fusedshape.ops.checks import (
     conv_geometry,
     match,
 )
-from fusedshape.ops.choice import ENGINES
-from fusedshape.ops.dispatch import choose, refuse
+from fusedshape.ops.choice import engine_named
+from fusedshape.ops.dispatch import choose, refuse_kernels
 from fusedshape.spec import ActSpec
 
 _CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
@@ -130,10 +130,10 @@ def bias_act(
 
 def _refuse_kernels(x: Tensor, backend: str, engine: str = "auto") -> None:
     choose(backend, x)
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-    refuse("backend", backend)
-    refuse("engine", engine)
+    refuse_kernels("backend", backend)
+    if engine != "auto":
+        engine_named(engine)
+        refuse_kernels("engine", engine)
 
 
 def conv_act(

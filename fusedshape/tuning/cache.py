@@ -25,7 +25,7 @@ import torch
 
 from fusedshape import native
 from fusedshape.files import distrust, read_json, sweep, user_cache, write_json
-from fusedshape.ops import dispatch
+from fusedshape.ops.engines.triton import HAS_TRITON, INTERPRET
 
 logger = logging.getLogger("fusedshape.tuning")
 
@@ -237,8 +237,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "triton": importlib.metadata.version("triton") if dispatch.HAS_TRITON else None,
-        "interpreted": dispatch.INTERPRET,
+        "triton": importlib.metadata.version("triton") if HAS_TRITON else None,
+        "interpreted": INTERPRET,
         "kernels": kernel_hash(_PACKAGE),
         "native": native.library_path().name if not cuda and native.available() else None,
     }

@@ -18,7 +18,7 @@ from fusedshape.shell import Commands, shape
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory
-from fusedshape.tuning.layers import Layer, fused_layers
+from fusedshape.tuning.layers import LayerCall, fused_layers
 from fusedshape.tuning.measuring import Result, able, measure
 from fusedshape.tuning.problems import is_passed_over, settings
 from fusedshape.validate import find_device
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def tune(
-    layers: Sequence[Layer],
+    layers: Sequence[LayerCall],
     device: torch.device,
     *,
     force: bool = False,

@@ -12,13 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import ShapedChain, chain_rows
+from fusedshape.ops import dispatch
 from fusedshape.ops.checks import Geometry, match
 from fusedshape.ops.conv import padded
+from fusedshape.ops.layer import Layer
 from fusedshape.ops.problem import Direction, Problem, problem_of
 from fusedshape.validate import instance
 
 
-class Layer(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a fused layer.
 
     Attributes:
@@ -32,7 +34,7 @@ class Layer(NamedTuple):
     directions: tuple[Direction, ...]
 
 
-def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
+def fused_layers(model: nn.Module, *inputs: Any) -> list[LayerCall]:
     """Run a model once and say what its fused layers were asked for, in the order of the calls.
 
     Nothing is computed where the model can do with fake numbers; only shapes are.
@@ -74,8 +76,8 @@ def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
     return found
 
 
-def _run(model: nn.Module, names: dict[nn.Module, str], inputs: Any) -> list[Layer]:
-    found: list[Layer] = []
+def _run(model: nn.Module, names: dict[nn.Module, str], inputs: Any) -> list[LayerCall]:
+    found: list[LayerCall] = []
     chained = _chained(model)
     with _watched(names, found, chained), torch.enable_grad():
         model(*inputs)
@@ -84,7 +86,7 @@ def _run(model: nn.Module, names: dict[nn.Module, str], inputs: Any) -> list[Lay
 
 @contextmanager
 def _watched(
-    names: dict[nn.Module, str], found: list[Layer], chained: set[nn.Module]
+    names: dict[nn.Module, str], found: list[LayerCall], chained: set[nn.Module]
 ) -> Iterator[None]:
     """Take notes of calls. Hooks part chains into their layers, which compute the same."""
 
@@ -112,7 +114,7 @@ def _chained(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _layer(path: str, module: Any, x: Tensor, chained: bool) -> Layer:
+def _layer(path: str, module: Any, x: Tensor, chained: bool) -> LayerCall:
     needs = x.requires_grad
     x, weight = match(path, x.detach(), module.weight.detach())
     geometry: Geometry | None = None
@@ -124,7 +126,9 @@ def _layer(path: str, module: Any, x: Tensor, chained: bool) -> Layer:
         directions.append("dgrad_act" if chained else "dgrad")
     if module.weight.requires_grad:
         directions.append("wgrad")
-    return Layer(path, problem_of(x, weight, module.spec, geometry), tuple(directions))
+    kernels = dispatch.choose("auto", x)
+    layer = Layer(weight, None, module.spec, geometry, kernels)
+    return LayerCall(path, problem_of(x, layer), tuple(directions))
 
 
 def _geometry(path: str, module: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Geometry]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedshape.kernels import tuned
-from fusedshape.ops.choice import engines_for
-from fusedshape.ops.choice import rivals as choosable
+from fusedshape.ops import choice
 from fusedshape.ops.engines import ATEN
 from fusedshape.ops.engines.protocol import LayerEngine
 from fusedshape.ops.problem import Direction, Problem
@@ -23,12 +22,10 @@ from fusedshape.tuning import contest
 from fusedshape.tuning.cache import Record
 from fusedshape.tuning.kernels import Choice
 from fusedshape.tuning.problems import (
-    empty_input,
-    geometry_of,
+    empty_layer,
     operands,
     settings,
     size_of,
-    spec_of,
     terms_of,
 )
 
@@ -116,15 +113,14 @@ def able(problem: Problem, device: torch.device) -> tuple[dict[str, LayerEngine]
     """The engines beside "aten" that can run a problem, and why the others cannot."""
     rivals: dict[str, LayerEngine] = {}
     reasons: dict[str, str] = {}
-    x = empty_input(problem, device)
-    weight = torch.empty(problem.weight, dtype=problem.dtype, device=device)
-    for name in choosable(device.type):
+    x, layer = empty_layer(problem, device)
+    for engine in choice.rivals(device.type):
         try:
-            engines = engines_for(name, x, weight, spec_of(problem), geometry_of(problem))
+            engines = choice.engines_for(engine.name, x, layer)
         except (ValueError, RuntimeError) as error:
-            reasons[name] = str(error)
+            reasons[engine.name] = str(error)
         else:
-            rivals[name] = engines.fprop
+            rivals[engine.name] = engines.fprop
     return rivals, reasons
 
 

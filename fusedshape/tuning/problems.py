@@ -13,7 +13,7 @@ from fusedshape.activations import ACTIVATIONS
 from fusedshape.ops import choice, dispatch
 from fusedshape.ops.checks import Geometry
 from fusedshape.ops.engines.protocol import LayerEngine
-from fusedshape.ops.layer import Before, channel_dim
+from fusedshape.ops.layer import Before, Layer, channel_dim
 from fusedshape.ops.problem import Direction, Problem
 from fusedshape.spec import ActSpec, saves_output
 
@@ -114,22 +114,18 @@ class Operands(NamedTuple):
     """Tensors of a layer, with numbers as a network at its start has them."""
 
     x: Tensor
-    weight: Tensor
-    bias: Tensor
-    spec: ActSpec
-    geometry: Geometry | None
+    layer: Layer
     before: Before
     dz: Tensor
 
     def call(self, own: LayerEngine, direction: Direction) -> Sequence[Tensor]:
         """Let an engine compute one direction."""
-        x, weight, bias, spec, geometry, before, dz = self
+        x, layer, before, dz = self
         if direction == "fprop":
-            return [own.fprop_act(x, weight, bias, spec, geometry, before.kernels)]
+            return [own.fprop_act(x, layer)]
         if direction == "wgrad":
-            return [own.wgrad(dz, x, weight, geometry)]
-        chained = before if direction == "dgrad_act" else None
-        found = own.dgrad(dz, weight, x, geometry, chained)
+            return [own.wgrad(dz, x, layer)]
+        found = own.dgrad(dz, x, layer, before if direction == "dgrad_act" else None)
         return [t for t in found if t is not None]
 
 
@@ -153,7 +149,7 @@ def geometry_of(problem: Problem) -> Geometry | None:
     if len(p.weight) == 2:
         return None
     zeros = [0] * len(p.stride)
-    return list(p.stride), list(p.padding), list(p.dilation), False, zeros, p.groups
+    return Geometry(list(p.stride), list(p.padding), list(p.dilation), False, zeros, p.groups)
 
 
 def empty_input(problem: Problem, device: torch.device) -> Tensor:
@@ -163,6 +159,14 @@ def empty_input(problem: Problem, device: torch.device) -> Tensor:
         return torch.empty(problem.input, dtype=problem.dtype, device=device)
     shape = batch, *rest[1:], rest[0]
     return torch.empty(shape, dtype=problem.dtype, device=device).movedim(-1, 1)
+
+
+def empty_layer(problem: Problem, device: torch.device) -> tuple[Tensor, Layer]:
+    """An input and a layer without numbers, for questions about them."""
+    x = empty_input(problem, device)
+    weight = torch.empty(problem.weight, dtype=problem.dtype, device=device)
+    kernels = dispatch.choose("auto", x)
+    return x, Layer(weight, None, spec_of(problem), geometry_of(problem), kernels)
 
 
 def operands(problem: Problem, base: LayerEngine, device: torch.device) -> Operands:
@@ -193,5 +197,6 @@ def operands(problem: Problem, base: LayerEngine, device: torch.device) -> Opera
     before_bias = vector(problem.input[dim])
     x = kernels.bias_act(z, before_bias, spec, dim)
     before = Before(x if saves_output(spec, z.dtype) else z, before_bias, spec, kernels, True)
-    dz = normal(base.fprop(x, weight, geometry))
-    return Operands(x, weight, vector(problem.weight[0]), spec, geometry, before, dz)
+    layer = Layer(weight, None, spec, geometry, kernels)
+    dz = normal(base.fprop(x, layer))
+    return Operands(x, layer._replace(bias=vector(problem.weight[0])), before, dz)

@@ -14,8 +14,9 @@ from torch.autograd import gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedshape import ShapedChain, ShapedConv2d, reference
-from fusedshape.ops import ChainLayer, conv_act, conv_chain, dispatch, linear_act
+from fusedshape.ops import ChainLayer, conv_act, conv_chain, linear_act
 from fusedshape.ops.choice import install_chooser
+from fusedshape.ops.engines.triton import INTERPRET
 from fusedshape.ops.problem import Direction, Problem
 from fusedshape.spec import saves_output
 from tests.support.specs import shaped
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     # Triton 3.6's interpreter, where the bound of a loop is not known beforehand.
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
-    pytest.mark.skipif(not dispatch.INTERPRET, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1"),
 ]
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 LEAKY, SWISH = shaped("leaky_relu"), shaped("swish")

@@ -82,7 +82,7 @@ def test_choices_are_found_kept_and_taken(kind: str, direction: Direction) -> No
         if kind == "linear" and size == 4:  # 28 rows are of the bucket of 21 rows, 35 are not
             own = one._replace(input=(28, 16))
         tensors = tuning.problems.operands(own, ATEN, CPU)
-        runs = engines_for("triton", *tensors[:2], *tensors[3:5]).fprop
+        runs = engines_for("triton", tensors.x, tensors.layer).fprop
         with asked() as log:
             tensors.call(runs, direction)
         ((tunable, args),) = log

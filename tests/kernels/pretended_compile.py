@@ -23,6 +23,7 @@ from fusedshape.ops import ChainLayer, bias_act, conv_act, conv_chain, linear_ac
 from fusedshape.ops.problem import problem_of
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record
+from tests.support.layers import layer_of
 from tests.support.specs import shaped
 
 # Without a shift the output is saved in half precision too.
@@ -118,7 +119,7 @@ def test_chain(engine: str) -> None:
 def test_what_was_measured_is_taken() -> None:
     x, w, b = leaf(*X), leaf(*W), leaf(*B)
     geometry = [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-    problem = problem_of(x, w, LEAKY, geometry)
+    problem = problem_of(x, layer_of(w, LEAKY, geometry))
     assert problem.capability == torch.cuda.get_device_capability()
     record = Record("triton", None, 2, base_seconds=2.0, seconds=1.0)
     for direction in ("fprop", "wgrad"):

@@ -22,17 +22,17 @@ from fusedshape.ops.choice import (
     only_aten,
     pinned_engine,
     rivals,
-    why_not,
 )
-from fusedshape.ops.engines import ATEN
+from fusedshape.ops.engines import ATEN, ENGINES
 from fusedshape.ops.problem import DIRECTIONS, Direction, Problem, problem_of
 from tests.support.backends import INTERPRET, NATIVE_SERVES
+from tests.support.layers import layer_of
 from tests.support.operands import LEAKY
 from tests.support.specs import shaped
 
 X, W = torch.ones(2, 3, 5, 4), torch.ones(6, 3, 3, 3)
 GEOMETRY = ([1, 2], [1, 0], [1, 1], False, [0, 0], 1)
-PROBLEM = problem_of(X, W, LEAKY, GEOMETRY)
+PROBLEM = problem_of(X, layer_of(W, LEAKY, GEOMETRY))
 
 
 @pytest.fixture
@@ -47,6 +47,12 @@ def asked() -> Iterator[list[tuple[Direction, Problem]]]:
     previous = install_chooser(chooser)
     yield questions
     assert install_chooser(previous) is chooser
+
+
+def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
+    n = weight.ndim - 2
+    geometry = ([1] * n, [0] * n, [1] * n, False, [0] * n, groups) if n else None
+    return ENGINES[name].why_not(x, layer_of(weight, LEAKY, geometry))
 
 
 def fits(name: str) -> str | None:
@@ -75,13 +81,13 @@ def test_a_problem_says_all_and_is_hashable() -> None:
         )
         == PROBLEM
     )
-    last = problem_of(X.to(memory_format=torch.channels_last), W, LEAKY, GEOMETRY)
+    last = problem_of(X.to(memory_format=torch.channels_last), layer_of(W, LEAKY, GEOMETRY))
     assert last == PROBLEM._replace(channels_last=True)
-    assert len({PROBLEM, last, problem_of(X, W, LEAKY, GEOMETRY)}) == 2
-    linear = problem_of(torch.ones(2, 3, 4), torch.ones(5, 4), shaped("swish"), None)
+    assert len({PROBLEM, last, problem_of(X, layer_of(W, LEAKY, GEOMETRY))}) == 2
+    linear = problem_of(torch.ones(2, 3, 4), layer_of(torch.ones(5, 4), shaped("swish"), None))
     assert linear.channels_last
     assert (linear.stride, linear.groups, linear.saves_output) == ((), 1, False)
-    strided = problem_of(torch.ones(2, 4, 3).mT, torch.ones(5, 4), LEAKY, None)
+    strided = problem_of(torch.ones(2, 4, 3).mT, layer_of(torch.ones(5, 4), LEAKY, None))
     assert not strided.channels_last
 
 
@@ -117,7 +123,7 @@ def test_other_answers_mean_aten(answer: str | None) -> None:
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter serves CPU tensors")
 def test_on_the_cpu_nobody_is_asked(asked: list[tuple[Direction, Problem]]) -> None:
-    assert engines_for("auto", X, W, LEAKY, GEOMETRY) == (ATEN,) * 3
+    assert engines_for("auto", X, layer_of(W, LEAKY, GEOMETRY)) == (ATEN,) * 3
     weight = W.clone().requires_grad_()
     conv_act(X, weight, None, LEAKY).sum().backward()
     assert weight.grad is not None
@@ -222,8 +228,9 @@ def test_who_names_a_backend_wants_its_pass() -> None:
 
 
 def test_rivals() -> None:
-    assert rivals("cuda") == ("triton",)
-    assert rivals("cpu") == (("triton",) if INTERPRET else ("native",))
+    names = {device: tuple(e.name for e in rivals(device)) for device in ("cuda", "cpu")}
+    assert names["cuda"] == ("triton",)
+    assert names["cpu"] == (("triton",) if INTERPRET else ("native",))
     assert rivals("mps") == rivals("meta") == ()
 
 
@@ -252,9 +259,9 @@ def test_only_aten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_chooser_is_not_asked_for_small_inputs(asked: list[tuple[Direction, Problem]]) -> None:
     geometry = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     w = last(64, 64, 1, 1)
-    assert engines_for("auto", last(8, 64, 8, 7), w, LEAKY, geometry) == (ATEN,) * 3
+    assert engines_for("auto", last(8, 64, 8, 7), layer_of(w, LEAKY, geometry)) == (ATEN,) * 3
     assert not asked
-    found = engines_for("auto", last(8, 64, 8, 8), w, LEAKY, geometry, chained=True)
+    found = engines_for("auto", last(8, 64, 8, 8), layer_of(w, LEAKY, geometry), chained=True)
     assert [direction for direction, _ in asked] == ["fprop", "dgrad_act", "wgrad"]
     assert [e.name for e in found] == ["native"] * 3, "Triton cannot, so what is pinned does"
 
@@ -278,7 +285,7 @@ def test_each_direction_by_its_own_engine(names: tuple[str, str, str]) -> None:
     try:
         got = results("auto")
         geometry = ([2, 2], [1, 1], [1, 1], False, [0, 0], 1)
-        found = engines_for("auto", x, w, LEAKY, geometry)
+        found = engines_for("auto", x, layer_of(w, LEAKY, geometry))
     finally:
         install_chooser(previous)
     assert tuple(e.name for e in found) == names
@@ -370,14 +377,14 @@ def test_choices_are_remembered_while_they_hold() -> None:
     previous = install_chooser(chooser)
     try:
         for _ in range(2):
-            assert engines_for("auto", x, weight, LEAKY, None).fprop.name == "aten"
+            assert engines_for("auto", x, layer_of(weight, LEAKY, None)).fprop.name == "aten"
         assert len(asked) == 3
-        engines_for("auto", x[:70], weight, LEAKY, None)
+        engines_for("auto", x[:70], layer_of(weight, LEAKY, None))
         assert len(asked) == 6
-        assert engines_for("native", x, weight, LEAKY, None).fprop.name == "native"
+        assert engines_for("native", x, layer_of(weight, LEAKY, None)).fprop.name == "native"
         install_chooser(chooser, steady=False)
         for _ in range(2):
-            engines_for("auto", x, weight, LEAKY, None)
+            engines_for("auto", x, layer_of(weight, LEAKY, None))
         assert len(asked) == 12
     finally:
         install_chooser(previous)

@@ -26,6 +26,7 @@ class Rival(type(ATEN)):
     """An engine that stands in for Triton's: ATen's numbers, and a note of its calls."""
 
     name = "triton"
+    plain = False
 
     def __init__(self) -> None:
         self.calls: list[str] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedshape import tuning
-from fusedshape.ops import choice, engines
+from fusedshape.ops import engines
 from fusedshape.ops.problem import Problem
 from fusedshape.tuning import chooser, measuring
 from fusedshape.tuning.cache import Record
@@ -35,9 +35,9 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def rival(monkeypatch: pytest.MonkeyPatch) -> Rival:
     """A second engine for CPU tensors."""
     one = Rival()
-    monkeypatch.setitem(engines.REGISTRY, "triton", one)
-    monkeypatch.setitem(choice._SERVED, "cpu", ("triton",))
-    monkeypatch.setattr(choice, "why_not", lambda name, *_: None if name == "triton" else "not now")
+    monkeypatch.setitem(engines.ENGINES, "triton", one)
+    monkeypatch.setitem(engines.RIVALS, "cpu", (one,))
+    monkeypatch.setattr(engines.ENGINES["native"], "why_not", lambda *_: "not now")
     return one
 
 

@@ -16,6 +16,7 @@ from fusedshape import native, tuning
 from fusedshape.cli import main
 from fusedshape.nn import ShapedConv2d
 from fusedshape.ops import choice
+from fusedshape.ops.layer import Layer
 from fusedshape.ops.problem import Direction, Problem
 from fusedshape.tuning import cache, chooser, command, measuring
 from tests.support.rivals import CPU, LEAKY, PROBLEM, RECORD, Rival, steady
@@ -162,10 +163,11 @@ def test_the_table_says_who_computes_a_layer_on_a_cpu(monkeypatch: pytest.Monkey
 
 
 def test_who_cannot_run_is_told(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:
-    def why_not(name: str, x: Tensor, weight: Tensor, groups: int) -> str | None:
+    def why_not(x: Tensor, layer: Layer) -> str | None:
+        groups = layer.geometry.groups
         return None if groups == 1 else f"groups={groups}"
 
-    monkeypatch.setattr(choice, "why_not", why_not)
+    monkeypatch.setattr(rival, "why_not", why_not)
     model = nn.Sequential(*(ShapedConv2d(4, 4, 1, groups=n, spec=LEAKY) for n in (1, 2, 4, 2)))
     found = tuning.fused_layers(model, torch.zeros(1, 4, 3, 3))
     lines = command.text(list(command.tune(found, CPU, dry_run=True))).splitlines()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedshape import ActSpec, convert, tuning
 from fusedshape.models import vanilla_convnet
 from fusedshape.nn import ShapedChain, ShapedConv2d, ShapedLinear
-from fusedshape.ops import choice
+from fusedshape.ops import choice, engines
 from fusedshape.ops.problem import Problem
 from fusedshape.tuning import layers
 from tests.support.rivals import LEAKY
@@ -25,7 +25,7 @@ def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
     def note(direction: str, problem: Problem) -> None:
         seen.append((direction, problem))
 
-    monkeypatch.setitem(choice._SERVED, "cpu", ("triton",))
+    monkeypatch.setitem(engines.RIVALS, "cpu", (engines.ENGINES["triton"],))
     monkeypatch.setattr(choice, "_chooser", note)
     monkeypatch.setattr(choice, "_remembers", False)
     model(x).sum().backward()
@@ -33,7 +33,7 @@ def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
     return seen
 
 
-def asked_for(found: Sequence[layers.Layer]) -> list[Any]:
+def asked_for(found: Sequence[layers.LayerCall]) -> list[Any]:
     """The same in that form: an engine is asked for dgrad also where nobody needs it."""
     everything = []
     for one in found:

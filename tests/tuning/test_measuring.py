@@ -39,11 +39,11 @@ def test_every_direction_can_be_measured(activation: str, linear: bool, rival: R
 def test_operands_are_the_problems() -> None:
     for change in ({}, {"channels_last": False}, {"dtype": torch.bfloat16}, {"stride": (2, 1)}):
         problem = PROBLEM._replace(**change)
-        x, weight, _, spec, geometry, before, dz = problems.operands(problem, ATEN, CPU)
-        assert problem_of(x, weight, spec, geometry) == problem
+        x, own, before, dz = problems.operands(problem, ATEN, CPU)
+        assert problem_of(x, own) == problem
         assert before.saved.stride() == x.stride()
         assert torch.equal(x, problems.operands(problem, ATEN, CPU).x)
-        assert dz.shape == ATEN.fprop(x, weight, geometry).shape
+        assert dz.shape == ATEN.fprop(x, own).shape
 
 
 def test_a_rival_that_computes_wrongly(rival: Rival, log: pytest.LogCaptureFixture) -> None:
