@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+from functools import partial
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
 import fusedshape
+from fusedshape.cli import commands
 
 project = "fusedshape"
 author = "the fusedshape authors"
@@ -25,3 +33,23 @@ autodoc_preserve_defaults = True
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+
+
+class Commands(SphinxDirective):
+    """The help of every command, as the command line prints it."""
+
+    def run(self) -> list[nodes.Node]:
+        """A section for each command."""
+        found: list[nodes.Node] = []
+        for parser in commands().parsers():
+            parser.formatter_class = partial(argparse.HelpFormatter, width=88)
+            text = parser.format_help()
+            block = nodes.literal_block(text, text, language="text")
+            title = nodes.title(text=parser.prog)
+            found.append(nodes.section("", title, block, ids=[nodes.make_id(parser.prog)]))
+        return found
+
+
+def setup(app: Sphinx) -> None:
+    """Add the directive."""
+    app.add_directive("commands", Commands)
