@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +18,16 @@ from fusedshape.convert.calls import read_calls
 from fusedshape.convert.report import Change
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
-from fusedshape.nodes import is_query
+from fusedshape.nodes import is_foreign, is_query, operation
 from fusedshape.spec import ActSpec
-from fusedshape.torch_ops import NONLINEAR, function_of, name_of, writes
+from fusedshape.torch_ops import NONLINEAR, PRODUCTS, QUOTIENTS, SUMS, function_of, name_of, writes
 from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_args
 from fusedshape.undo import UndoLog, all_or_nothing
 from fusedshape.validate import flag, function, real
 
 ShortcutWeight = float | Mapping[str, float]
 
-_SUMS = (operator.add, operator.iadd, torch.add)
-_SUM_METHODS = ("add", "add_")
-_SCALINGS = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "mul_", "div", "div_")
+_SCALINGS = PRODUCTS | QUOTIENTS
 # This library's nonlinear functions.
 _OURS = {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
 _WITH_SKIPS_INSIDE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -395,8 +392,7 @@ class _Plan:
 
     def _own_depth(self, owner: nn.Module, node: fx.Node) -> int:
         if node.op != "call_module":
-            name = name_of(node.target).removesuffix("_")
-            return int(node.op in ("call_function", "call_method") and name in NONLINEAR | _OURS)
+            return int(operation(node).removesuffix("_") in NONLINEAR | _OURS)
         name = str(node.target)
         if name in self.children.get(owner, {}):
             return 0
@@ -411,7 +407,7 @@ class _Plan:
 
     def _check_in_place(self, module: nn.Module, found: _Sum) -> None:
         """Raise if a sum in place is meant to change a tensor that is known by other names too."""
-        if found.node.target not in ("add_", operator.iadd):
+        if not writes(name_of(found.node.target)):
             return
         stack: list[tuple[nn.Module, fx.Node, list[fx.Node]]] = [
             (module, found.node, [found.operands[0]])
@@ -460,7 +456,7 @@ def _may_add(module: nn.Module) -> bool:
     trees = reachable_code(kind)
     return trees is None or any(
         (isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Add))
-        or (isinstance(node, ast.Attribute) and node.attr in _SUM_METHODS)
+        or (isinstance(node, ast.Attribute) and node.attr.removesuffix("_") in SUMS)
         for _, _, tree in trees
         for node in ast.walk(tree)
     )
@@ -468,8 +464,7 @@ def _may_add(module: nn.Module) -> bool:
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """What a node adds, if it adds two values."""
-    named = node.op == "call_method" and node.target in _SUM_METHODS
-    if not named and not (node.op == "call_function" and node.target in _SUMS):
+    if is_foreign(node) or operation(node).removesuffix("_") not in SUMS:
         return None
     a = node.args[0] if node.args else node.kwargs.get("input")
     b = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
@@ -481,7 +476,7 @@ def _sums(graph: fx.Graph) -> list[_Sum]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     found = [_Sum(node, ab) for node in graph.nodes if (ab := _operands(node)) is not None]
     for one in found:
-        if one.node.target in ("add_", operator.iadd):
+        if writes(name_of(one.node.target)):
             # The same tensor by its other name, which is what the new sum will go by.
             take_over(one.operands[0], one.node, order)
     found = [_Sum(one.node, ab) for one in found if (ab := _operands(one.node)) is not None]
@@ -526,7 +521,8 @@ def _judge(found: _Sum, dominators: _Dominators) -> None:
 
 
 def _scaled(node: fx.Node) -> bool:
-    return node.target in _SCALINGS and any(isinstance(a, (int, float)) for a in node.args)
+    scales = operation(node).removesuffix("_") in _SCALINGS and not is_foreign(node)
+    return scales and any(isinstance(a, (int, float)) for a in node.args)
 
 
 def _between(fork: fx.Node, ends: tuple[fx.Node, fx.Node]) -> set[fx.Node]:
