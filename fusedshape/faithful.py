@@ -1,4 +1,4 @@
-"""Whether what was traced computes what the model computes, on an input where one can be made."""
+"""Compares what was traced with the model itself, on an input if one can be made."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fusedshape.tracing import Reading, Slot, required
 from fusedshape.undo import UndoLog, generator_of
 
 _Result = TypeVar("_Result")
-_SIZES = (8, 16, 32, 64, 224)  # of images, tried from the smallest
+_SIZES = (8, 16, 32, 64, 224)  # of images, the smallest first
 _SAMPLES = 2
-# Two runs of the same operations differ by rounding only where their order may change.
+# Two runs of the same operations differ by rounding only, where their order may vary.
 _ROUNDINGS = 16
 
 
 def leaving_no_trace(model: nn.Module, run: Callable[[], _Result]) -> _Result:
-    """Run something of a model without gradients or hooks, and put back all that it changes.
+    """Run part of a model without gradients or hooks, and undo its side effects.
 
-    Numbers of parameters and buffers, attributes, modes, hooks and random states are put back; what
-    is written to parameters past PyTorch, as through NumPy, is not.
+    Parameters, buffers, attributes, modes, hooks and random states are restored. What is written to
+    parameters without PyTorch, for instance through NumPy, is not.
     """
     log = UndoLog()
     guard = Guard(log)
@@ -37,7 +37,10 @@ def leaving_no_trace(model: nn.Module, run: Callable[[], _Result]) -> _Result:
         for name, parameter in model.named_parameters():
             guard.watch(parameter, name)
             save_place(parameter, name, log)
-        for name, buffer in model.named_buffers():  # batch_norm writes to them without saying so
+        for (
+            name,
+            buffer,
+        ) in model.named_buffers():  # batch_norm writes undeclared
             log.tensor(buffer, name)
         log.save("the state of Python's random", lambda: random.setstate(state))
         for name, module in model.named_modules():
@@ -55,14 +58,14 @@ def leaving_no_trace(model: nn.Module, run: Callable[[], _Result]) -> _Result:
 
 
 def inputs_for(model: nn.Module, example: Any = None) -> tuple[Any, ...] | None:
-    """Arguments with which a model runs: those given, or small random ones that fit its layers.
+    """Arguments with which a model runs: the example, or small random inputs that fit its layers.
 
     Args:
-        model: the model; all is left as it was.
-        example: an input, or a tuple of them.
+        model: the model; it is left unchanged.
+        example: an input, or a tuple of inputs.
 
     Returns:
-        The arguments, None if none were found. They are drawn from a generator of their own.
+        The arguments; None if none were found. Random inputs come from a generator of their own.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
@@ -81,7 +84,7 @@ def inputs_for(model: nn.Module, example: Any = None) -> tuple[Any, ...] | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[Tensor]:
-    """Inputs that may fit a model, by what its first layers take."""
+    """Inputs that may fit a model, judging by what its first layers take."""
     generator = torch.Generator().manual_seed(0)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
@@ -114,22 +117,22 @@ def unfaithful(
     graphs: Mapping[nn.Module, Sequence[fx.Graph]],
     args: tuple[Any, ...],
 ) -> tuple[nn.Module, str] | None:
-    """The first module whose graphs do not compute what it computes in one run of the model.
+    """The first module whose graphs compute something else than the module, in one run of a model.
 
     Args:
-        model: the model; all is left as it was.
-        graphs: of modules of it: training's and evaluation's, or one for both.
-        args: what to call the model with.
+        model: the model; it is left unchanged.
+        graphs: for each module its graphs of training and of evaluation, or one for both.
+        args: arguments of the model.
 
     Returns:
-        The module, and how its graph differs; None if none does.
+        The module and how its graph differs; None if none does.
     """
     for module, (given, kwargs) in calls(model, graphs, args).items():
         for training in (True, False):
             graph = graphs[module][0 if training else -1]
             try:
                 wanted = _run(module, type(module).forward, given, kwargs, training)
-            except Exception:  # it does not run in this mode
+            except Exception:  # the module itself does not run in this mode
                 continue
             try:
                 got = _run(module, _function(graph), given, kwargs, training)
@@ -142,13 +145,13 @@ def unfaithful(
 
 
 def misread(module: nn.Module, reading: Reading, slots: Any, call: Any) -> str:
-    """How what was read of a module differs from what it computes in one call; "" if it does not.
+    """How a reading differs from what the module computes in one call; "" if it does not.
 
     Args:
-        module: the module; all is left as it was.
+        module: the module; it is left unchanged.
         reading: what was read.
-        slots: the arguments and keyword arguments it was read with.
-        call: those of the call. One that is none of those that were read tells nothing.
+        slots: the positional and keyword arguments that the module was read with.
+        call: the same of the call. If it does not match `slots`, nothing is compared.
     """
     expected, shape = pytree.tree_flatten(slots)
     given, shape_given = pytree.tree_flatten(call)
@@ -159,19 +162,19 @@ def misread(module: nn.Module, reading: Reading, slots: Any, call: Any) -> str:
     inputs = [_copy(g) for e, g in pairs if isinstance(e, Slot)]
     try:
         wanted, writes = _writing(module, lambda: type(module).forward(module, *given, **named))
-    except Exception:  # it does not run in this mode
+    except Exception:  # the module itself does not run in this mode
         return ""
     try:
         got, also = _writing(module, lambda: _follow(module, reading, inputs))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    if writes - also:  # what it has written is not in a reading
+    if writes - also:  # a reading does not include what the module writes
         return ""
     return differs(got, wanted, _ROUNDINGS)
 
 
 def _writing(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, set[str]]:
-    """What a run in training mode returns, and the names of the tensors that it writes."""
+    """Run in training mode; return the result and the names of the tensors written to."""
 
     def watched() -> tuple[Any, set[str]]:
         module.train()
@@ -193,7 +196,7 @@ def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> b
 
 
 def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
-    """What a reading computes."""
+    """Execute a reading."""
     given = iter(inputs)
     env: dict[fx.Node, Any] = {}
     for node in reading.graph.nodes:
@@ -214,7 +217,7 @@ def _follow(module: nn.Module, reading: Reading, inputs: Sequence[Any]) -> Any:
 
 
 def _arguments(tree: Any, env: Mapping[fx.Node, Any]) -> Any:
-    """A node's arguments, in lists and dicts that a module may write as its forward's own are."""
+    """The values of a node's arguments, in new lists and dicts, as a module may write to them."""
     if isinstance(tree, fx.Node):
         return env[tree]
     if isinstance(tree, dict):
@@ -229,7 +232,7 @@ def _arguments(tree: Any, env: Mapping[fx.Node, Any]) -> Any:
 def calls(
     model: nn.Module, modules: Iterable[nn.Module], args: tuple[Any, ...]
 ) -> dict[nn.Module, tuple[Any, Any]]:
-    """The arguments and keyword arguments of one call of each module, in a run of the model."""
+    """The positional and keyword arguments of one call of each module, in a run of the model."""
     found: dict[nn.Module, tuple[Any, Any]] = {}
 
     def keep(module: nn.Module, given: Any, kwargs: Any) -> None:
@@ -242,7 +245,7 @@ def calls(
 
     try:
         leaving_no_trace(model, run)
-    except Exception:  # what was called before is known
+    except Exception:  # calls before the error are recorded
         return found
     return found
 
@@ -255,7 +258,7 @@ def _run(
 
 
 def _function(graph: fx.Graph) -> Callable[..., Any]:
-    """A graph as a function of the module and its inputs."""
+    """Compile a graph to a function of the module and its inputs."""
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)
@@ -264,7 +267,7 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
 
 
 def differs(got: Any, wanted: Any, roundings: float) -> str:
-    """How one output differs from another by more than some roundings; "" if it does not."""
+    """How two outputs differ by more than some roundings; "" if they do not."""
     ones, others = _tensors(got), _tensors(wanted)
     if len(ones) != len(others):
         return f"{len(ones)} tensors instead of {len(others)}"
@@ -287,7 +290,7 @@ def differs(got: Any, wanted: Any, roundings: float) -> str:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The tensors in an output, in order, whatever holds them."""
+    """The tensors in an output, in order, whatever containers hold them."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):

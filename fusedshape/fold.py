@@ -1,4 +1,4 @@
-"""fold: a converted model as stock torch modules only, its constants folded into the weights."""
+"""fold: rewrites a converted model in stock torch modules, with constants in the weights."""
 
 from __future__ import annotations
 
@@ -45,51 +45,52 @@ from fusedshape.validate import flag
 _PAD_ARGUMENTS = ("input", "pad", "mode", "value")  # of torch.nn.functional.pad
 _PADS: tuple[Any, ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
-# What commutes with y ↦ s·y + t, as it moves numbers or takes means of them. Parts are several
-# tensors, unfold may pad with zeros, casts round another value, and an average pool may be uneven.
+# Operations that commute with y ↦ s·y + t, because they move numbers or take means of them. Not
+# among them: parts (several tensors), unfold (pads with zeros), casts (round the value at that
+# point), and average pools, whose weights need not add up to 1.
 _MOVED = (VIEWS - PARTS - {"unfold"}) | MOVES | RESIZES | (MEANS - {"avg_pool"})
 _MOVED |= {"contiguous", "detach"}
-# float64's roundings by which a folded model may differ: δ and φ nearly cancel, layer by layer.
+# How many float64 roundings a folded model may differ by: δ and φ nearly cancel in every layer.
 _ROUNDINGS = 1e8
 
 
 def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> fx.GraphModule:
-    r"""Make a new model of stock torch modules that computes the same, to rounding.
+    r"""Make a new model of stock torch modules that computes the same, up to rounding.
 
-    For deployment: the result needs no fusedshape, pickles, compiles, and exports through
-    torch.export and torch.onnx. α and β go into the layer before, γ and δ into the layers after
-    (or, with γφ(z) = φ(γz), into the layer before too), weights of normalised sums into the last
-    layers of their branches; pools, reshapes, dropout and sums lie between as they may. What no
-    layer can take stands as a multiplication or an addition.
+    Use it for deployment: the result does not need fusedshape, pickles, compiles, and exports
+    through torch.export and torch.onnx. α and β go into the layer before the activation, γ and δ
+    into the layers after it (or into the layer before, if γφ(z) = φ(γz)), and weights of normalised
+    sums into the last layers of their branches. Pools, reshapes, dropout and sums may lie in
+    between. Constants that no layer can take become multiplications and additions.
 
-    A shift δ before a zero-padded convolution is exact too: the convolution is then padded with −δ
-    by an nn.ConstantPad of its own, because γ(−δ + δ) = 0.
+    A shift δ before a zero-padded convolution is exact too: an nn.ConstantPad pads its input with
+    −δ instead of zeros, because γ(−δ + δ) = 0.
 
-    The result holds copies, keeps devices, dtypes, modes and most state_dict keys, and does what
-    the model does in evaluation; dropout modules stay and work in training. Activations without a
-    stock module (atan, asinh, erf, square, sin, cos, bentid) and `PerLocationNorm` become stock
-    functions.
+    The result holds copies, keeps devices, dtypes, modes and most state_dict keys, and computes
+    what the model computes in evaluation mode; dropout modules are kept and work in training.
+    Activations without a stock module (atan, asinh, erf, square, sin, cos, bentid) and
+    `PerLocationNorm` become stock functions.
 
-    Fold for float32. In half precision φ is rounded before δ cancels most of it and γ multiplies
-    the error, which the fused layers avoid: 49 TAT layers of tanh (γ = 15.8) in bfloat16 are off
-    by 0.5 of the output's root mean square folded, by 0.016 fused. For leaky_relu, which has no δ,
-    both are off by 0.01.
+    Fold for float32. In half precision φ is rounded before δ cancels most of it, and γ multiplies
+    the error; the fused layers avoid this. With 49 TAT layers of tanh (γ = 15.8) in bfloat16 the
+    error is 0.5 of the output's root mean square folded, and 0.016 fused. For leaky_relu, which has
+    no δ, both are 0.01.
 
     Args:
-        model: as `fusedshape.convert` leaves it, or built of `fusedshape.nn`. Optional arguments of
-            its forward keep their defaults.
+        model: a model that `fusedshape.convert` changed, or one built of `fusedshape.nn`. Optional
+            arguments of its forward keep their defaults.
         keep_delta: add δ explicitly before zero-padded convolutions, which then keep their padding.
-        example: an input of the model, or a tuple of them; default: small random ones that fit its
-            first layers, if any do. A copy in float64 is folded and compared with the model's on
-            it.
+        example: an input of the model, or a tuple of inputs; by default small random ones that fit
+            its first layers, if any do. On it, a folded float64 copy of the model is compared with
+            the copy itself.
 
     Returns:
         A torch.fx.GraphModule.
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: a forward that cannot be traced, hooks, which would be lost, or a folded model
-            that does not compute the same.
+        ValueError: a forward cannot be traced, there are hooks, which would be lost, or the folded
+            model does not compute the same.
 
     Example:
         >>> from fusedshape.nn import ShapedLinear
@@ -115,7 +116,7 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
         with torch.set_grad_enabled(grad):
             return _folded(model, keep_delta)
 
-    # A parametrised weight may write what it keeps each time it is read (spectral_norm).
+    # Reading a parametrised weight may write to its buffers, as spectral_norm does.
     return leaving_no_trace(model, folded)
 
 
@@ -127,7 +128,7 @@ def _folded(model: nn.Module, keep_delta: bool) -> fx.GraphModule:
 
 
 def _compare(model: nn.Module, keep_delta: bool, example: Any) -> None:
-    """Raise if a copy in float64, folded, does not compute what it computed before."""
+    """Raise if folding a float64 copy changes what it computes."""
     args = inputs_for(model, example)
     if args is None:
         return
@@ -135,7 +136,7 @@ def _compare(model: nn.Module, keep_delta: bool, example: Any) -> None:
     args = pytree.tree_map_only(_is_float, Tensor.double, args)
     try:
         wanted = leaving_no_trace(twin, lambda: twin(*args))
-    except Exception:  # a forward that wants another dtype
+    except Exception:  # a forward that does not take float64
         return
     with torch.no_grad():
         difference = differs(_folded(twin, keep_delta)(*args), wanted, _ROUNDINGS)
@@ -156,7 +157,7 @@ def _name(path: str, module: nn.Module) -> str:
 
 
 def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-    """Write what a module computes in evaluation into a graph, down to torch's and our modules."""
+    """Add what a module computes in evaluation to a graph of torch's and our modules."""
     if isinstance(module, ShapedChain):
         (value,) = args
         for name, child in module.named_children():
@@ -166,7 +167,7 @@ def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any
         return _leaf(flat, module, path, args, kwargs)
     nodes: list[fx.Node] = []
     fx.map_arg((args, kwargs), nodes.append)
-    # A number that is not known yet is no tensor, so that then any call must do.
+    # A number that is not known yet is no Slot; then the graph must hold for any call.
     known = not any(map(is_number, nodes))
     given = nodes if known else list(args)
     call = (_slots(tuple(args)), _slots(kwargs)) if known else None
@@ -201,7 +202,7 @@ def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any
 
 
 def _slots(tree: Any) -> Any:
-    """Arguments with a Slot for every node, in containers of the plain kinds."""
+    """Replace nodes among arguments by slots, in plain tuples, lists and dicts."""
     if isinstance(tree, (tuple, list)):
         return (tuple if isinstance(tree, tuple) else list)(map(_slots, tree))
     if isinstance(tree, dict):
@@ -230,11 +231,11 @@ def _leaf(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any) 
 
 
 def _activate(value: Any) -> Any:
-    """Stands for an activation, whose spec is in the node's meta, in graphs that nobody runs."""
+    """Mark an activation in a graph that is never run; its spec is in the node's meta."""
 
 
 def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
-    """Make every operation return a new tensor, and its later users take that."""
+    """Rewrite in-place operations to return new tensors, which later users take."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -257,7 +258,7 @@ def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Value:
-    """A tensor of the old model as the new one has it: scale · node + shift."""
+    """A tensor of the old model, expressed in the new one as scale · node + shift."""
 
     node: fx.Node
     scale: float = 1.0
@@ -265,7 +266,7 @@ class _Value:
 
 
 def _operation(node: fx.Node) -> str:
-    """The name of what torch computes at a node; "" where it is a user's function."""
+    """The name of the torch operation at a node; "" for a user's function."""
     return "" if is_foreign(node) else operation(node)
 
 
@@ -273,7 +274,7 @@ def _gives_indices(node: fx.Node, module: Any, name: str) -> bool:
     """Whether a max pool also returns where the maxima are."""
     if module is not None:
         return bool(module.return_indices)
-    place = 2 if name.startswith("adaptive") else 6  # among the function's arguments
+    place = 2 if name.startswith("adaptive") else 6  # of return_indices
     return bool(node.kwargs.get("return_indices")) or len(node.args) > place
 
 
@@ -287,7 +288,7 @@ def _averages_evenly(node: fx.Node, module: Any) -> bool:
 
 
 def _padded(node: fx.Node, module: Any) -> str:
-    """What padding lets through, for which see `_Folding._passes`."""
+    """What of s·y + t padding lets through; see `_Folding._passes`."""
     if module is not None:
         mode, value = "constant", getattr(module, "value", None)
     else:
@@ -300,7 +301,7 @@ def _padded(node: fx.Node, module: Any) -> str:
 
 
 class _Layer:
-    """A linear or convolution layer that takes in constants: weight · gain, and its own bias."""
+    """A layer that absorbs constants: its weight is multiplied by `gain`, its bias replaced."""
 
     def __init__(self, module: Any, kind: Kind) -> None:
         self.module = module
@@ -309,10 +310,10 @@ class _Layer:
         self.bias: Tensor | None = None
         if module.bias is not None:
             self.bias = module.bias.detach().to("cpu", torch.float64, copy=True)
-        self.padded = False  # whether somebody else does the padding
+        self.padded = False  # whether an nn.ConstantPad does the padding
 
     def after(self, scale: float, shift: float) -> None:
-        """Compute on v what was computed on scale · v + shift."""
+        """Absorb a scale and shift of the input: the layer gets v instead of scale · v + shift."""
         if shift:
             weight = self.module.weight.detach()
             sums = weight.cpu().sum(tuple(range(1, weight.ndim)), dtype=torch.float64)
@@ -320,7 +321,7 @@ class _Layer:
         self.gain *= scale
 
     def before(self, scale: float, shift: float) -> None:
-        """Compute scale · z + shift instead of z."""
+        """Absorb a scale and shift of the output: the layer will return scale · z + shift."""
         self.gain *= scale
         if self.bias is not None:
             self.bias = scale * self.bias
@@ -332,7 +333,7 @@ class _Layer:
         self.bias = bias if self.bias is None else self.bias + bias
 
     def same_as(self, other: _Layer) -> bool:
-        """Whether two calls of one module compute the same still."""
+        """Whether two calls of one module have absorbed the same constants."""
         if (self.gain, self.padded) != (other.gain, other.padded):
             return False
         if self.bias is None or other.bias is None:
@@ -340,7 +341,7 @@ class _Layer:
         return torch.equal(self.bias, other.bias)
 
     def build(self) -> nn.Module:
-        """The plain layer."""
+        """Make the plain layer."""
         old = self.module
         changes = {"padding": 0} if self.padded else {}
         new = self.kind.blank(old, bias=self.bias is not None, **changes)
@@ -362,16 +363,16 @@ class _Folding:
         self.half = any(is_half(p.dtype) for p in model.parameters())
         self.graph = fx.Graph()
         self.values: dict[fx.Node, _Value] = {}
-        self.plain: dict[fx.Node, fx.Node] = {}  # what self._plain has written already
-        self.layers: dict[fx.Node, _Layer] = {}  # by the old call
-        self.calls: dict[fx.Node, _Layer] = {}  # by the new one
+        self.plain: dict[fx.Node, fx.Node] = {}  # results of _plain
+        self.layers: dict[fx.Node, _Layer] = {}  # by its call in the old graph
+        self.calls: dict[fx.Node, _Layer] = {}  # by its call in the new graph
         self.parts: dict[str, Any] = {}
         self.taken = {name for name, _ in model.named_modules()}
         self.copies: dict[int, Any] = {}
-        self.attributes: dict[str, str] = {}  # new names, by the old ones
+        self.attributes: dict[str, str] = {}  # new names by old names
 
     def result(self) -> fx.GraphModule:
-        """The new model."""
+        """Build the new model."""
         for node in self.flat.nodes:
             if node.op == "output":
                 self.graph.output(fx.map_arg(node.args[0], self._plain))
@@ -395,7 +396,7 @@ class _Folding:
         return folded
 
     def _new(self, name: Any) -> str:
-        """A name that nothing has yet, as near as can be to the one given."""
+        """An unused name: the one given, with a number appended if need be."""
         names = (f"{name}_{i}" if i else str(name) for i in range(10**6))
         found = next(name for name in names if name not in self.taken and name not in self.parts)
         self.taken.add(found)
@@ -423,7 +424,7 @@ class _Folding:
         return self._move(node, self._passes(node))
 
     def _passes(self, node: fx.Node) -> str:
-        """What of s·y + t an operation lets through: "all", "positive" s and t, "scale" or ""."""
+        """Which s·y + t commute with an operation: "all", "positive" s, "scale" (t = 0) or ""."""
         module = self._called(node)
         name = base(function_of(module) if module is not None else _operation(node))
         if not tensor_args(node):
@@ -439,7 +440,7 @@ class _Folding:
         return "all" if name in _MOVED and "dtype" not in node.kwargs else ""
 
     def _behind(self, user: fx.Node, scale: float, shift: float, which: int = 0) -> _Layer | None:
-        """The layer that can compute scale · z + shift for one argument of `user` alone."""
+        """The layer that can apply scale · z + shift to an argument that only `user` takes."""
         node = tensor_args(user)[which]
         while tensor_args(user).count(node) == 1:
             if any(other is not user and not is_query(other) for other in node.users):
@@ -455,7 +456,7 @@ class _Folding:
     def _layer(self, node: fx.Node, layer: _Layer) -> _Value:
         value = self.values[tensor_args(node)[0]]
         if value.shift and layer.kind.transposed:
-            # At the edges fewer taps see it.
+            # At the edges fewer taps read the shift.
             value = self._unshifted(value)
         elif value.shift and (pads := zeros_around(layer.module)):
             if self.keep_delta:
@@ -509,7 +510,7 @@ class _Folding:
         return len(both) == 2 and any(self.values[a] != _Value(self.values[a].node) for a in both)
 
     def _sum(self, node: fx.Node, args: list[Any], weights: tuple[float, ...]) -> _Value:
-        """Σ w·y: branches that end in a layer give it their factor, the others get it here."""
+        """Σ w·y: a branch's factor goes into its last layer if there is one, else into the sum."""
         terms = []
         shift = 0.0
         for i, (arg, w) in enumerate(zip(args, weights, strict=True)):
@@ -525,7 +526,7 @@ class _Folding:
                 if layer is not None:
                     layer.before(c, 0.0)
                     terms[j] = (i, u, 1.0)
-            # torch.add multiplies all but the first
+            # torch.add can scale every term but the first
             terms.sort(key=lambda term: term[2] != 1)
             _, total, c = terms[0]
             total = self._affine(total, c, 0.0)
@@ -533,7 +534,7 @@ class _Folding:
             terms = [(i, u, 1.0) for i, u, _ in terms]
             total = terms[0][1]
         for _, u, c in terms[1:]:
-            if c != 1 and self.half:  # torch's CPU kernel rounds alpha to the dtype
+            if c != 1 and self.half:  # torch's CPU kernel would round alpha
                 u, c = self._affine(u, c, 0.0), 1.0
             total = self.graph.call_function(torch.add, (total, u), {"alpha": c} if c != 1 else {})
         return _Value(total, factor, shift)
@@ -546,7 +547,7 @@ class _Folding:
         return replace(values[0], node=self._copy(node, lambda n: self.values[n].node))
 
     def _move(self, node: fx.Node, passes: str) -> _Value:
-        """An operation as it was, on what it lets through."""
+        """Copy an operation, with the part of s·y + t that commutes moved behind it."""
         if is_query(node):
             return _Value(self._copy(node, lambda n: self.values[n].node))
         value = self.values[tensor_args(node)[0]] if passes else None
@@ -559,7 +560,7 @@ class _Folding:
         return replace(value, node=new)
 
     def _copy(self, node: fx.Node, argument: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """The same operation in the new graph."""
+        """Copy an operation to the new graph."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
         target = str(node.target)
         if node.op == "call_module" and target not in self.parts:
@@ -575,7 +576,7 @@ class _Folding:
         )
 
     def _attribute(self, target: str) -> str:
-        """Where the new model has a tensor; a layer's is copied, for that one changes."""
+        """The new model's name of a tensor; a layer's own is copied, as folding changes it."""
         owner, _, name = target.rpartition(".")
         module = self.model.get_submodule(owner)
         if target not in self.attributes:
@@ -591,19 +592,19 @@ class _Folding:
         return self.graph.call_module(path, args)
 
     def _plain(self, node: fx.Node) -> fx.Node:
-        """The tensor itself."""
+        """The node of the tensor itself, with its scale and shift applied."""
         if node not in self.plain:
             value = self._unshifted(self.values[node])
             self.plain[node] = self._affine(value.node, value.scale, 0.0)
         return self.plain[node]
 
     def _unshifted(self, value: _Value) -> _Value:
-        # Added before it is scaled: φ and δ nearly cancel, and that difference is exact.
+        # Add before scaling: φ and δ nearly cancel, and their difference is exact.
         shifted = self._affine(value.node, 1.0, value.shift / value.scale)
         return _Value(shifted, value.scale)
 
     def _affine(self, node: fx.Node, scale: float, shift: float) -> fx.Node:
-        # torch's CPU kernel rounds a number that it adds to the tensor's dtype first, too.
+        # torch's CPU kernel would first round the added number to the tensor's dtype.
         given, in_float = node, bool(self.half and shift)
         if in_float:
             node = self.graph.call_method("float", (node,))

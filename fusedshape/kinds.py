@@ -1,4 +1,4 @@
-"""What a layer is: the one table of its kinds, plain or fused, and all that depends on the kind."""
+"""The one table of layer kinds, plain and fused, and everything that depends on the kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-Taps = tuple[slice, ...]  # one slice for each spatial dimension
+Taps = tuple[slice, ...]  # a slice for each spatial dimension
 
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _CHANNELS = ("in_channels", "out_channels")
@@ -24,11 +24,11 @@ class Kind:
 
     Attributes:
         plain: torch's class.
-        function: the name of torch's function that computes it.
-        dimensions: of its kernel; 0 for a linear layer.
+        function: name of torch's function that computes it.
+        dimensions: spatial dimensions of the kernel; 0 for a linear layer.
         transposed: whether it is a transposed convolution, whose weight is (in, out, *kernel).
-        sizes: the attributes that tell how many channels or features it takes and gives.
-        geometry: the attributes that tell how its kernel moves, as its constructor takes them.
+        sizes: names of the attributes with the numbers of input and output channels or features.
+        geometry: names of the attributes that describe the kernel, as the constructor takes them.
     """
 
     plain: type[nn.Module]
@@ -40,33 +40,33 @@ class Kind:
 
     @property
     def shaped(self) -> type[FusedLayer] | None:
-        """This library's fused class, None if it has none."""
+        """The fused class of this library; None if there is none."""
         return _TWINS.get(self.plain)
 
     @property
     def channel_dims(self) -> frozenset[int]:
-        """The dimensions of its output in which the channels may be asked for."""
+        """The indices, positive and negative, of the output's channel dimension."""
         return frozenset((1, -1 - self.dimensions) if self.dimensions else (-1,))
 
     def groups(self, layer: Any) -> int:
-        """How many groups of channels it keeps apart."""
+        """The number of groups of channels."""
         return int(layer.groups) if "groups" in self.geometry else 1
 
     def phases(self, layer: Any) -> tuple[int, ...]:
-        """How many phases its taps fall into along each dimension, each with outputs of its own.
+        """The number of phases of its taps along each dimension. Each phase feeds other outputs.
 
-        An initialiser fills every phase. Only a transposed convolution has more than one: as many
-        as its stride.
+        Initialisers fill every phase. A transposed convolution has as many phases as its stride;
+        other layers have one.
         """
         return tuple(layer.stride) if self.transposed else (1,) * self.dimensions
 
     def blank(self, layer: Any, *, bias: bool, **changes: Any) -> nn.Module:
-        """A plain layer of the sizes and geometry of another, without numbers (on meta).
+        """Make a plain layer of another's sizes and geometry, on the meta device.
 
         Args:
             layer: a layer of this kind.
             bias: whether the new one has a bias.
-            **changes: what is to differ in the geometry.
+            **changes: geometry to override.
 
         Example:
             >>> conv = nn.Conv2d(3, 8, 5, padding=2, groups=1)
@@ -88,7 +88,7 @@ def _transposed(plain: type[nn.Module], dimensions: int) -> Kind:
     return Kind(plain, f"conv_transpose{dimensions}d", dimensions, True, _CHANNELS, geometry)
 
 
-#: All there are.
+#: All kinds of layers.
 KINDS = (
     Kind(nn.Linear, "linear"),
     _convolution(nn.Conv1d, 1),
@@ -104,9 +104,9 @@ _TWINS: dict[type[nn.Module], type[FusedLayer]] = {}
 class FusedLayer(nn.Module):
     """Base class of layers fused with what follows them.
 
-    They have the plain layer's parameters and attributes, and are not of its class: their output is
-    not W x + b, which those who test for the class count on. The first class that names a
-    `plain_class` is that kind's `Kind.shaped`.
+    They have the plain layer's parameters and attributes, but are not of its class: code that tests
+    for the class expects the output W x + b. The first class that defines a `plain_class` becomes
+    that kind's `Kind.shaped`.
 
     Attributes:
         plain_class: torch's class of the layer.
@@ -120,7 +120,7 @@ class FusedLayer(nn.Module):
             _TWINS.setdefault(cls.plain_class, cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # torch.nn.utils.fusion asks for no class. It copies any layer and folds BatchNorm into it.
+        # torch.nn.utils.fusion checks no class: it copies any layer and folds BatchNorm in.
         frame = sys._getframe(2) if sys._getframe(1).f_globals is vars(copy) else None
         if frame is not None and frame.f_globals.get("__name__") == "torch.nn.utils.fusion":
             raise TypeError(
@@ -142,16 +142,16 @@ class WeightedSum(nn.Module):
 
 
 class LocationNorm(nn.Module):
-    """Base class of modules that give every location the mean square 1 over its channels."""
+    """Base class of modules that normalise each location to mean square 1 over channels."""
 
     @property
     def added_channels(self) -> int:
-        """How many channels it appends."""
+        """The number of channels that it appends."""
         raise NotImplementedError
 
 
 def kind_of(module: object) -> Kind | None:
-    """What kind of layer a module is, plain, fused or of a subclass; None if it is no layer.
+    """The kind of a plain or fused layer or of a subclass; None for other modules.
 
     Example:
         >>> kind_of(nn.Conv2d(3, 8, 3)).dimensions
@@ -161,14 +161,14 @@ def kind_of(module: object) -> Kind | None:
     """
     cls = module.plain_class if isinstance(module, FusedLayer) else type(module)
     found = next((kind for kind in KINDS if issubclass(cls, kind.plain)), None)
-    if found is None and isinstance(module, _ConvNd):  # of a class beside torch's
+    if found is None and isinstance(module, _ConvNd):  # a class beside torch's own
         shape = len(module.kernel_size), isinstance(module, _ConvTransposeNd)
         found = next((k for k in KINDS if (k.dimensions, k.transposed) == shape), None)
     return found
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """How many channels or features a layer takes and gives.
+    """The numbers of input and output channels or features of a layer.
 
     Raises:
         TypeError: a module that is no layer.
@@ -185,10 +185,9 @@ def features(layer: Any) -> tuple[int, int]:
 
 
 def zeros_around(layer: Any) -> list[int]:
-    """The zeros that a convolution puts around its input, as torch.nn.functional.pad takes them.
+    """A convolution's zero padding, in the form that torch.nn.functional.pad takes.
 
-    None for a layer that puts no zeros there, or a transposed convolution, whose padding takes away
-    from its output.
+    Empty without zero padding, and for a transposed convolution, whose padding crops its output.
 
     Example:
         >>> zeros_around(nn.Conv2d(3, 8, (3, 4), padding="same"))
@@ -210,7 +209,7 @@ def zeros_around(layer: Any) -> list[int]:
 
 
 def matrices(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
-    """A weight of any kind as matrices, (groups, out, in, *kernel): a view.
+    """View a weight of any kind as matrices, (groups, out, in, *kernel).
 
     Args:
         weight: (out, in/groups, *kernel), or (in, out/groups, *kernel) of a transposed convolution.
@@ -222,7 +221,7 @@ def matrices(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tenso
 
 
 def phases(stride: Sequence[int]) -> Iterator[Taps]:
-    """The taps of each phase, for which see `Kind.phases`.
+    """The taps of each phase; see `Kind.phases`.
 
     Example:
         >>> list(phases((1, 2)))

@@ -1,4 +1,4 @@
-"""What the value of a traced node is: one tensor for certain, a number, or not known."""
+"""What the value of a traced node is: a tensor, a number, or unknown."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch import Tensor, fx, nn
 
 from fusedshape.torch_ops import QUERIES, name_of
 
-# The attributes of a tensor that are tensors.
+# Attributes of tensors that are tensors themselves.
 _TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 _OPERATORS = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "pos"}
 _OPERATORS |= {f"i{name}" for name in _OPERATORS} | {"abs", "invert", "and_", "or_", "xor"}
 _OPERATORS |= {"lt", "le", "gt", "ge", "eq", "ne"}
-# Methods that are no operators of aten.
+# Methods without an operator of that name in aten.
 _METHODS = {"float", "double", "half", "bfloat16", "type", "cpu", "cuda"}
-# torch's modules that give more than one tensor, or none.
+# Modules of torch that return several tensors, or none.
 _OTHER_MODULES = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
 
 
 def operation(node: fx.Node) -> str:
-    """The name of the function, method or attribute that a node takes; "" of other nodes."""
+    """The name of the function, method or attribute that a node evaluates; "" for other nodes."""
     if node.op not in ("call_method", "call_function"):
         return ""
     return str(node.args[1]) if node.target is getattr else name_of(node.target)
 
 
 def is_foreign(node: fx.Node) -> bool:
-    """Whether a node calls a function that neither torch nor this library wrote.
+    """Whether a node calls a function that belongs to neither torch nor this library.
 
-    Where torch.fx.wrap names one, a graph calls it without looking inside.
+    torch.fx.wrap puts such calls into a graph without tracing into them.
     """
     home = str(getattr(node.target, "__module__", "")).partition(".")[0]
     return inspect.isfunction(node.target) and home not in ("torch", "fusedshape")
 
 
 def is_query(node: fx.Node) -> bool:
-    """Whether a node asks for a shape or the like, and so makes no tensor.
+    """Whether a node asks for a shape, dtype or the like, so that its value is no tensor.
 
-    ``x.type()`` does; ``x.type(torch.half)`` is a cast.
+    ``x.type()`` is such a question; ``x.type(torch.half)`` is a cast.
     """
     name = operation(node)
     if name not in QUERIES or is_foreign(node):
@@ -52,7 +52,7 @@ def is_query(node: fx.Node) -> bool:
 
 
 def is_number(node: fx.Node) -> bool:
-    """Whether a node's value comes from such questions alone."""
+    """Whether a node's value is computed from such questions alone."""
     stack = [node]
     seen = {node}
     while stack:
@@ -67,12 +67,12 @@ def is_number(node: fx.Node) -> bool:
 
 
 class Tensors:
-    """Which nodes of a graph stand for one tensor for certain.
+    """Tells which nodes of a graph are known to stand for one tensor.
 
     Args:
-        placeholder: says it of a placeholder.
-        called: the module that a call_module node calls.
-        module: says it of a module's call that is given tensors, or is not torch's own.
+        placeholder: answers for a placeholder.
+        called: returns the module that a call_module node calls.
+        module: answers for a call of a module that is not torch's own.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Tensors:
         self._known: dict[fx.Node, bool] = {}
 
     def is_tensor(self, node: Any) -> bool:
-        """Whether a node's value is one tensor for certain."""
+        """Whether a node's value is known to be one tensor."""
         if not isinstance(node, fx.Node):
             return False
         if node not in self._known:
-            self._known[node] = False  # while it is being asked
+            self._known[node] = False  # the answer if the question comes up again inside
             self._known[node] = self._ask(node)
         return self._known[node]
 
@@ -141,11 +141,11 @@ class Tensors:
 
 @functools.cache
 def _returns(name: str) -> frozenset[str]:
-    """What torch's operators of a name return: "Tensor", "Tensors" (several) or "other"."""
+    """The kinds of results of torch's operators of a name: "Tensor", "Tensors" or "other"."""
     found = {"Tensor"} if name in _METHODS else set()
     for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}"):
         if not any("Tensor" in str(argument.type) for argument in schema.arguments):
-            continue  # an operator on Python's numbers
+            continue  # an operator on Python numbers
         kinds = {str(result.type) for result in schema.returns}
         one = len(schema.returns) == 1 and kinds == {"Tensor"}
         several = kinds and kinds <= {"Tensor", "List[Tensor]"}

@@ -1,4 +1,4 @@
-"""The values that flow through a forward while it is traced, and what they answer when asked."""
+"""The symbols that flow through a traced forward, and what they answer about themselves."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class UntraceableError(Exception):
     """Why a forward cannot be traced faithfully."""
 
 
-# torch's modules through which a forward asks, as through `torch` itself; the others ask for
-# their own purposes what a symbol is.
+# A question that comes from these modules of torch is the forward's. Other modules of torch ask for
+# purposes of their own.
 _ASKS_FOR_OTHERS = ("torch.jit", "torch._jit_internal")
 _QUESTIONS = ("isinstance", "__class__", "getattr", "MATCH_CLASS")
 
 
 class Value(fx.Proxy):
-    """A proxy that keeps in-place arithmetic in place, and answers as a tensor would, or refuses.
+    """A proxy that keeps in-place arithmetic in place, and answers as a tensor would or refuses.
 
-    Its tracer has `is_tensor(node)`, and `refuse(why)`, which remembers why before it raises, so
-    that a forward that catches the error is refused too.
+    Its tracer needs two methods: `is_tensor(node)`, and `refuse(why)`, which records the reason
+    before it raises, so that a forward that catches the error is refused too.
     """
 
     def _in_place(self, name: str, other: Any) -> Any:
@@ -87,7 +87,7 @@ class Value(fx.Proxy):
     def __deepcopy__(self, memo: Any) -> Any:
         self._refuse("it copies a value (copy.deepcopy)")
 
-    # What tensors have, that nn.Parameter's isinstance asks for.
+    # isinstance(x, nn.Parameter) asks tensors for this attribute.
     _is_param = False
 
     def __getattr__(self, name: str) -> Any:
@@ -105,8 +105,8 @@ class Value(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance() asks here, after its own quick test has failed. So does torch's C++, which
-        # must never take a symbol for a tensor.
+        # isinstance() comes here after its own quick test has failed. torch's C++ comes here too,
+        # and must never take a symbol for a tensor.
         asker = sys._getframe(1)
         by_abc = asker.f_globals.get("__name__") == "abc" and asker.f_back is not None
         asker = asker.f_back if by_abc and asker.f_back is not None else asker
@@ -115,18 +115,18 @@ class Value(fx.Proxy):
         return self.kind()
 
     def kind(self) -> type:
-        """The class of the value, as far as it is known."""
+        """The class of the value, where it is known."""
         if not self._is_tensor():
             self._refuse("it asks for the type of a value (isinstance)")
         return torch.Tensor
 
 
 class AttributeValue(Value):
-    """An attribute of a value, which becomes a node only if it is not called.
+    """An attribute of a value. It becomes a node unless it is called as a method.
 
     Attributes:
-        seen: whether something was done with it that a trace sees. What was not may have been
-            asked for what it is, by `is`, of which Python tells nobody.
+        seen: whether it was used in a way that the trace records. If not, the forward may have
+            compared it by `is`, which Python reports to nobody.
     """
 
     def __init__(self, root: Value, attr: str) -> None:
@@ -137,7 +137,7 @@ class AttributeValue(Value):
         self._node: fx.Node | None = None
 
     def __repr__(self) -> str:
-        self.seen = True  # as in the message of an assertion, which decides nothing
+        self.seen = True  # for instance in an assertion's message, which steers nothing
         return super().__repr__()
 
     @property
@@ -159,21 +159,21 @@ class AttributeValue(Value):
 
 
 def type_as_known(*args: Any) -> Any:
-    """Python's `type`, which takes a value for what it stands for."""
+    """Python's `type`, which gives the class that a symbol stands for."""
     (value, *rest) = args
     return value.kind() if issubclass(type(value), Value) and not rest else type(*args)
 
 
 def callable_as_known(value: Any) -> bool:
-    """Python's `callable`, which takes a value for what it stands for."""
+    """Python's `callable`, which answers for the value that a symbol stands for."""
     if issubclass(type(value), Value):
         value.kind()
-        return False  # no tensor is
+        return False  # tensors are not callable
     return callable(value)
 
 
 def _asserts(code: types.CodeType, at: int) -> bool:
-    """Whether the value that an instruction asks for is one that an assert statement demands."""
+    """Whether the instruction at an offset tests the condition of an assert statement."""
     found = [i for i in dis.get_instructions(code) if i.opname not in ("TO_BOOL", "NOT_TAKEN")]
     k, jump = next((k, i) for k, i in enumerate(found) if i.offset >= at)
     if "JUMP" not in jump.opname or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
@@ -186,13 +186,13 @@ def _asserts(code: types.CodeType, at: int) -> bool:
 
 
 def _running(frame: types.FrameType) -> str:
-    """The name of what a frame is calling, or of the attribute it gets, or its instruction's."""
+    """The name of what a frame calls, else of the attribute it gets, else of its instruction."""
     found = list(dis.get_instructions(frame.f_code))
     at = next(k for k, instruction in enumerate(found) if instruction.offset == frame.f_lasti)
     if not found[at].opname.startswith(("CALL", "PRECALL")):
         by_name = found[at].opname in ("LOAD_ATTR", "LOAD_METHOD")
         return str(found[at].argval) if by_name else found[at].opname
-    # Back over the instructions that push the arguments, to the one that pushes what is called.
+    # Go back over the instructions that push arguments to the one that pushes the function.
     missing = found[at].arg or 0
     ahead = found[: at - 1] if found[at - 1].opname == "PRECALL" else found[:at]
     for instruction in reversed(ahead):
@@ -203,14 +203,14 @@ def _running(frame: types.FrameType) -> str:
 
 
 def _asks_whether(frame: types.FrameType) -> str:
-    """Who asks for an attribute: hasattr, getattr with a default, or, "", neither."""
+    """Whether a frame runs "hasattr", or "getattr" with a default; "" if neither."""
     called = _running(frame)
     last = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
     return called if called == "hasattr" or (called == "getattr" and last.arg == 3) else ""
 
 
 def _is_torchs(frame: types.FrameType) -> bool:
-    """Whether it is torch, or this library, that asks, and for itself."""
+    """Whether a frame belongs to torch or this library and asks for its own purposes."""
     module = str(frame.f_globals.get("__name__"))
     ours = module.startswith(("torch.", "fusedshape."))
     return ours and not module.startswith(_ASKS_FOR_OTHERS)

@@ -1,4 +1,4 @@
-"""Another forward for a module: a subclass of its class that pickles, made of fx graphs."""
+"""Gives a module another forward: a subclass of its class that pickles, made from fx graphs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import fx, nn
 
 
 class Rewritten:
-    """Marks classes made by `subclass`.
+    """Base class of all classes that `subclass` makes.
 
     Attributes:
-        written_by: the prefix given to `subclass`.
+        written_by: the prefix that was given to `subclass`.
     """
 
     __slots__ = ()
@@ -23,7 +23,7 @@ class Rewritten:
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a module can have no other forward that pickles; "" if it can."""
+    """Why no subclass of a module's class could pickle; "" if one can."""
     if isinstance(module, Rewritten):
         return ""
     cls = type(module)
@@ -34,7 +34,7 @@ def why_not(module: nn.Module) -> str:
 
 
 def source(graph: fx.Graph) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    """Source of a graph as a function `forward`, and the globals it needs besides fx's usual."""
+    """A graph's source as a function `forward`, and the globals it needs beyond fx's usual ones."""
     code = graph.python_code("self")
     extra = {k: v for k, v in code.globals.items() if k not in _usual_globals()}
     return code.src.strip() + "\n", tuple(sorted(extra.items()))
@@ -48,17 +48,17 @@ def _usual_globals() -> dict[str, Any]:
 def subclass(
     base: Any, sources: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...], prefix: str = "Shaped"
 ) -> type[nn.Module]:
-    """Subclass of a module's class with another forward: one source, or training's and eval's.
+    """Make a subclass of a module's class with another forward.
 
     The same arguments give the same class, so that equal modules go on sharing compiled code.
 
     Args:
-        base: the module's class; of one made here already, what that was made of counts.
-        sources: what `source` says of one graph, or of training's and evaluation's.
-        prefix: what the new class' name begins with.
+        base: the module's class. If `subclass` made it, its own base is taken instead.
+        sources: results of `source`: one for both modes, or training's and evaluation's.
+        prefix: start of the new class's name.
 
     Returns:
-        A class whose instances pickle, to assign to a module's `__class__`.
+        A class to assign to a module's `__class__`; its instances pickle.
     """
     return _made(base.__bases__[0] if issubclass(base, Rewritten) else base, sources, prefix)
 
@@ -69,7 +69,7 @@ def _made(base: Any, sources: Any, prefix: str) -> type[nn.Module]:
     for text, extra in sources:
         scope = {**_usual_globals(), **dict(extra), "__name__": base.__module__}
         file = f"<fusedshape {base.__qualname__} {abs(hash(text))}>"
-        # So that tracebacks and inspect.getsource show it.
+        # Lets tracebacks and inspect.getsource show the source.
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         exec(compile(text, file, "exec"), scope)
         forwards.append(scope["forward"])
@@ -82,7 +82,7 @@ def _made(base: Any, sources: Any, prefix: str) -> type[nn.Module]:
     forward.__signature__ = inspect.signature(base.forward)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        # The class has no importable name; what it was made of has.
+        # The class has no importable name, but its base has.
         _, arguments, *rest = tuple(object.__reduce_ex__(self, max(2, protocol)))
         return (_revive, (base, sources, prefix, *arguments[1:]), *rest)
 

@@ -1,8 +1,8 @@
-"""What torch's operations do, by name: the one table for all who read a graph, a tape or a module.
+"""The one table of what torch's operations and modules do, by name.
 
-An operation goes by its name in torch, torch.nn.functional, Tensor or operator, or by the one that
-only a tape sees (``slice``), without dimensions and leading underscores: `base` makes ``max_pool``
-of ``max_pool2d``. A module goes by the name of the function that it is (`function_of`).
+An operation is listed under its name in torch, torch.nn.functional, Tensor, operator or aten,
+without dimensions and leading underscores: `base` reduces ``max_pool2d`` to ``max_pool``. A module
+is listed under the name of the function that it computes (`function_of`).
 """
 
 from __future__ import annotations
@@ -20,71 +20,71 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Questions, whose answer is no tensor. `type` with an argument is a cast: see `nodes.is_query`.
+# These return no tensor. `type` with an argument is a cast: see `nodes.is_query`.
 QUERIES = _names(
     "size dim ndim shape numel nelement ndimension stride storage_offset dtype device layout type "
     "get_device is_contiguous is_floating_point is_complex is_cuda requires_grad element_size "
     "itemsize nbytes item"
 )
 
-# The tensor itself, of another dtype or device or in another memory format if need be.
+# The same values; a new tensor only if dtype, device or memory format change.
 CASTS = _names("to type type_as float double half bfloat16 cpu cuda contiguous")
-# The tensor itself.
+# The tensor itself, or a cast of it.
 SAME = CASTS | _names("detach data alias identity checkpoint requires_grad pos positive")
-# The same numbers, in memory of their own.
+# The same values in new memory.
 COPIES = _names("clone lift_fresh lift_fresh_copy to_copy")
 
-# Views. All elements, in their order in memory …
+# Views of all elements, in their order in memory;
 RESHAPES = _names(
     "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze unsafe_view "
     "reshape_alias"
 )
-# … all, with dimensions in another order …
+# of all elements, with the dimensions in another order;
 TURNS = _names(
     "transpose permute movedim moveaxis swapaxes swapdims t T mT H mH adjoint numpy_T rearrange"
 )
-# … some of them, as one tensor or as several …
+# of some elements, as several tensors (PARTS) or one;
 PARTS = _names(
     "chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind unsafe_chunk "
     "unsafe_split unsafe_split_with_sizes"
 )
 CUTS = PARTS | _names("narrow select slice getitem diagonal real")
-# … or some more than once.
+# of elements that may appear more than once.
 SPREADS = _names("expand expand_as broadcast_to unfold as_strided")
 VIEWS = RESHAPES | TURNS | CUTS | SPREADS
 
-# Elements in other places, in new memory.
+# The elements in other places, in new memory.
 MOVES = _names(
     "roll flip fliplr flipud rot90 repeat tile repeat_interleave pixel_shuffle pixel_unshuffle "
     "channel_shuffle native_channel_shuffle index index_select gather take_along_dim "
     "reflection_pad replication_pad circular_pad"
 )
-# Blocks of an image, with zeros around it, and back, adding up what overlaps.
+# From images to blocks, with zero padding, and back, where overlapping blocks are added.
 BLOCKS = _names("im2col fold col2im")
-# Constants around all of them; `pad` of another mode is one of the moves.
+# Padding with constants; `pad` with another mode moves elements.
 PADS = _names("pad constant_pad constant_pad_nd")
 RESIZES = _names("interpolate upsample upsample_nearest upsample_nearest_exact") | _names(
     "upsample_linear upsample_bilinear upsample_trilinear upsample_bicubic upsample_bilinear_aa "
     "upsample_bicubic_aa"
 )
 
-# Values that stand for several locations: their means, …
+# Pools: means over several locations,
 MEANS = _names("mean adaptive_avg_pool avg_pool")
-# … their largest or smallest, …
+# maxima and minima,
 EXTREMES = _names("amax amin adaptive_max_pool max_pool fractional_max_pool")
-# … or others.
+# and all pools.
 POOLS = MEANS | EXTREMES | _names("sum max min lp_pool max_unpool")
-# Those among them that take dimensions.
+# The pools that take dimensions.
 REDUCTIONS = _names("mean sum amax amin max min")
 
-# Noise. These multiply a tensor by zeros and one number, …
+# Dropout that multiplies by 0 or by one number,
 DROPOUTS = _names("dropout feature_dropout stochastic_depth drop_path")
-# … these set elements to another number than zero.
+# and dropout that sets elements to another number than 0.
 ALPHA_DROPOUTS = _names("alpha_dropout feature_alpha_dropout")
 
-# Normalisations of each location by itself, …
+# Norms of each location by itself,
 LOCATION_NORMS = _names("layer_norm rms_norm normalize")
-# … and of a channel, over locations or over the batch.
+# and of a channel, over locations or over the batch.
 CHANNEL_NORMS = _names("batch_norm instance_norm group_norm")
 NORMS = LOCATION_NORMS | CHANNEL_NORMS
 
@@ -95,28 +95,28 @@ QUOTIENTS = _names("div divide true_divide truediv itruediv")
 ARITHMETIC = SUMS | DIFFERENCES | PRODUCTS | QUOTIENTS | {"neg"}
 CONCATS = _names("cat concat concatenate")
 
-# Products with a matrix, besides those of `fusedshape.kinds`.
+# Products with a matrix other than those of layers, for which see `fusedshape.kinds`.
 MATMULS = _names("matmul mm addmm einsum")
 SOFTMAXES = _names("softmax log_softmax softmin")
 ATTENTION = _names("scaled_dot_product_attention multi_head_attention_forward")
 
-# New tensors that do not tell what is in the one they are made from.
+# New tensors that do not depend on the values of their argument.
 NEW = _names(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros "
     "new_ones new_full new_empty new_empty_strided new_tensor bernoulli"
 )
-# The number that all of their elements are.
+# New tensors filled with one number, and that number.
 FILLED = {"zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 
-# What these return may be their argument under another name.
+# Operations whose result may share memory with their argument.
 ALIASES = SAME | VIEWS | DROPOUTS | ALPHA_DROPOUTS | {"getattr"}
 
-#: The name of the function that each of torch's activation modules is.
+#: The function that each of torch's activation modules computes.
 ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     known.module: known.name for known in TORCH_NAMES if known.module is not None
 }
 
-#: The same of modules that are neither layers nor activations.
+#: The same for modules that are neither layers nor activations.
 MODULES: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.Flatten: "flatten",
@@ -169,10 +169,11 @@ MODULES |= {
     for n in (1, 2, 3)
 }
 
-#: Everything of torch that is nonlinear.
+#: All nonlinear functions of torch.
 NONLINEAR = {*(known.name for known in TORCH_NAMES), *SOFTMAXES, *ATTENTION, "glu"}
 
-#: Where modules that wrap another one keep it. By name: importing torch._dynamo takes seconds.
+#: The attribute in which a wrapper keeps its module. Listed by name, because importing
+#: torch._dynamo takes seconds.
 WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -180,13 +181,13 @@ WRAPPERS = {
     "OptimizedModule": "_orig_mod",
 }
 
-# Of these, aten has variants: native_batch_norm, _native_batch_norm_legit, _fused_rms_norm, …
+# aten has variants of these: native_batch_norm, _native_batch_norm_legit, _fused_rms_norm, …
 _VARIANTS = re.compile("(batch|instance|group|layer|rms)_norm|(feature_)?(alpha_)?dropout")
 _WRITING_OPERATORS = _names("iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor")
 
 
 def name_of(target: Any) -> str:
-    """The name of what a node calls.
+    """The name of a node's target.
 
     Example:
         >>> import torch
@@ -198,7 +199,7 @@ def name_of(target: Any) -> str:
 
 @functools.cache
 def base(name: str) -> str:
-    """A name without what tells the dimensions, or that it is torch's own variant.
+    """A name without dimensions, leading underscores and the marks of aten's variants.
 
     Example:
         >>> base("conv_transpose2d"), base("max_pool2d_with_indices"), base("native_layer_norm")
@@ -221,9 +222,9 @@ def writes(name: str) -> bool:
 
 
 def function_of(module: nn.Module | None) -> str:
-    """The name of the function that a module of torch is; "" if it is of no class in the table.
+    """The name of the function that a module computes; "" if its class is not in the table.
 
-    That of a subclass too, unless it has a forward of its own.
+    A subclass has its base's name, unless it has a forward of its own.
 
     Example:
         >>> function_of(nn.MaxPool2d(2)), function_of(nn.ReLU6()), function_of(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Faithful torch.fx graphs of one nn.Module's forward, its children as leaves."""
+"""Faithful torch.fx graphs of one nn.Module's forward, in which its children are leaves."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ _INTERCEPTED = "_compiled_call_impl"  # what nn.Module calls instead of its forw
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic trace of one module, its children as leaves.
+    """Symbolic trace of one module, in which its children are leaves.
 
-    fx's own patches nn.Module for the whole process. Here calls of children are caught by an
-    attribute of theirs, and functions of parameters by a mode, which belongs to this thread.
+    torch.fx's own tracer patches nn.Module for the whole process. This one catches calls of
+    children by an attribute on each child, and functions of parameters by a mode, which acts on
+    this thread only.
     """
 
     strict = True
@@ -76,7 +77,7 @@ class _Tracer(fx.Tracer):
         self.tensors: dict[torch.Tensor, str] = {}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Run the forward on symbols; nothing outside this thread and this module sees it."""
+        """Run the forward on symbols; nothing outside this thread and this module is affected."""
         self.root = root
         self.graph = fx.Graph(tracer_cls=type(self))
         self.submodule_paths = {m: name for name, m in root.named_modules()}
@@ -91,7 +92,7 @@ class _Tracer(fx.Tracer):
         self.modes = _thread_modes()
         with _Functions(self):
             output = self.create_arg(function(*args))
-        if self.refusal is not None:  # the forward may have caught it
+        if self.refusal is not None:  # the forward may have caught the error
             raise self.refusal
         for value in self.got:
             if not value.seen:
@@ -102,7 +103,7 @@ class _Tracer(fx.Tracer):
         return self.graph
 
     def refuse(self, why: str) -> None:
-        """Raise, and remember why."""
+        """Raise UntraceableError, and remember it in case the forward catches it."""
         self.refusal = self.refusal or UntraceableError(why)
         raise self.refusal
 
@@ -117,7 +118,7 @@ class _Tracer(fx.Tracer):
         return call
 
     def _at_home(self, function: Any) -> Any:
-        """A forward whose `type`, `callable` and functions named by torch.fx.wrap know symbols."""
+        """Copy a forward so that `type`, `callable` and torch.fx.wrap's functions take symbols."""
         if not inspect.isfunction(function):
             return function
         scope, names = function.__globals__, _names(function.__code__)
@@ -142,7 +143,7 @@ class _Tracer(fx.Tracer):
         return moved
 
     def _whole(self, function: Any) -> Callable[..., Any]:
-        """A function that is one node where it is given symbols."""
+        """Wrap a function: given symbols, it becomes one node of the graph."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if any(issubclass(type(leaf), Value) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -167,7 +168,7 @@ class _Tracer(fx.Tracer):
             return a.node
         if _is_real(a):
             return self.create_tensor(a)
-        if isinstance(a, dict) and type(a) is not dict:  # of which fx makes a dict
+        if isinstance(a, dict) and type(a) is not dict:  # torch.fx would turn it into a plain dict
             items = {key: self.create_arg(value) for key, value in a.items()}
             named = dataclasses.is_dataclass(a)
             args, kwargs = ((), items) if named else ((items,), {})
@@ -175,7 +176,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_tensor(self, tensor: torch.Tensor) -> fx.Node:
-        """The node of a tensor that is no symbol."""
+        """The node of an actual tensor."""
         name = self.tensors.get(tensor)
         if name is None:
             self.refuse("it makes tensors that do not depend on its input")
@@ -191,7 +192,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of a function or method of torch returns."""
+        """Handle a call of one of torch's functions or methods; return its result."""
         if function is torch._C._set_grad_enabled:
             self.refuse(f"it {_MODES[0]}, which a trace would lose")
         leaves = pytree.tree_leaves((args, kwargs))
@@ -207,7 +208,7 @@ class _Tracer(fx.Tracer):
         return Value(self.create_tensor(tensor), self)
 
     def record(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A node for a call."""
+        """Add a node for a call; return its symbol."""
         name = getattr(function, "__name__", "")
         if name == "__get__":
             return AttributeValue(args[0], function.__self__.__name__)
@@ -226,7 +227,7 @@ class _Tracer(fx.Tracer):
         return Value.__torch_function__(function, (), args, kwargs)
 
     def compute(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a call that no symbol and no tensor of the module goes into."""
+        """Compute a call that takes neither symbols nor tensors of the module."""
         if _draws(str(getattr(function, "__name__", ""))):
             self.refuse("it draws random numbers that steer it")
         return function(*args, **kwargs)
@@ -240,11 +241,11 @@ class _Tracer(fx.Tracer):
         raise AssertionError("refuse raises")
 
     def is_tensor(self, node: fx.Node) -> bool:
-        """Whether a node stands for one tensor for certain."""
+        """Whether a node is known to stand for one tensor."""
         return self.certain.is_tensor(node)
 
     def is_tensor_given(self, node: fx.Node) -> bool:
-        """Whether the forward is given one tensor for certain."""
+        """Whether an argument of the forward is known to be one tensor."""
         return False
 
     def called(self, node: fx.Node) -> nn.Module:
@@ -252,9 +253,9 @@ class _Tracer(fx.Tracer):
         return self.module.get_submodule(str(node.target))
 
     def gives_tensor(self, module: nn.Module, node: fx.Node) -> bool:
-        """Whether a call of a module returns one tensor for certain."""
+        """Whether a call of a module is known to return one tensor."""
         if module not in self.returns:
-            self.returns[module] = False  # while it is being asked
+            self.returns[module] = False  # the answer if the question comes up again inside
             to_slot: Any = lambda argument: Slot(self.is_tensor(argument))  # noqa: E731
             args, kwargs = fx.map_arg((node.args, node.kwargs), to_slot)
             self.asleep = True
@@ -266,7 +267,7 @@ class _Tracer(fx.Tracer):
 
 
 def _is_real(value: Any) -> bool:
-    """Whether a value is a tensor, and no symbol that passes for one."""
+    """Whether a value is an actual tensor, not a symbol that passes for one."""
     return issubclass(type(value), torch.Tensor)
 
 
@@ -294,7 +295,7 @@ _MODES = (
 
 
 def _thread_modes() -> tuple[Any, ...]:
-    """This thread's modes that a forward may switch, one for each of _MODES."""
+    """The states of the modes in _MODES on this thread."""
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -311,7 +312,7 @@ def _draws(name: str) -> bool:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The names that a function's code uses, in the functions inside it too."""
+    """The names that a function's code uses, including functions nested in it."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     return set(code.co_names).union(*map(_names, inner))
 
@@ -319,9 +320,10 @@ def _names(code: types.CodeType) -> set[str]:
 def _undisturbed(
     module: nn.Module, run: Callable[[], _Result], strict: bool = True, grad: bool = True
 ) -> _Result:
-    """Run a trace, put back what it does besides computing, and complain about that.
+    """Run a trace, undo its side effects, and raise UntraceableError if there were any.
 
-    Unless strict, only about random numbers: the rest does not change what is computed.
+    Unless strict, it raises for random numbers only: other side effects do not change what is
+    computed.
     """
     log = UndoLog()
     touched = ""
@@ -370,15 +372,15 @@ def _untraceable() -> Iterator[None]:
 
 
 def trace(module: nn.Module, call: tuple[Any, Any] | None = None) -> tuple[fx.Graph, ...]:
-    """Graphs of a module's forward: training's and evaluation's, or one where they agree.
+    """Trace a module's forward in training and in evaluation mode.
 
     Args:
         module: the module; its children are leaves (`call_module` nodes).
-        call: the arguments and keyword arguments of the one call that matters, with a `Slot` for
-            every tensor, for which the graphs have a placeholder each; by default any call will.
+        call: the positional and keyword arguments of the call to trace, with a `Slot` in place of
+            every tensor; each slot becomes a placeholder. By default the graphs hold for any call.
 
     Returns:
-        One graph, or training's and evaluation's.
+        The graphs of training and of evaluation, or one graph if they are the same.
 
     Raises:
         UntraceableError: a forward that branches on values or shapes, takes optional arguments,
@@ -413,7 +415,7 @@ def trace(module: nn.Module, call: tuple[Any, Any] | None = None) -> tuple[fx.Gr
 
 
 def _graph(module: nn.Module, training: bool, grad: bool, call: tuple[Any, Any] | None) -> fx.Graph:
-    """The graph of a forward in one mode."""
+    """Trace a forward in one mode."""
 
     def run() -> fx.Graph:
         module.training = training
@@ -432,14 +434,14 @@ def _graph(module: nn.Module, training: bool, grad: bool, call: tuple[Any, Any] 
 
 
 def _drop_dead(graph: fx.Graph, called: Callable[[fx.Node], nn.Module] | None = None) -> None:
-    """Take out what nobody uses and what does nothing else; calls of modules if they are known."""
+    """Erase nodes without users or side effects; calls of modules only if `called` is given."""
     for node in reversed(list(graph.nodes)):
         if not node.users and _only_computes(node, called):
             graph.erase_node(node)
 
 
 def _only_computes(node: fx.Node, called: Callable[[fx.Node], nn.Module] | None) -> bool:
-    """Whether a node changes nothing, checks nothing and draws nothing."""
+    """Whether a node has no side effects: no writes, no checks, no random numbers."""
     name = name_of(node.target)
     if node.kwargs.get("inplace") or "out" in node.kwargs or _draws(name):
         return False
@@ -449,7 +451,7 @@ def _only_computes(node: fx.Node, called: Callable[[fx.Node], nn.Module] | None)
         module = called(node)
         hooks = module._forward_hooks or module._forward_pre_hooks
         known = base(function_of(module)) in POOLS | RESHAPES | NONLINEAR
-        # RReLU draws.
+        # RReLU draws random numbers.
         acts = getattr(module, "inplace", False) or isinstance(module, nn.RReLU)
         known = is_plain(module) and (kind_of(module) is not None or known)
         return known and not hooks and not acts
@@ -465,7 +467,7 @@ def _only_computes(node: fx.Node, called: Callable[[fx.Node], nn.Module] | None)
 def _returns_tensor(
     module: nn.Module, args: Any, kwargs: Any, returns: dict[nn.Module, bool]
 ) -> bool:
-    """Whether one call of a module returns one tensor for certain."""
+    """Whether one call of a module is known to return one tensor."""
 
     def run() -> bool:
         tracer = _OneCall(module, args, kwargs, returns)
@@ -481,10 +483,10 @@ def _returns_tensor(
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a value among the arguments of `trace` and `read`.
+    """A placeholder for a value among the arguments of `trace` and `read`.
 
     Attributes:
-        tensor: whether it is one tensor for certain.
+        tensor: whether the value is known to be one tensor.
     """
 
     tensor: bool = True
@@ -492,12 +494,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Reading:
-    """One call of a module's forward.
+    """What one call of a module's forward computes.
 
     Attributes:
-        graph: what it does, with one placeholder for every `Slot`, in order.
-        modules: what each call_module node calls.
-        constants: the tensors that get_attr nodes stand for.
+        graph: the graph, with one placeholder for every `Slot`, in order.
+        modules: the module that each call_module node calls.
+        constants: the tensors that get_attr nodes stand for, by their target.
     """
 
     graph: fx.Graph
@@ -506,7 +508,7 @@ class Reading:
 
 
 class _OneCall(_Tracer):
-    """Traces one call: of its arguments only the slots are symbols, and all else is what it is."""
+    """Traces one call, in which slots become symbols and other arguments keep their values."""
 
     def __init__(
         self,
@@ -542,7 +544,7 @@ class _OneCall(_Tracer):
 
 
 class _Reader(_OneCall):
-    """Follows one call; what does not come from a slot is computed."""
+    """Traces one call, and computes everything that does not depend on a slot."""
 
     strict = False
 
@@ -562,7 +564,7 @@ class _Reader(_OneCall):
         return self.compute(function, args, kwargs)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What stands for a tensor of the module, as the forward may work in place."""
+        """A copy of one of the module's tensors, since the forward may write to it."""
         if tensor not in self.tensors:
             return tensor
         if tensor not in self.copies:
@@ -586,15 +588,17 @@ class _Reader(_OneCall):
 
 
 def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
-    """What one call of a module's forward computes, in training mode.
+    """Read what one call of a module's forward computes, in training mode.
 
-    Less strict than `trace`, as nothing will be written from it: a forward may take optional
-    arguments, keep state and switch gradients. What does not come from a slot is computed.
+    This is less strict than `trace`, because no code is generated from the result: a forward may
+    take optional arguments, keep state and switch gradients. Everything that does not depend on a
+    slot is computed.
 
     Args:
         module: the module; its children are leaves.
-        *args: arguments of the call, with a `Slot` for every tensor; containers may hold slots.
-        **kwargs: the same.
+        *args: positional arguments of the call, with a `Slot` in place of every tensor; containers
+            may hold slots.
+        **kwargs: keyword arguments of the call, likewise.
 
     Raises:
         UntraceableError: a forward that branches on values or shapes, or draws random numbers that
@@ -620,7 +624,7 @@ def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
 
 
 def required(model: nn.Module) -> list[str]:
-    """Names of the tensors that a forward cannot do without."""
+    """The names of a forward's required arguments."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     fixed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [p.name for p in parameters if p.kind in fixed and p.default is p.empty]
@@ -628,9 +632,9 @@ def required(model: nn.Module) -> list[str]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module's forward is torch's, this library's or a layer's in the table of kinds.
+    """Whether a module's forward belongs to torch, this library or a class in the table of kinds.
 
-    Then its children are no matter.
+    Such a module is read as a whole, whatever its children are.
     """
     forward = inspect.unwrap(type(module).forward)
     if forward is nn.Sequential.forward:
@@ -642,9 +646,9 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def behind_norm(norm: nn.Module) -> tuple[str, ...] | None:
-    """Names of the children that a BatchNorm calls in a row on what it has normalised.
+    """The names of the children that a BatchNorm calls one after the other on its result.
 
-    None if its forward does more than that, or cannot be traced.
+    None if its forward does anything else, or cannot be traced.
     """
     if is_plain(norm):
         return ()
@@ -680,7 +684,7 @@ def _row_behind_norm(graph: fx.Graph) -> tuple[str, ...] | None:
 
 
 def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, as often as they occur."""
+    """The nodes among a node's arguments, repeated as often as they occur."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
@@ -689,7 +693,7 @@ def tensor_args(node: fx.Node) -> list[fx.Node]:
 def memory_roots(
     graph: fx.Graph, owner: nn.Module, fresh: Collection[fx.Node] = ()
 ) -> dict[fx.Node, fx.Node]:
-    """For each node of a module's graph, the one whose memory it may share; `fresh` share none."""
+    """Map each node to the first one whose memory it may share; `fresh` nodes share none."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         name = operation(node)
@@ -704,12 +708,12 @@ def memory_roots(
 
 
 def take_over(changed: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Let what uses `changed` after `node`, which changes it in place, use that node's result."""
+    """Let later users of `changed` take the result of `node`, which changes it in place."""
     changed.replace_all_uses_with(node, lambda user: order[user] > order[node])
 
 
 def write_out_of_place(node: fx.Node) -> None:
-    """Let a function or method that changes its input in place make a new tensor."""
+    """Replace a function or method that works in place by one that makes a new tensor."""
     name = name_of(node.target)
     if node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
@@ -725,7 +729,7 @@ def _child(owner: nn.Module, name: str) -> nn.Module | None:
     try:
         return owner.get_submodule(name)
     except AttributeError:
-        return None  # only planned yet
+        return None  # a child that is planned but not added yet
 
 
 _Code = tuple[str, dict[str, Any], ast.AST]
@@ -733,9 +737,10 @@ _Code = tuple[str, dict[str, Any], ast.AST]
 
 @functools.cache
 def reachable_code(cls: Any) -> tuple[_Code, ...] | None:
-    """Syntax trees of forward and all it reaches outside torch; None if there is no source.
+    """Syntax trees of a forward and all functions it reaches outside torch.
 
-    Each with the name of its self ("" for functions) and its globals.
+    Each comes with the name of its self ("" for functions) and its globals. None if a source is
+    missing.
     """
     queue: list[tuple[Any, bool]] = [(cls.forward, True)]
     seen: set[Any] = set()
@@ -769,10 +774,10 @@ def reachable_code(cls: Any) -> tuple[_Code, ...] | None:
 
 
 def reached_by(module: nn.Module) -> set[nn.Module]:
-    """Modules below an untraceable one that it may call itself.
+    """The modules inside an untraceable one that its own forward may call.
 
-    Where its source only ever calls a child, ``self.child(…)``, what is inside that child is left
-    to the child's own forward.
+    Where the source only ever calls a child, as ``self.child(…)``, modules inside that child are
+    left out, because the child's own forward calls them.
     """
     inside = {name: set(child.modules()) for name, child in module.named_children()}
     everything = set().union(*inside.values())

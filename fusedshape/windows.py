@@ -1,4 +1,4 @@
-"""Windows that move over positions, as kernels and pools do: which positions they read."""
+"""Which positions a moving window reads: the kernel of a convolution or a pool."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def read_share(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> float:
-    """The share of its input's positions that a window reads as it moves.
+    """The share of input positions that a moving window reads.
 
     Args:
         taps: (*kernel), not 0 where the window reads.
-        locations: the input's positions in each dimension; None leaves its borders aside.
-        stride: one for each dimension, as the next two.
-        padding: zeros before and after; of no matter without `locations`.
-        dilation: distance of taps.
+        locations: positions of the input in each dimension; None ignores the borders.
+        stride: one number for each dimension, as for the next two.
+        padding: zeros before and after; ignored without `locations`.
+        dilation: distance between taps.
 
     Example:
         >>> read_share(torch.ones(1, 1), (8, 8), (2, 2), (0, 0), (1, 1))
@@ -51,7 +51,7 @@ def read_share(
         for n, k, s, p, d in zip(locations, taps.shape, stride, padding, dilation, strict=True)
     ]
     windows = torch.ones(1, 1, *steps, dtype=torch.float64)
-    # The result ends with the last window; what lies behind that is not read.
+    # Positions after the last window are missing from the result, and not read.
     read = _TRANSPOSED[len(locations) - 1](windows, window, None, stride, dilation=dilation)
     for dim, (start, length) in enumerate(zip(padding, locations, strict=True)):
         read = read.narrow(dim + 2, start, min(length, read.shape[dim + 2] - start))

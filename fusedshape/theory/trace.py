@@ -1,8 +1,8 @@
-"""trace_wiring: reads a model's `Wiring` off the model.
+"""trace_wiring: reads the `Wiring` of a model from its modules.
 
-Every module's forward is followed by itself, with torch.fx, its children as leaves (see
+Each module's forward is traced separately with torch.fx, its children as leaves (see
 `fusedshape.tracing`), so that nodes keep their qualified names and no example input is needed.
-Linear arithmetic is kept as sums Σ wᵢ·nodeᵢ until something else takes the result.
+Linear arithmetic is collected as a sum Σ wᵢ·nodeᵢ until something else uses the result.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ from fusedshape.tracing import (
 from fusedshape.validate import flag
 from fusedshape.windows import overlaps
 
-# A factor before these is a factor after them, or, for norm, none at all.
+# A factor on the input of these is a factor on their output; a norm removes it.
 _LINEAR = ("affine", "pool", "reshape", "dropout", "norm")
 _BY_HAND = "pass depth= or subnet_max= by hand"
 _ACTIVATIONS = {*(known.name for known in TORCH_NAMES), *ACTIVATIONS}
 _AFFINE = {*FUNCTIONS, *MATMULS, "embedding"}
-# What a function or module of torch is to the theory. Views are no nodes, but for modules.
+# The theory's word for functions and modules of torch. Views by functions make no node.
 _OPS: dict[str, Op] = {
     **dict.fromkeys(MOVES | PADS | RESIZES | BLOCKS, "reshape"),
     **dict.fromkeys(POOLS, "pool"),
@@ -81,7 +81,7 @@ _OPS: dict[str, Op] = {
 
 
 class _Cell:
-    """A piece of memory: what it holds as Σ weight · node, and where that was computed."""
+    """A piece of memory: its content as Σ weight · node, and where that was computed."""
 
     def __init__(self, terms: dict[int, float], path: str = "") -> None:
         self.terms = terms
@@ -92,12 +92,12 @@ class _Cell:
 class _Signal:
     """A tensor that depends on the model's input.
 
-    Views share the cell of what they are views of, so that work in place is seen by all.
+    A view shares the cell of its base, so that an in-place write changes both.
 
     Attributes:
-        cell: its values.
-        channels: how many there are, if known.
-        axes: the dimensions in which the channels may be asked for, if known.
+        cell: the values.
+        channels: the number of channels, if known.
+        axes: the indices, positive and negative, that name the channel dimension, if known.
     """
 
     cell: _Cell
@@ -106,31 +106,32 @@ class _Signal:
 
 
 class _Unsized:
-    """A value that does not depend on the input's content, but is not known before the run."""
+    """A value that is independent of the input's content, but unknown before the run."""
 
 
 _UNSIZED = _Unsized()
 
 
 def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool = False) -> Wiring:
-    r"""Read a model's wiring: what the theory must know of it, and nothing by hand.
+    r"""Read a model's wiring, which is all that the theory needs to know about its structure.
 
-    Understood are the layers, activations, pools and normalisations of torch.nn and
-    torch.nn.functional and this library's; sums with constant or learnt weights, whose present
-    values count; concatenations of channels; modules called more than once. What cannot be read
-    (data-dependent flow, BatchNorm, attention) becomes an "unknown" node, and a sum whose squared
-    weights do not add up to 1 stays as it is; evaluating the wiring then raises, naming the place.
+    It understands the layers, activations, pools and normalisations of torch.nn,
+    torch.nn.functional and this library; sums with constant or learnt weights (their present values
+    are used); concatenations of channels; and modules that are called more than once. What cannot
+    be read (data-dependent control flow, BatchNorm, attention) becomes an "unknown" node. A sum
+    whose squared weights do not add up to 1 is kept. In both cases evaluating the wiring raises an
+    error that names the place.
 
     Args:
-        model: the model; it is not changed. It is read in training mode.
-        example: an input, or a tuple of them, to be run without gradients; needed to see how many
-            channels a concatenation joins, where the layers before it do not tell, and to compare
-            what is read of each forward with what it computes. For the latter alone, small random
-            inputs that fit the first layers are the default, if any do.
-        strip_batchnorm: read BatchNorm as the identity, as `convert` with this flag leaves it.
+        model: the model; it is left unchanged. It is read in training mode.
+        example: an input, or a tuple of inputs, which is run without gradients. It tells how many
+            channels a concatenation joins where the layers before it do not, and serves to compare
+            each traced forward with the module. By default the comparison uses small random inputs
+            that fit the first layers, if any do.
+        strip_batchnorm: read BatchNorm as the identity, as `convert` leaves it with this flag.
 
     Returns:
-        The wiring, itself a ``subnet_max``; `Wiring.notes` says what was taken for granted.
+        The wiring, which is itself a ``subnet_max``; `Wiring.notes` lists what was assumed.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -160,14 +161,14 @@ class _Trace:
         self.seen: set[nn.Module] = set()
         self.opaque: set[nn.Module] = set()
         self.softmax: set[int] = set()
-        self.origins: list[int] = []  # of every node the first one with the same weights
+        self.origins: list[int] = []  # for each node, the first node with the same weights
         self.weights: dict[Any, int] = {}
         self.joined = {} if example is None else _joined(model, example)
         self.example = example
 
     @functools.cached_property
     def calls(self) -> dict[nn.Module, tuple[Any, Any]]:
-        """The arguments of a call of each module, on which to compare what is read of it."""
+        """The arguments of one call of each module, for comparing the reading with the module."""
         args = inputs_for(self.model, self.example)
         return {} if args is None else calls(self.model, self.model.modules(), args)
 
@@ -200,7 +201,7 @@ class _Trace:
     # Nodes and signals.
 
     def append(self, node: Node) -> int:
-        """Add a node; its index."""
+        """Add a node and return its index."""
         self.nodes.append(node)
         self.origins.append(len(self.origins))
         return len(self.nodes) - 1
@@ -217,7 +218,7 @@ class _Trace:
         channels: int | None = None,
         axes: frozenset[int] = frozenset(),
     ) -> _Signal:
-        """Add a node, and return its value."""
+        """Add a node and return its value."""
         factor = 1.0
         inputs: tuple[int, ...]
         if op in _LINEAR:
@@ -230,7 +231,7 @@ class _Trace:
         return _Signal(_Cell(terms, taken[0].cell.path if taken else ""), channels, axes)
 
     def like(self, op: Op, signal: _Signal, path: str, **kwargs: Any) -> _Signal:
-        """Add a node that keeps the channels."""
+        """Add a node whose output has its input's channels."""
         return self.emit(op, [signal], path, channels=signal.channels, axes=signal.axes, **kwargs)
 
     def unknown(self, taken: Sequence[_Signal], path: str, note: str) -> _Signal:
@@ -245,7 +246,7 @@ class _Trace:
         return i, factor
 
     def index(self, signal: _Signal) -> int:
-        """The node that holds a signal's value, a sum made for it if need be."""
+        """The node that holds a signal's value; a sum is added for it if there is none."""
         cell = signal.cell
         if list(cell.terms.values()) != [1.0]:
             inputs, weights = tuple(cell.terms), tuple(cell.terms.values())
@@ -259,9 +260,9 @@ class _Trace:
     def _dependent(self, inputs: tuple[int, ...]) -> str:
         """Why the terms of a sum are not independent of one another; "" if they are.
 
-        Fresh weights make a term independent of the others, so only the layers after the last
-        affine one of each need be compared. From the latest term to the first, as no term can lead
-        to a node later than itself, which keeps the search short.
+        Weights of its own make a term independent of the others, so only the nodes after the last
+        affine node of each term are compared. Terms are visited from the latest to the earliest: no
+        term leads to a node later than itself, which keeps the search short.
         """
         owner: dict[int, int] = {}
         earliest = 0
@@ -302,7 +303,7 @@ class _Trace:
         if row is not None:
             (value,) = args
             if isinstance(module, _BatchNorm):
-                # A new tensor, so that what works on it in place leaves the norm's input alone.
+                # A new tensor: an in-place write to it leaves the norm's input alone.
                 value = replace(value, cell=_Cell(dict(value.cell.terms), value.cell.path))
             for name in row:
                 value = self.call(module.get_submodule(name), _join(path, name), (value,), {})
@@ -331,7 +332,7 @@ class _Trace:
             self.running.pop()
 
     def _layer(self, module: nn.Module, path: str, taken: list[_Signal]) -> _Signal | None:
-        """The value of a module that computes something known by name; None if it does not."""
+        """The value of a layer or another module that is known by its class; None for others."""
         x = taken[0]
         spec = getattr(module, "spec", None)
         spec = spec if isinstance(spec, ActSpec) else None
@@ -354,7 +355,7 @@ class _Trace:
         return self._stock(module, path, x)
 
     def _stock(self, module: nn.Module, path: str, x: _Signal) -> _Signal | None:
-        """The value of one of torch's modules without weights; None if it is not known."""
+        """The value of one of torch's modules without weights; None for those not understood."""
         name = function_of(module)
         if name == "identity":
             return x
@@ -397,7 +398,7 @@ class _Trace:
     # Forwards.
 
     def _follow(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        """Run a module's forward on signals."""
+        """Trace a module's forward and evaluate the graph on signals."""
         given = _signals((args, kwargs))
         for signal in given:
             self.bare(signal)
@@ -454,7 +455,7 @@ class _Trace:
             return _part(args[0], name) or self.unknown(taken, at, f"it has no {name} as traced")
         try:
             result = self._computation(name.lstrip("_"), list(args), kwargs, taken, at)
-        except Exception as error:  # whatever Python made of a structure of symbols
+        except Exception as error:  # any error from Python on a structure of symbols
             why = f"{type(error).__name__}: {error}"
             return self.unknown(taken, at, f"{name} failed on what was traced ({why}); {_BY_HAND}")
         if (in_place or kwargs.get("inplace")) and isinstance(result, _Signal):
@@ -502,7 +503,7 @@ class _Trace:
         return self.emit(op, [x], at)
 
     def _view(self, name: str, args: list[Any], kwargs: dict[str, Any], x: _Signal) -> Any:
-        """A view of a signal, or its parts."""
+        """A view of a signal, or several."""
         if name == "chunk":
             return self._chunks(x, *args[1:], **kwargs)
         if name in ("split", "split_with_sizes"):
@@ -514,7 +515,7 @@ class _Trace:
         return replace(x, channels=None, axes=frozenset())
 
     def _chunks(self, x: _Signal, chunks: Any, dim: Any = 0) -> Any:
-        """The parts of a tensor, and of its channels if it is cut along them."""
+        """The chunks of a tensor; their channels are known if they are equal."""
         if not isinstance(chunks, int):
             return replace(x, channels=None, axes=frozenset())
         whole = dim in x.axes and x.channels is not None and x.channels % chunks == 0
@@ -526,7 +527,7 @@ class _Trace:
     def _split(
         self, x: _Signal, size: Any = None, dim: Any = 0, **kwargs: Any
     ) -> list[_Signal] | None:
-        """The parts of a tensor that is cut along its channels, if their number is known."""
+        """The parts of a tensor that is split along its channels; None if sizes are not known."""
         size = kwargs.get("split_size_or_sections", kwargs.get("split_size", size))
         if x.channels is None or dim not in x.axes:
             return None
@@ -590,7 +591,7 @@ class _Trace:
         return _add([(taken[0], 1 / factor if divides else factor)], at)
 
     def _factor(self, value: Any, at: str) -> float | None:
-        """A constant factor; of a tensor of many, their root mean square."""
+        """A constant factor; for a tensor with several elements, their root mean square."""
         if isinstance(value, (int, float)):
             return float(value)
         if not isinstance(value, Tensor) or value.is_meta or not value.numel():
@@ -604,10 +605,10 @@ class _Trace:
         return factor
 
     def _swish(self, taken: list[_Signal]) -> _Signal | None:
-        """x, if it is multiplied by sigmoid(x)."""
+        """Return x if the product is x · sigmoid(x), else None."""
         for x, gate in (taken, taken[::-1]):
             if (gate.channels, gate.axes) != (x.channels, x.axes):
-                continue  # a part of it
+                continue  # one is a part of the other
             node = self.nodes[self.index(gate)]
             if node.spec == ActSpec("sigmoid") and node.inputs == (self.index(x),):
                 return x
@@ -644,7 +645,7 @@ class _Trace:
 
 
 def _add(terms: list[tuple[_Signal, float]], path: str) -> _Signal:
-    """Σ weight · signal; nothing is emitted until somebody takes it."""
+    """Σ weight · signal; its node is added when it is used."""
     total: dict[int, float] = defaultdict(float)
     for signal, weight in terms:
         for i, w in signal.cell.terms.items():
@@ -665,7 +666,7 @@ def _signals(tree: Any) -> list[_Signal]:
 
 
 def _record(cls: Any, args: Any, kwargs: Any) -> Any:
-    """What a forward makes of a class: a mapping, a named tuple or a dataclass."""
+    """An object that a forward constructs: a named tuple, or a dict for other classes."""
     if hasattr(cls, "_fields"):
         return cls(*args, **kwargs)
     if len(args) == 1 and isinstance(args[0], dict) and not kwargs:
@@ -674,19 +675,19 @@ def _record(cls: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _item(whole: Any, key: Any) -> Any:
-    """whole[key], where records of names take numbers too, as their values in order."""
+    """whole[key]; for a record, an integer or slice selects among its values in order."""
     if isinstance(whole, dict) and isinstance(key, (int, slice)) and key not in whole:
         return tuple(value for value in whole.values() if value is not None)[key]
     return operator.getitem(whole, key)
 
 
 def _part(whole: Any, name: str) -> Any:
-    """The attribute of a record."""
+    """An attribute of a record."""
     return whole.get(name) if isinstance(whole, dict) else getattr(whole, name, None)
 
 
 def _computed(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """The value of a function of constants alone."""
+    """Compute a function of constants; _UNSIZED if that is not possible."""
     in_place = writes(name_of(node.target))
     if in_place or any(isinstance(leaf, _Unsized) for leaf in pytree.tree_leaves((args, kwargs))):
         return _UNSIZED
@@ -695,12 +696,12 @@ def _computed(node: fx.Node, args: Any, kwargs: Any) -> Any:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
-    except Exception:  # whatever it was, its value is not known
+    except Exception:  # any error means that the value is unknown
         return _UNSIZED
 
 
 def _activation(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An activation's name and options, from a call."""
+    """The name and options of the activation that a call computes."""
     if name.startswith("cl"):
         low, high = (*args[1:], None, None)[:2]
         low, high = kwargs.get("min", low), kwargs.get("max", high)
@@ -711,7 +712,7 @@ def _activation(name: str, args: list[Any], kwargs: dict[str, Any]) -> tuple[str
 
 
 def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
-    """How many channels a layer gives, and where."""
+    """The number of a layer's output channels, and the indices that name their dimension."""
     kind = kind_of(layer)
     if kind is not None:
         return features(layer)[1], kind.channel_dims
@@ -721,7 +722,7 @@ def _channels(layer: Any) -> tuple[int | None, frozenset[int]]:
 
 
 def _keeps_channels(name: str, padding: Any, x: _Signal) -> bool:
-    """Whether what resizes or pads a tensor leaves its channels what and where they are."""
+    """Whether resizing or padding leaves the channels of a tensor as they are."""
     if name in RESIZES:
         return True
     pads = name in PADS or name.endswith("_pad")
@@ -743,7 +744,7 @@ def _overlaps(
 
 
 def _cuts_locations(index: Any, x: _Signal) -> bool:
-    """Whether x[index] has all of x's channels where they were."""
+    """Whether x[index] keeps all of x's channels in their dimension."""
     if not isinstance(index, tuple) or not all(isinstance(i, slice) for i in index):
         return False
     return 1 in x.axes and index[1:2] in ((), (slice(None),))
@@ -805,7 +806,7 @@ def _why_not_function(name: str) -> str:
 
 
 def _joined(model: nn.Module, example: Any) -> dict[nn.Module, list[list[int]]]:
-    """Run a model; the sizes that every concatenation joins, by the module it stands in."""
+    """Run a model and record the sizes that each concatenation joins, by module."""
     found: dict[nn.Module, list[list[int]]] = defaultdict(list)
     running: list[nn.Module] = []
 
@@ -836,4 +837,4 @@ def _joined(model: nn.Module, example: Any) -> dict[nn.Module, list[list[int]]]:
 
 
 def void(_: object) -> None:
-    """Nothing, for hooks whose result would replace the output."""
+    """Return None, for hooks whose result would otherwise replace the output."""
