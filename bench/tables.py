@@ -19,7 +19,7 @@ from typing import Any
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import records, text
 from fusedshape.bench.records import Record, Row
-from fusedshape.files import ContentError, expect, read_json, write_text
+from fusedshape.files import ContentError, expect, read_json, without_checksum, write_text
 from fusedshape.kernels.roofline import ROOFS
 from fusedshape.machine import headline
 from fusedshape.timing import paired_ratios, percentiles
@@ -33,7 +33,7 @@ def _load(name: str) -> Any:
     path = RESULTS / f"{name}.json"
     data = read_json(path)
     expect(data, {"rows": [dict, ...], ...: object}, str(path))
-    return data
+    return without_checksum(data, f"{path}, which `git checkout` restores,")
 
 
 def _source(data: Mapping[str, Any]) -> str:
@@ -240,9 +240,9 @@ def _optional(
     return decorate
 
 
-_CPU = "fusedshape bench --suite cpu --out runs/cpu.json"
-_SCALING = "fusedshape bench --suite scaling --out runs/scaling.json"
-_GPU = "fusedshape bench --suite gpu-quick --out runs/gpu.json"
+_CPU = "fusedshape bench run --suite cpu --out runs/cpu.json"
+_SCALING = "fusedshape bench run --suite scaling --out runs/scaling.json"
+_GPU = "fusedshape bench run --suite gpu-quick --out runs/gpu.json"
 
 
 def bound() -> str:

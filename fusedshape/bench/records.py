@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from fusedshape.files import (
+    CHECKSUM,
     ContentError,
     demand_replaceable,
     expect,
     quoted,
     read_json,
+    with_checksum,
+    without_checksum,
     write_text,
 )
 from fusedshape.machine import provenance
@@ -24,8 +27,9 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 KIND = "fusedshape bench"
-#: Rises when a reader of the old form would misread the new one.
-SCHEMA = 1
+#: Rises when a reader of the old form would misread the new one. Files of schema 1, which
+#: `fusedshape bench compare` meets when it measures older revisions, have no checksum.
+SCHEMA = 2
 #: What became of a row, or of one candidate in it.
 STATES = ("ok", "wrong", "out of memory", "failed", "skipped")
 #: 20th, 50th and 80th percentile; null where a record from before schema 1 kept the median alone.
@@ -143,7 +147,7 @@ def _line_of(path: Path) -> str | None:
 
 
 def save(path: Path, record: Record) -> None:
-    """Check a record and write it whole, or not at all.
+    """Check a record and write it with its checksum, whole or not at all.
 
     Raises:
         RecordError: the record is not what its schema says.
@@ -151,7 +155,7 @@ def save(path: Path, record: Record) -> None:
         OSError: the file cannot be written.
     """
     check(record)
-    text = _text(record)
+    text = _text(with_checksum(record))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
@@ -175,11 +179,12 @@ def load(path: str | Path) -> Record:
     """Read a record and check it.
 
     Raises:
-        RecordError: the file is no record, was cut off, or is of another schema.
+        RecordError: the file is no record, was cut off, damaged or edited, or is of another
+            schema.
         OSError: the file cannot be read.
     """
     path = Path(path)
-    again = "make one with: fusedshape bench --suite cpu --out FILE"
+    again = "make one with: fusedshape bench run --suite cpu --out FILE"
     try:
         record = read_json(path)
     except ContentError as error:
@@ -187,14 +192,22 @@ def load(path: str | Path) -> Record:
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise RecordError(f"{path} is not a record of fusedshape bench; {again}")
     schema = record.get("schema")
-    if schema != SCHEMA:
+    if schema not in (1, SCHEMA) or isinstance(schema, bool):
         way = "install the fusedshape that wrote it" if _newer(schema) else "run its suite again"
         raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {way}")
+    content = record if schema == 1 else {k: v for k, v in record.items() if k != CHECKSUM}
+    # What is wrong with the form is said first, as it says more.
     try:
-        check(record)
+        check(content)
     except RecordError as error:
         raise RecordError(f"{path}: {error}; {again}") from None
-    return record
+    if schema != 1:
+        try:
+            without_checksum(record, str(path))
+        except ContentError as error:
+            way = f"restore it, or run its suite again: --suite {content['suite']}"
+            raise RecordError(f"{error}; {way}") from None
+    return {**content, "schema": SCHEMA}
 
 
 def check(record: Record) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedshape.files.checkpoint import load_checkpoint, save_checkpoint
+from fusedshape.files.checksum import CHECKSUM, with_checksum, without_checksum
 from fusedshape.files.disk import (
     ContentError,
     demand_replaceable,
@@ -17,6 +18,7 @@ from fusedshape.files.text import parse_json, read_json, write_json, write_text
 from fusedshape.files.trust import distrust, user_cache
 
 __all__ = [
+    "CHECKSUM",
     "ContentError",
     "demand_replaceable",
     "distrust",
@@ -31,6 +33,8 @@ __all__ = [
     "save_figure",
     "sweep",
     "user_cache",
+    "with_checksum",
+    "without_checksum",
     "write_bytes",
     "write_json",
     "write_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import os
@@ -14,13 +15,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fusedshape.files import ContentError, expect, read_json, sweep, write_json
+from fusedshape.files import (
+    CHECKSUM,
+    ContentError,
+    expect,
+    read_json,
+    sweep,
+    with_checksum,
+    without_checksum,
+    write_json,
+)
 from fusedshape.machine import headline, provenance
 from fusedshape.train.checkpoint import EPOCH, Result
 from fusedshape.train.config import TrainConfig
 from fusedshape.train.loop import demand_one_process, fit
 from fusedshape.train.plot import plot_curves, plot_depths
 from fusedshape.validate import integer
+
+logger = logging.getLogger("fusedshape.train")
 
 Say = Callable[[str], None]
 
@@ -142,7 +154,7 @@ def run_demo(
         row = _row(arm, "demo", fit(config, bar=sys.stderr.isatty()))
         rows.append(row)
         say(_table_line(row))
-        write_json(out / "demo.json", {"header": header, "rows": rows})
+        write_json(out / "demo.json", with_checksum({"header": header, "rows": rows}))
     title = f"{demo.depth} layers without normalisation or skip connections, digits"
     plot_curves({row["arm"]: [row] for row in rows}, out / "demo.png", title)
     say(f"wrote {out / 'demo.json'} and {out / 'demo.png'}")
@@ -245,7 +257,7 @@ def run_sweep(
         for config, result in _train_all([c for c in wanted if c not in done], jobs):
             row = _row(wanted[config], purpose, result) | {"header": header}
             rows.append(row)
-            write_json(path, data)
+            write_json(path, with_checksum(data))
             say(f"{purpose:<4} {config.depth:>5} {config.lr:.0e} {config.seed} {_table_line(row)}")
         found: dict[str, list[Result]] = {arm: [] for arm in plan.arms}
         for row in rows:
@@ -398,6 +410,11 @@ def _read_sweep(path: Path) -> dict[str, Any]:
         return {"headers": [], "rows": []}
     data: dict[str, Any] = read_json(path)
     try:
+        expect(data, dict, "its content")
+        if CHECKSUM in data:
+            data = without_checksum(data, "its content")
+        else:
+            logger.warning("%s has no checksum: an older version wrote it", path)
         expect(data, {"headers": [dict, ...], "rows": [_ROW, ...]}, "its content")
         for i, row in enumerate(data["rows"]):
             config = TrainConfig.from_dict(row["config"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,7 @@ BROKEN = {
         broken(lambda r: r["rows"][0]["candidates"]["fused"]["ms"].pop()),
         "has 2 entries, expected 3",
     ),
+    "a checksum that is gone": (broken(lambda r: r.pop("sha256")), "lost its checksum"),
     "a row twice": (broken(lambda r: r["rows"].append(r["rows"][0])), "there twice"),
 }
 
@@ -64,6 +67,60 @@ def test_broken_files_are_refused(
     assert str(path) in str(caught.value)
     assert main(["bench", "show", str(path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def numbers(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the numbers of a record are."""
+    if isinstance(data, float) and data > 0:
+        yield path
+    pairs = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    )
+    for key, value in pairs:
+        yield from numbers(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["cpu", "scaling"])
+def test_a_number_that_was_edited_is_found_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text = (ROOT / f"bench/results/{name}.json").read_text()
+    path = tmp_path / "edited.json"
+    places = list(numbers(json.loads(text)))
+    assert len(places) > 1000
+    for place in places[:: len(places) // 7]:
+        record = json.loads(text)
+        *above, last = place
+        found = record
+        for key in above:
+            found = found[key]
+        found[last] *= 1 + 1e-12
+        path.write_text(json.dumps(record))
+        with pytest.raises(records.RecordError, match=r"edited\.json is damaged or was edited"):
+            records.load(path)
+    assert main(["bench", "show", str(path)]) == 1
+    assert f"restore it, or run its suite again: --suite {name}" in capsys.readouterr().err
+
+
+def test_the_layout_of_a_record_may_change(tmp_path: Path) -> None:
+    written = ROOT / "bench/results/cpu.json"
+    record = json.loads(written.read_text())
+    path = tmp_path / "laid out.json"
+    path.write_text(json.dumps(dict(reversed(record.items())), indent=4).replace("\n", "\r\n"))
+    assert records.load(path) == records.load(written)
+
+
+def test_a_record_of_an_older_revision_has_no_checksum(tmp_path: Path) -> None:
+    written = ROOT / "bench/results/cpu.json"
+    record = json.loads(written.read_text())
+    del record["sha256"]
+    path = tmp_path / "older.json"
+    path.write_text(json.dumps({**record, "schema": 1}))
+    assert records.load(path) == records.load(written)
 
 
 def test_claims_of_the_unchecked_are_refused(smoke: Path, tmp_path: Path) -> None:

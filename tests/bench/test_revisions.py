@@ -10,6 +10,7 @@ import pytest
 
 from fusedshape.bench import records
 from fusedshape.cli import main
+from fusedshape.files import with_checksum
 from tests.support.benchmarks import CPU, git, synthetic
 
 
@@ -26,7 +27,7 @@ def test_two_revisions_are_measured_in_turns(
     git(repository, "init")
     for version, ms in (("one", 2.0), ("two", 1.0)):
         made = synthetic(record, {"fused": [ms] * 4, "eager": [1.0] * 4})
-        (package / "record.json").write_text(json.dumps(made))
+        (package / "record.json").write_text(json.dumps(with_checksum(made)))
         (package / "__main__.py").write_text(
             "import os, pathlib, signal, sys, time\n"
             f"open({str(log)!r}, 'a').write(f'{version} {{sys.argv[1]}}\\n')\n"

@@ -20,6 +20,7 @@ from fusedshape.bench.cases import Case
 from fusedshape.bench.providers import Problem
 from fusedshape.bench.runner import run_suite
 from fusedshape.cli import main
+from fusedshape.files import with_checksum
 from fusedshape.timing import Candidate
 from tests.support.benchmarks import CPU, Script, install, problem, raising
 
@@ -245,12 +246,12 @@ def test_an_interrupted_run_goes_on(
     assert record["finished"]
     assert record["rows"][:2] == first["rows"]
     assert [row["status"] for row in record["rows"]] == ["ok", "failed", "ok"]
-    out.write_text(json.dumps({**record, "commit": "another"}))
+    out.write_text(json.dumps(with_checksum({**record, "commit": "another"})))
     capsys.readouterr()
     assert main([*argv, "--resume"]) == 1
     assert "different: commit" in capsys.readouterr().err
     machine = {**record["machine"], "threads": 99, "cpu": "abacus"}
-    out.write_text(json.dumps({**record, "machine": machine}))
+    out.write_text(json.dumps(with_checksum({**record, "machine": machine})))
     assert main([*argv, "--resume"]) == 1
     assert "different: machine's cpu and threads)" in capsys.readouterr().err
     assert main(["bench", "--suite", "smoke", "--resume", "--out", str(tmp_path / "new.json")]) == 1

@@ -240,7 +240,7 @@ def test_records_that_lack_what_a_table_needs(
     record = json.loads((RESULTS / "cpu.json").read_text())
     change(record)
     path = tmp_path / "r.json"
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(files.with_checksum(record)))
     codes = []
     for argv in (["show"], ["compare", str(path)], ["plot", "--out", str(tmp_path / "plots")]):
         codes.append(main(["bench", *argv, str(path)]))
@@ -267,12 +267,16 @@ def test_records_that_lack_what_a_table_needs(
 def test_a_sweep_is_gone_on_with_or_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    good = json.loads((RESULTS / "sweep.json").read_text())
+    written = json.loads((RESULTS / "sweep.json").read_text())
+    good = files.without_checksum(written, "sweep.json")
     path = tmp_path / "sweep.json"
+    files.write_json(path, written)
+    assert demo._read_sweep(path) == good
+    # One that an older version wrote, without a checksum.
     files.write_json(path, good)
     assert demo._read_sweep(path) == good
     change(good["rows"][3])
-    path.write_text(json.dumps(good))
+    path.write_text(json.dumps(files.with_checksum(good)))
     with pytest.raises(ValueError, match=r"sweep\.json is no sweep's file .*another name"):
         demo._read_sweep(path)
 

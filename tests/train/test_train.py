@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusedshape.files import without_checksum
 from fusedshape.loading import load_object, make
 from fusedshape.machine import write_json
 from fusedshape.nn import PerLocationNorm, ShapedConv2d
@@ -398,13 +399,17 @@ def tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "digits", blobs)
 
 
+def read_back(path: Path) -> dict[str, Any]:
+    return without_checksum(json.loads(path.read_text()), str(path))
+
+
 def test_demo_writes_table_json_and_plot(tiny_data: None, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     lines: list[str] = []
     out = demo.run_demo(
         tmp_path, demo.Demo(depth=16, width=4, epochs=4, threads=1), progress=lines.append
     )
-    assert json.loads((tmp_path / "demo.json").read_text()) == out
+    assert read_back(tmp_path / "demo.json") == out
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
     assert [(row["arm"], len(row["epochs"])) for row in out["rows"]] == [
         ("TAT leaky_relu", 4),
@@ -444,7 +449,7 @@ def test_an_interrupted_sweep_goes_on(
     assert len(json.loads(path.read_text())["rows"]) == 5
     monkeypatch.setattr(demo, "fit", lambda config: trained.append(config) or real(config))
     data = demo.run_sweep(path, plan, **options)
-    assert json.loads(path.read_text()) == data
+    assert read_back(path) == data
     assert len(trained) == len(set(trained)) == len(data["rows"]) == 2 * 2 + 2 * 2 + 2
     assert [row["header"] for row in data["rows"]] == [0] * 5 + [1] * 5
     full = [row for row in data["rows"] if row["purpose"] == "full"]
