@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,12 @@ torch._C, conv.__name__, conv._plan, ActSpec._fields, product._plan, fusedshape.
     modules = {"fusedshape.native", "fusedshape.kernels.conv", "fusedshape.kernels.gemm"}
     want = ["fusedshape.spec._check", "conv._plan", "product._plan", "fusedshape.native._load"]
     assert sorted(private_uses(source, modules)) == sorted(want)
+
+
+def test_the_picture_of_the_architecture_has_every_module() -> None:
+    picture = (PACKAGE.parent / "ARCHITECTURE.md").read_text().split("```")[1]
+    words = set(re.findall(r"[a-z_]+", picture))
+    assert {name for name in RANK if not name.startswith("__")} - words == set()
 
 
 def test_architecture_names_every_module() -> None:
