@@ -1,9 +1,9 @@
-// Forward and dgrad: rows of the result, gathered by pointers, times panels of the weight.
+// Forward and dgrad: rows of the source, gathered through pointers, times panels of the weight.
 //
-// They differ in what they gather. Forward takes, for each output position and tap, one
-// row of x. dgrad takes, for each input position and tap, one row of dz; with strides, positions of
-// one residue share their taps and are a section of their own. How the work is cut depends on the
-// sizes alone, and so do the roundings, whatever the number of threads.
+// The two differ in what they gather. Forward takes one row of x for each output position and tap.
+// dgrad takes one row of dz for each input position and tap. With strides, only positions of the same
+// residue share their taps, so each residue is a section of its own. How the work is cut depends on the
+// sizes alone, so results are rounded alike for any number of threads.
 #include "conv.h"
 
 #include <vector>
@@ -15,15 +15,15 @@
 namespace fusedshape {
 namespace {
 
-constexpr int64_t kBlockRows = 96;          // of a result, whose left operand stays in the cache
-constexpr int64_t kImages = 2 * kTile;      // whose positions are taken together
-constexpr int64_t kReduce = 512;            // numbers of a sum before a tile is written
-constexpr int64_t kPanelNumbers = 1 << 22;  // of W, packed at once
-constexpr int64_t kItems = 64;              // pieces of work to aim at, enough for many threads
-constexpr int64_t kRowsPerFlush = 32;       // rows added up in float before they go into a double
+constexpr int64_t kBlockRows = 96;      // rows of a result whose left operand stays in the cache
+constexpr int64_t kImages = 2 * kTile;  // images whose positions are taken together; see Walk
+constexpr int64_t kReduce = 512;        // products that are added up before a tile is written
+constexpr int64_t kPanelNumbers = 1 << 22;  // numbers of W that are packed at once
+constexpr int64_t kItems = 64;              // pieces of work wanted, so that many threads have some
+constexpr int64_t kRowsPerFlush = 32;  // rows that are added up in float before they go into a double
 
-// One dimension of a section: `count` positions first, first + step, … of the result; tap t of
-// position i takes position i · scale + offset[t] of the source.
+// One dimension of a section: the `count` positions first, first + step, … of the result. For
+// position i, tap t takes position i · scale + offset[t] of the source; tap[t] is its place in W.
 struct Axis {
   int64_t count, first, step, size, scale, source_size;
   std::vector<int64_t> offset, tap;
@@ -66,7 +66,7 @@ int64_t taps(const Section& s) {
   return static_cast<int64_t>(s[0].tap.size() * s[1].tap.size() * s[2].tap.size());
 }
 
-// f(i, offsets) for each tap i of a section.
+// Calls f(i, t) for each tap i of a section, t its numbers in the three dimensions.
 template <class F>
 void each_tap(const Section& s, const F& f) {
   int64_t i = 0;
@@ -79,21 +79,21 @@ void each_tap(const Section& s, const F& f) {
   }
 }
 
-// Rows of a source times W: W's channels are `reduced`, which are summed over, and `columns`, which
-// the result has; `row` and `column` are their distances in W.
+// Rows of a source times W. The `reduced` channels of the source are summed over, and the result has
+// `columns` channels; `strides` are those of the two in W.
 struct Product {
   int64_t batch;
   const float* source;
   int64_t reduced, columns;
   const Weight& w;
-  int64_t row, column;
+  Strides strides;
   float* result;
 };
 
 // The panels of the weight for one section and columns [begin, end) of the result.
 void pack_panels(const Section& section, const Product& product, int64_t begin, int64_t end,
                  float* panels) {
-  const int64_t reduced = product.reduced, row = product.row, column = product.column;
+  const int64_t reduced = product.reduced, column = product.strides.column;
   const Weight& w = product.w;
   const int64_t length = taps(section) * reduced;
   std::vector<const float*> starts(taps(section));
@@ -107,13 +107,14 @@ void pack_panels(const Section& section, const Product& product, int64_t begin, 
   parallel(count * taps(section), reduced * kPanel, [&](int64_t item) {
     const int64_t j = item / taps(section) * kPanel, i = item % taps(section);
     const int64_t width = std::min(kPanel, end - begin - j);
-    pack(starts[i] + j * column, row, column, reduced, width,
+    pack(starts[i] + j * column, product.strides, reduced, width,
          panels + j * length + i * reduced * width);
   });
 }
 
-// Goes through the positions of a batch, some images at a time: one position of each, then the next.
-// What lies beyond an edge does so for whole tiles then, which need not be computed.
+// Goes through the positions of a batch, some images at a time: one position of all these images, then
+// the next. A tile is then mostly one position of several images, so that a tap beyond an edge is so
+// for the whole tile, and need not be computed.
 class Walk {
  public:
   Walk(const Section& section, int64_t batch, int64_t begin) : section_(section), batch_(batch) {
@@ -130,7 +131,7 @@ class Walk {
 
   int64_t at(int d) const { return at_[d]; }
   int64_t image() const { return first_ + image_; }
-  int64_t images() const { return together() - image_; }  // from image() on, at this position
+  int64_t images() const { return together() - image_; }  // left at this position, with image()
 
   void skip(int64_t images) {
     image_ += images;
@@ -152,10 +153,10 @@ class Walk {
   Sizes at_;
 };
 
-// Where the rows of a block of the result go, and the rows of the source that make them.
+// The rows of a block of the result: where they are written, and which rows of the source make them.
 class Rows {
  public:
-  // `zeros` stand for what lies beyond the source's edges.
+  // A row of zeros is taken where a tap is beyond the source's edges.
   Rows(const Section& section, int64_t batch, const float* source, int64_t channels,
        const float* zeros)
       : section_(section), batch_(batch), source_(source), channels_(channels), zeros_(zeros),
@@ -205,14 +206,14 @@ class Rows {
 
   int64_t target(int64_t r) const { return target_[r]; }
 
-  // For the tile that begins at row r: for each tap, from `tap` on, one pointer a row; the first is
-  // null where the tap meets nothing but zeros.
+  // For the tile that begins at row r, one pointer for each tap from `tap` on and each row; the first
+  // of a tap is null if the tap meets nothing but zeros.
   const float* const* left(int64_t r, int64_t tap) const {
     const int64_t height = std::min<int64_t>(kTile, target_.size() - r);
     return left_.data() + r * taps_ + tap * height;
   }
 
-  // How far the next tile's rows are from those of the tile that begins at row r.
+  // The distance from the rows of the tile that begins at row r to those of the next; 0 if unknown.
   int64_t ahead(int64_t r, int64_t tap) const {
     if (r + kTile >= static_cast<int64_t>(target_.size())) {
       return 0;
@@ -224,7 +225,7 @@ class Rows {
  private:
   static constexpr int64_t kOutside = -1;
 
-  // What each tap takes for one position, counted from the beginning of an image.
+  // Finds what each tap takes for one position, counted from the beginning of an image.
   void take(const Walk& walk) {
     std::array<int64_t, kSpatial> size;
     size[2] = channels_;
@@ -253,7 +254,7 @@ class Rows {
   std::vector<const float*> left_;
 };
 
-// How a result is cut into items, all of about one size: blocks of rows × groups of panels.
+// Cuts a result into items of about the same size: blocks of rows × groups of panels.
 struct Cut {
   int64_t rows, columns, blocks, group;
 
@@ -271,13 +272,19 @@ struct Cut {
   }
 };
 
-// Finishes the rows of one item; rows that lie together, and are whole, at once. The sums of each
-// column are added to `partial` unless it is null.
-void finish_rows(const Finish& finish, const Rows& rows, int64_t count, float* result,
-                 int64_t channels, int64_t column, int64_t width, double* partial) {
+// The columns [first, last) of a result of so many channels.
+struct Columns {
+  int64_t first, last, channels;
+};
+
+// Applies `finish` to `count` rows of the result, to several at once where they are whole and lie one
+// after the other. The sums of each column are added to `partial` unless it is null.
+void finish_rows(const Finish& finish, const Rows& rows, int64_t count, const Columns& columns,
+                 float* result, double* partial) {
   if (finish.value == nullptr && finish.grad == nullptr) {
     return;
   }
+  const int64_t column = columns.first, width = columns.last - column, channels = columns.channels;
   const int64_t most = width == channels ? std::max<int64_t>(1, kWidth / width) : 1;
   std::vector<float> bias(most * width), sums(finish.grad == nullptr ? 0 : most * width);
   for (int64_t i = 0; i < most; ++i) {
@@ -311,7 +318,8 @@ void finish_rows(const Finish& finish, const Rows& rows, int64_t count, float* r
   }
 }
 
-// Columns [left, right) of one section of a result.
+// Computes the columns [left, right) of one section of a result, and finishes them. The sums of each
+// column are added to `totals` unless it is null.
 void gather(const Section& section, const Product& product, int64_t left, int64_t right,
             const Finish& finish, double* totals) {
   const int64_t batch = product.batch, reduced = product.reduced, columns = product.columns;
@@ -345,8 +353,8 @@ void gather(const Section& section, const Product& product, int64_t left, int64_
             for (int64_t i = 0; i < tile; ++i) {
               c[i] = result + rows.target(r + i) * columns + j;
             }
-            multiply(tile, width, rows.left(r, tap), from, some, n, rows.ahead(r, tap), panel, c,
-                     tap + from > 0);
+            const Taps operand = {rows.left(r, tap), some, from, n, rows.ahead(r, tap)};
+            multiply({tile, width}, operand, panel, c, tap + from > 0);
           }
         }
       }
@@ -356,7 +364,7 @@ void gather(const Section& section, const Product& product, int64_t left, int64_
         std::fill_n(result + rows.target(r) * columns + first, last - first, 0.0f);
       }
     }
-    finish_rows(finish, rows, height, result, columns, first, last - first,
+    finish_rows(finish, rows, height, {first, last, columns}, result,
                 totals == nullptr ? nullptr : partials.data() + block * columns + first);
   });
   if (totals != nullptr) {
@@ -368,7 +376,8 @@ void gather(const Section& section, const Product& product, int64_t left, int64_
   }
 }
 
-// One section of a result, some columns after others, so that panels of a large W take little memory.
+// Computes one section of a result, some columns at a time, so that the panels of a large W take little
+// memory.
 void gather(const Section& section, const Product& product, const Finish& finish, double* totals) {
   if (product.batch * positions(section) == 0) {
     return;
@@ -385,16 +394,16 @@ void gather(const Section& section, const Product& product, const Finish& finish
 void conv_forward(const Conv& given, const float* x, const Weight& w, float* y,
                   const Finish& finish) {
   const Conv conv = given.flat();
-  const Product product = {conv.batch, x,     conv.in_channels, conv.out_channels, w,
-                           w.column,   w.row, y};
+  const Product product = {
+      conv.batch, x, conv.in_channels, conv.out_channels, w, {w.column, w.row}, y};
   gather(forward_section(conv), product, finish, nullptr);
 }
 
 void conv_dgrad(const Conv& given, const float* dz, const Weight& w, float* dx,
                 const Finish& finish) {
   const Conv conv = given.flat();
-  const Product product = {conv.batch, dz,       conv.out_channels, conv.in_channels, w,
-                           w.row,      w.column, dx};
+  const Product product = {
+      conv.batch, dz, conv.out_channels, conv.in_channels, w, {w.row, w.column}, dx};
   std::vector<double> totals(conv.in_channels);
   Sizes residue, residues;
   for (int d = 0; d < kSpatial; ++d) {

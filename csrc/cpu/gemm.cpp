@@ -1,4 +1,4 @@
-// Tiles of rows × vectors, one function for each size, and panels.
+// One function for each size of a tile, rows × vectors, so that it fits the registers; and panels.
 #include "gemm.h"
 
 #include <array>
@@ -15,8 +15,9 @@ inline Vector load(const float* x) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* y, Vector x) { *reinterpret_cast<Unaligned*>(y) = x; }
 
 template <int rows, int vectors>
-void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64_t n,
-                   int64_t ahead, const float* panel, float* const* c, bool add) {
+void multiply_tile(const Taps& taps, const float* panel, float* const* c, bool add) {
+  const float* const* left = taps.rows;
+  const int64_t count = taps.count, offset = taps.offset, n = taps.n, ahead = taps.ahead;
   Vector sum[rows][vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -25,7 +26,7 @@ void multiply_tile(const float* const* left, int64_t offset, int64_t taps, int64
       sum[i][j] = Vector{};
     }
   }
-  for (int64_t t = 0; t < taps; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     if (left[t * rows] == nullptr) {
       panel += n * vectors * kLanes;
       continue;
@@ -105,8 +106,7 @@ void correlate_tile(const float* const* left, int64_t offset, int64_t n, const f
   }
 }
 
-using Multiply = void (*)(const float* const*, int64_t, int64_t, int64_t, int64_t, const float*,
-                          float* const*, bool);
+using Multiply = void (*)(const Taps&, const float*, float* const*, bool);
 using Correlate = void (*)(const float* const*, int64_t, int64_t, const float*, float*);
 
 template <int... k>
@@ -119,17 +119,18 @@ constexpr std::array<Correlate, sizeof...(k)> correlate_table(std::integer_seque
   return {correlate_tile<k / kVectors + 1, k % kVectors + 1>...};
 }
 
-using Sizes = std::make_integer_sequence<int, kTile * kVectors>;
-constexpr auto kMultiply = multiply_table(Sizes());
-constexpr auto kCorrelate = correlate_table(Sizes());
+using AllSizes = std::make_integer_sequence<int, kTile * kVectors>;
+constexpr auto kMultiply = multiply_table(AllSizes());
+constexpr auto kCorrelate = correlate_table(AllSizes());
 
-int64_t size_of(int64_t rows, int64_t columns) {
-  return (rows - 1) * kVectors + columns / kLanes - 1;
+// The place of a size in the tables.
+int64_t index_of(const TileSize& size) {
+  return (size.rows - 1) * kVectors + size.columns / kLanes - 1;
 }
 
 typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-// Numbers of a, and after them of b, by their places.
+// Picks numbers of a and b: from[i] counts through a, then through b.
 inline Vector shuffle(Vector a, Vector b, Index from) {
 #if defined(__clang__)
   Vector y;
@@ -143,7 +144,8 @@ inline Vector shuffle(Vector a, Vector b, Index from) {
 #endif
 }
 
-// In place: swaps bit after bit of the numbers of rows and columns.
+// Transposes a square in place. Each step exchanges one bit of the row index with the same bit of the
+// column index.
 void transpose(Vector (&x)[kLanes]) {
 #pragma GCC unroll 4
   for (int bit = kLanes / 2; bit > 0; bit /= 2) {
@@ -165,18 +167,18 @@ void transpose(Vector (&x)[kLanes]) {
 
 }  // namespace
 
-void multiply(int64_t rows, int64_t columns, const float* const* left, int64_t offset, int64_t taps,
-              int64_t n, int64_t ahead, const float* panel, float* const* c, bool add) {
-  kMultiply[size_of(rows, columns)](left, offset, taps, n, ahead, panel, c, add);
+void multiply(const TileSize& size, const Taps& taps, const float* panel, float* const* c,
+              bool add) {
+  kMultiply[index_of(size)](taps, panel, c, add);
 }
 
-void correlate(int64_t rows, int64_t columns, const float* const* left, int64_t offset, int64_t n,
+void correlate(const TileSize& size, const float* const* left, int64_t offset, int64_t n,
                const float* panel, float* c) {
-  kCorrelate[size_of(rows, columns)](left, offset, n, panel, c);
+  kCorrelate[index_of(size)](left, offset, n, panel, c);
 }
 
-void pack(const float* x, int64_t row, int64_t column, int64_t rows, int64_t columns,
-          float* panel) {
+void pack(const float* x, const Strides& strides, int64_t rows, int64_t columns, float* panel) {
+  const auto [row, column] = strides;
   if (column == 1) {
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(panel + r * columns, x + r * row, columns * sizeof(float));

@@ -1,7 +1,7 @@
-// wgrad: for each tap, rows of dz as columns, times panels of the rows of x that the tap takes.
+// wgrad: for each tap, dz transposed times panels of the rows of x that the tap takes.
 //
-// Chunks of positions decide the order of additions, and depend on the sizes alone; groups of columns
-// suit the number of threads.
+// Positions are cut into chunks, which decide the order of additions, so they depend on the sizes
+// alone. Columns are cut into groups, which do not, so they depend on the number of threads too.
 #include <vector>
 
 #include "conv.h"
@@ -13,19 +13,19 @@ namespace fusedshape {
 namespace {
 
 constexpr int64_t kCorrelateRows = 96;        // positions of one panel
-constexpr int64_t kGroupPanels = 4;           // panels of x copied at once
-constexpr int64_t kSumNumbers = 1 << 16;      // of dw, which stay in the cache for a chunk
-constexpr int64_t kPartialNumbers = 1 << 18;  // of dw, for all chunks together
-constexpr int64_t kNearNumbers = 1 << 18;     // of x and dz, that need not be fetched ahead
-constexpr int64_t kItems = 64;                // pieces of work to aim at, enough for many threads
-constexpr int64_t kItemsPerThread = 8;        // so that threads end together
+constexpr int64_t kGroupPanels = 4;           // panels of x that are copied at once
+constexpr int64_t kSumNumbers = 1 << 16;      // sums of a chunk that stay in the cache
+constexpr int64_t kPartialNumbers = 1 << 18;  // sums of all chunks together
+constexpr int64_t kNearNumbers = 1 << 18;     // x and dz of so few numbers need no prefetching
+constexpr int64_t kItems = 64;                // pieces of work wanted, so that many threads have some
+constexpr int64_t kItemsPerThread = 8;        // pieces wanted, so that all threads end together
 
 Sizes tap_at(const Conv& conv, int64_t t) {
   const int64_t k1 = conv.kernel[1], k2 = conv.kernel[2];
   return {t / (k1 * k2), t / k2 % k1, t % k2};
 }
 
-// The rows of x that one tap takes for a block of output positions, and the rows of dz there.
+// The rows of x that one tap takes for a block of output positions, and the rows of dz they go with.
 struct Taken {
   int64_t rows = 0;
   std::array<const float*, kCorrelateRows> x, dz;
@@ -61,8 +61,14 @@ struct Taken {
   }
 };
 
-// How the work is cut into items: chunks of positions × taps × groups of panels. Chunks cost memory for
-// their sums, groups read dz once more each.
+// One piece of the work: a tap, a chunk of `rows` positions from `begin` on, and the columns
+// [first, last) of dw.
+struct Item {
+  int64_t chunk, tap, begin, rows, first, last;
+};
+
+// Cuts the work into items. More chunks need more memory for their sums, and each group of columns
+// reads dz once more.
 struct Cut {
   int64_t rows, chunks, group;
 
@@ -80,22 +86,27 @@ struct Cut {
     group *= kPanel;
   }
 
-  int64_t row(int64_t chunk) const { return rows * chunk / chunks; }
+  Item item(const Conv& conv, int64_t i) const {
+    const int64_t in = conv.in_channels, taps = conv.taps(), groups = ceil_div(in, group);
+    const int64_t chunk = i / (taps * groups), first = i % groups * group;
+    const int64_t begin = rows * chunk / chunks, end = rows * (chunk + 1) / chunks;
+    return {chunk, i / groups % taps, begin, end - begin, first, std::min(first + group, in)};
+  }
 };
 
-// sum += the products of one tap over a chunk of positions, for columns [first, last) of dw: as
-// (panel, output channel, column of the panel).
-void correlate_chunk(const Conv& conv, int64_t tap, int64_t begin, int64_t rows, int64_t first,
-                     int64_t last, const float* x, const float* dz, float* sum) {
+// Adds the products of an item to `sum`, whose order is (panel, output channel, column of the panel).
+void correlate_chunk(const Conv& conv, const Item& item, const float* x, const float* dz,
+                     float* sum) {
+  const int64_t first = item.first, last = item.last;
   const int64_t out = conv.out_channels, tiles = ceil_div(out, kTile);
-  const int64_t blocks = ceil_div(rows, kCorrelateRows);
+  const int64_t blocks = ceil_div(item.rows, kCorrelateRows);
   const bool near = conv.in_rows() * conv.in_channels + conv.out_rows() * out < kNearNumbers;
   const int64_t step = near ? 0 : ceil_div(kCorrelateRows, tiles * ceil_div(last - first, kPanel));
   alignas(64) float panels[kCorrelateRows * kGroupPanels * kPanel];
   Taken taken[2];
   const auto find = [&](int64_t block) {
-    const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
-    taken[block % 2].find(conv, tap, begin + from, to - from, x, dz);
+    const int64_t from = item.rows * block / blocks, to = item.rows * (block + 1) / blocks;
+    taken[block % 2].find(conv, item.tap, item.begin + from, to - from, x, dz);
   };
   if (blocks > 0) {
     find(0);
@@ -113,7 +124,7 @@ void correlate_chunk(const Conv& conv, int64_t tap, int64_t begin, int64_t rows,
       copy_rows(now.x.data(), now.rows, j, std::min(kPanel, last - j),
                 panels + (j - first) * now.rows);
     }
-    int64_t fetched = 0;  // of the next block's rows, a few by each tile
+    int64_t fetched = 0;  // rows of the next block; each tile prefetches a few
     for (int64_t j = first; j < last; j += kPanel) {
       const int64_t width = std::min(kPanel, last - j);
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -122,35 +133,41 @@ void correlate_chunk(const Conv& conv, int64_t tap, int64_t begin, int64_t rows,
           fetch_row(next.dz[fetched], out);
         }
         const int64_t k = out * tile / tiles, k_end = out * (tile + 1) / tiles;
-        correlate(k_end - k, width, now.dz.data(), k, now.rows, panels + (j - first) * now.rows,
-                  sum + (j - first) * out + k * width);
+        correlate({k_end - k, width}, now.dz.data(), k, now.rows,
+                  panels + (j - first) * now.rows, sum + (j - first) * out + k * width);
       }
     }
   }
 }
 
-// Columns [first, last) of one tap of dw, from the sums of some chunks, `distance` apart.
-void write_sums(const Conv& conv, int64_t tap, int64_t first, int64_t last, const float* sums,
-                int64_t chunks, int64_t distance, const Weight& dw) {
-  const Sizes at = tap_at(conv, tap);
+// The sums of the same columns by several chunks, `distance` apart.
+struct Sums {
+  const float* data;
+  int64_t chunks, distance;
+};
+
+// Adds up the sums of all chunks, and writes them where the item's tap and columns are in dw.
+void write_sums(const Conv& conv, const Item& item, const Sums& sums, const Weight& dw) {
+  const Sizes at = tap_at(conv, item.tap);
   float* target = dw.data;
   for (int d = 0; d < kSpatial; ++d) {
     target += at[d] * dw.tap[d];
   }
-  for (int64_t j = first; j < last; j += kPanel) {
-    const int64_t width = std::min(kPanel, last - j);
+  const float* data = sums.data;
+  for (int64_t j = item.first; j < item.last; j += kPanel) {
+    const int64_t width = std::min(kPanel, item.last - j);
     for (int64_t k = 0; k < conv.out_channels; ++k) {
       alignas(64) float total[kPanel] = {};
-      for (int64_t c = 0; c < chunks; ++c) {
+      for (int64_t c = 0; c < sums.chunks; ++c) {
         for (int64_t i = 0; i < width; ++i) {
-          total[i] += sums[c * distance + k * width + i];
+          total[i] += data[c * sums.distance + k * width + i];
         }
       }
       for (int64_t i = 0; i < width; ++i) {
         target[k * dw.row + (j + i) * dw.column] = total[i];
       }
     }
-    sums += width * conv.out_channels;
+    data += width * conv.out_channels;
   }
 }
 
@@ -162,23 +179,24 @@ void conv_wgrad(const Conv& given, const float* dz, const float* x, const Weight
   const Cut cut(conv);
   const int64_t groups = ceil_div(in, cut.group), chunks = cut.chunks, size = taps * in * out;
   const Workspace partials(chunks == 1 ? 0 : chunks * size);  // (chunk, tap, sums)
-  parallel(chunks * taps * groups, kGrain, [&](int64_t item) {
-    const int64_t chunk = item / (taps * groups), tap = item / groups % taps;
-    const int64_t first = item % groups * cut.group, last = std::min(first + cut.group, in);
-    const int64_t begin = cut.row(chunk), rows = cut.row(chunk + 1) - begin;
-    const Workspace own(chunks == 1 ? (last - first) * out : 0);
-    float* sum = chunks == 1 ? own.get() : partials.get() + chunk * size + (tap * in + first) * out;
-    std::fill_n(sum, (last - first) * out, 0.0f);
-    correlate_chunk(conv, tap, begin, rows, first, last, x, dz, sum);
+  const auto place = [&](const Item& item) {
+    return partials.get() + item.chunk * size + (item.tap * in + item.first) * out;
+  };
+  parallel(chunks * taps * groups, kGrain, [&](int64_t i) {
+    const Item item = cut.item(conv, i);
+    const int64_t count = (item.last - item.first) * out;
+    const Workspace own(chunks == 1 ? count : 0);
+    float* sum = chunks == 1 ? own.get() : place(item);
+    std::fill_n(sum, count, 0.0f);
+    correlate_chunk(conv, item, x, dz, sum);
     if (chunks == 1) {
-      write_sums(conv, tap, first, last, sum, 1, 0, dw);
+      write_sums(conv, item, {sum, 1, 0}, dw);
     }
   });
   if (chunks > 1) {
-    parallel(taps * groups, chunks * out * cut.group, [&](int64_t item) {
-      const int64_t tap = item / groups, first = item % groups * cut.group;
-      write_sums(conv, tap, first, std::min(first + cut.group, in),
-                 partials.get() + (tap * in + first) * out, chunks, size, dw);
+    parallel(taps * groups, chunks * out * cut.group, [&](int64_t i) {
+      const Item item = cut.item(conv, i);  // of the first chunk
+      write_sums(conv, item, {place(item), chunks, size}, dw);
     });
   }
 }
