@@ -1,7 +1,8 @@
-"""diagnose: predicted against measured kernels, layer by layer, and the likely cause of a gap.
+"""diagnose: compares predicted and measured kernels layer by layer, and names what is wrong.
 
-`tape` follows a forward pass and `measure` measures what its steps hold; `predict` says what theory
-expects, with the maps of `layers`; `verdict` judges, and `report` holds and shows the result.
+`tape` records a forward pass as steps (`operation` describes a recorded call), and `measure`
+measures their values. `predict` computes what theory expects, with the maps of `layers`. `verdict`
+judges the difference, and `report` holds and shows the result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from fusedshape.validate import real
 
 __all__ = ["CAUSES", "Diagnosis", "Finding", "Layer", "diagnose"]
 
-_NUDGED = 8  # inputs whose neighbours are followed, at most, of every four one
+_NUDGED = 8  # at most so many inputs get a neighbour, and at most a quarter of them
 _SHOWN = ("input", "affine", "nonlinear", "sum", "concat", "norm", "pool", "dropout", "unknown")
 
 
@@ -47,48 +48,47 @@ def diagnose(
     sigma_w: float | None = None,
     sigma_b: float | None = None,
 ) -> Diagnosis:
-    r"""Compare a model with what theory says of it, layer by layer, and name what is wrong.
+    r"""Compare a model with theory, layer by layer, and name what is wrong.
 
-    Measured are the mean square q over channels, at every location, and the cosine c of pairs of
-    inputs at the same location. Predicted are both, from the input's own q and c on: layers with
-    weights keep them (times σ_w², plus σ_b²), activations map them with their own Q and C maps, at
-    any q, and sums and concatenations mix them; convolutions mix locations as their taps do. Behind
-    pooling, normalisation, attention and what else no map is known for, prediction starts again
-    from what was measured, and the row says so.
+    Two numbers are measured at every location: the mean square q over channels, and the cosine c of
+    pairs of inputs. Both are predicted from the q and c of the network's input: layers with weights
+    keep them (times σ_w², plus σ_b²), activations apply their own Q and C maps at any q, sums and
+    concatenations mix them, and convolutions mix locations as their taps do. After pooling,
+    normalisation, attention and other steps without a known map, prediction starts again from the
+    measurement, and the row says so.
 
-    A step is judged by what was measured just before it: it is off if it differs from theory by
-    more than 6 standard deviations of what its width explains. Those follow from what random
-    weights of its shape may do (Gaussian ones, or orthogonal ones if they are) and, for an
-    activation, from Var[φ²] given the mean square before it (3/width of ln q for He's ReLU, and
-    2/width more for Gaussian weights). Where a layer or pool skips positions, one backward pass of
-    a few inputs tells how much of the input the output still depends on. Weights are also judged
-    by themselves: their scale, layer by layer and added up, their rank, and whether a layer has
-    them for itself.
+    Each step is judged given the measurement just before it. It is off if it differs from theory by
+    more than 6 standard deviations of the chance that its width explains. They follow from random
+    weights of its shape (Gaussian, or orthogonal if its weights are) and, for an activation, from
+    Var[φ²] given the mean square before it (3/width of ln q for He's ReLU, and 2/width more for
+    Gaussian weights). If a layer or pool skips positions, one backward pass of a few inputs tells
+    how much of the input the output still depends on. Weights are also judged by themselves: by
+    their scale, of each layer and in total, by their rank, and by whether layers share them.
 
-    The model runs as it is, in its own mode, without gradients. Afterwards it and the random number
-    generators are what they were, after an error or Ctrl-C too: parameters, buffers, gradients,
-    requires_grad, mode, hooks and attributes with the containers, tensors, arrays and objects in
-    them. Buffers and arrays are copied for that, and of parameters only those that the forward
-    writes to. What could not be put back is said in `Diagnosis.notes`; what classes, extension
-    types or files hold is not looked at.
+    The model runs in its own mode, without gradients. Afterwards the model and the random number
+    generators are restored, even after an error or Ctrl-C: parameters, buffers, gradients,
+    requires_grad, mode, hooks, and attributes with the containers, tensors, arrays and objects in
+    them. For that, buffers and arrays are copied, and those parameters that the forward writes to.
+    `Diagnosis.notes` lists what could not be restored. State in classes, extension types or files
+    is not restored.
 
     Args:
         model: the model, initialised and not trained yet.
-        data: a batch of at least 2 inputs (N, ...), or batches, of which each may be a tuple whose
-            first element is the inputs (a DataLoader), or a dict of keyword arguments. Floating
-            tensors go to the device and dtype of the model's first parameter.
-        batches: how many batches to take, at most.
-        sigma_w: σ_w, the standard deviation of weights times √fan_in. By default 1 where the
-            activations keep q = 1, as those of DKS and TAT do; else what the weights have.
-        sigma_b: σ_b, that of the biases; by default 0, or what the biases have.
+        data: a batch of at least 2 inputs (N, ...), or an iterable of batches. A batch may be a
+            tuple whose first element is the inputs (as from a DataLoader), or a dict of keyword
+            arguments. Floating tensors go to the device and dtype of the model's first parameter.
+        batches: the most batches to use.
+        sigma_w: σ_w, the standard deviation of weights times √fan_in. By default 1 if the
+            activations keep q = 1, as those of DKS and TAT do, else that of the weights.
+        sigma_b: σ_b, the standard deviation of biases; by default 0, or that of the biases.
 
     Returns:
         The diagnosis; print it, or see `Diagnosis.save` and `Diagnosis.plot`.
 
     Raises:
-        TypeError: model is no nn.Module, or data are no tensors.
-        ValueError: data that are empty or that the model does not take, fewer than 2 inputs in a
-            batch, or parameters without memory.
+        TypeError: model is no nn.Module, or data contain no tensors.
+        ValueError: data are empty, the model does not take them, a batch has fewer than 2 inputs,
+            or parameters have no memory.
 
     Source: Q and C maps after Martens et al. 2021, arXiv 2110.01765.
 
@@ -136,7 +136,7 @@ def diagnose(
 
 
 class _Run:
-    """All batches that went the same way."""
+    """All batches whose forward passes had the same steps."""
 
     def __init__(self, tape: Tape, weights: Contract, partings: list[float]) -> None:
         self.steps = steps = tape.steps
@@ -148,7 +148,7 @@ class _Run:
         self.rows: list[list[tuple[float, ...]]] = []
 
     def add(self, steps: list[Step]) -> None:
-        """Take one more batch in, and let go of it."""
+        """Add a batch's measurements, and free them."""
         forecasts = predict(steps, self.weights, self.partings)
         self.rows.append([_numbers(s, f) for s, f in zip(steps, forecasts, strict=True)])
         for stats, step in zip(self.stats, steps, strict=True):
@@ -157,7 +157,7 @@ class _Run:
             step.value = None
 
     def _alive(self) -> set[int]:
-        """The steps that the outputs come from."""
+        """The steps that the outputs depend on."""
         found, stack = set(self.outputs), list(self.outputs)
         while stack:
             more = set(self.steps[stack.pop()].inputs) - found
@@ -166,7 +166,7 @@ class _Run:
         return found
 
     def diagnosis(self, notes: tuple[str, ...], inputs: int) -> Diagnosis:
-        """Mean over batches, and the verdict."""
+        """Average over batches, and judge."""
         mean = torch.tensor(self.rows, dtype=torch.float64).mean(0).tolist()
         rows = [
             _layer(step, stats, numbers, parting)
@@ -208,7 +208,7 @@ class _Run:
 
 
 def _numbers(step: Step, f: Forecast) -> tuple[float, ...]:
-    """What is averaged over batches: see `_layer`."""
+    """The numbers that are averaged over batches; see `_layer`."""
     actual, theory, near = summary(measured(step)), summary(f.kernel), summary(f.near)
     off = offsets(actual, near, f.near_spread)
     far = offsets(actual, theory, f.spread)[0] if f.near is not None else math.nan
@@ -255,7 +255,7 @@ def _run(
 ) -> Tape:
     tape = Tape(model, size, measure, known)
     try:
-        with apart():  # what a layer's kernel holds in its registers cannot be measured
+        with apart():  # a fused kernel's pre-activation cannot be measured
             tape.run(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) for t in _tensors((args, kwargs))]
@@ -274,12 +274,12 @@ def _partings(
     tape: Tape,
     known: dict[Any, Affine],
 ) -> list[float]:
-    """Measured sensitivity of each step to a small change of some inputs; nan where it is not."""
+    """Measured sensitivity of each step to a small change of some inputs; nan if unknown."""
     few = min(max(size // 4, 1), _NUDGED)
     nowhere = [math.nan] * len(tape.steps)
     if any(s.op == "dropout" for s in tape.steps):
-        return nowhere  # its masks would differ between neighbours
-    # No user's seed: noise equal to the data would be no change of direction.
+        return nowhere  # the masks of neighbours would differ
+    # Not a user's seed: noise equal to the data would not change their direction.
     generator = torch.Generator().manual_seed(0x5EED_0FD1)
 
     def doubled(t: Any) -> Any:
@@ -288,7 +288,7 @@ def _partings(
         t = t[:few]
         if not t.is_floating_point():
             return torch.cat((t, t))
-        # Far above rounding, far below where the C map bends.
+        # Far above rounding errors, and small enough for the C map to be linear.
         width = max(1e-2, 16 * torch.finfo(t.dtype).eps) * float(t.double().square().mean().sqrt())
         noise = torch.randn(t.shape, generator=generator).to(t.device) * width
         return torch.cat((t, (t + noise).to(t.dtype)))

@@ -1,8 +1,8 @@
-"""`kept`: a model and the random number generators are afterwards what they were, whatever runs.
+"""`kept`: restores a model and the random number generators after whatever runs.
 
-Numbers of parameters are copied when an operation is about to write to them, and not before, so
-that a model that writes to none costs no memory. Buffers are copied at once: batch_norm writes to
-them without saying so.
+A parameter is copied only when an operation is about to write to it, so that a model that writes to
+none costs no memory. Buffers are copied at once, because the schema of batch_norm does not say that
+it writes to them.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from torch import Tensor, nn
 from fusedshape.guard import Guard, save_place
 from fusedshape.undo import UndoLog
 
-_DEEP = 4  # containers and objects in each other that are looked into
+_DEEP = 4  # levels of nested containers and objects that are searched
 _FOREIGN = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[list[str]]:
-    """Put a model and the random number generators back as they were, Ctrl-C included.
+    """Restore a model and the random number generators after the block, even after Ctrl-C.
 
     Args:
-        model: of its modules are restored: class, attributes, hooks and mode; parameters and
-            buffers, their numbers, gradients and requires_grad; and what attributes hold of
-            containers, tensors, arrays, generators and objects with a __dict__. Objects without
-            one, and what belongs to classes or other modules of Python, are not.
+        model: restored are the class, attributes, hooks and mode of its modules; the values,
+            gradients and requires_grad of parameters and buffers; and containers, tensors, arrays,
+            generators and objects with a __dict__ in attributes. Objects without one are not
+            restored, nor is state in classes and Python modules.
 
     Yields:
-        What could not be put back; complete after the block.
+        A list of what could not be restored; complete after the block.
     """
     log, lost = UndoLog(), list[str]()
     sums: list[tuple[str, Tensor, complex]] = []
     guard = Guard(log)
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    # Compiled code hides its operations; but do not import Dynamo for nothing.
+    # Compiled code hides its operations. Dynamo is asked only if something imported it.
     eager = torch.compiler.set_stance if "torch._dynamo" in sys.modules else nullcontext
     try:
         _save(model, log, guard, sums)
@@ -63,7 +63,7 @@ def _undo(log: UndoLog, sums: list[tuple[str, Tensor, complex]], lost: list[str]
     try:
         log.undo()
     finally:
-        log.undo()  # the rest, should Ctrl-C have come between two steps
+        log.undo()  # the rest, if Ctrl-C came between two steps
         lost += log.failed
         for name, tensor, before in sums:
             if not _same(_sum(tensor), before):
@@ -73,7 +73,7 @@ def _undo(log: UndoLog, sums: list[tuple[str, Tensor, complex]], lost: list[str]
 def _save(
     model: nn.Module, log: UndoLog, guard: Guard, sums: list[tuple[str, Tensor, complex]]
 ) -> None:
-    """Save all there is to save; `sums` become those of what is only watched."""
+    """Save everything; `sums` receives checksums of tensors that are only watched."""
     python, numpy = random.getstate(), np.random.get_state()
     log.save("the state of random", lambda: random.setstate(python))
     log.save("the state of numpy.random", lambda: np.random.set_state(numpy))
@@ -88,7 +88,7 @@ def _save(
         save_place(parameter, name, log)
     seen: set[int] = {id(t) for t in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
-        # What torch.jit made keeps its attributes elsewhere, and has no way to add any.
+        # A ScriptModule keeps its attributes elsewhere, and none can be added.
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for key, value in vars(module).items():
@@ -100,7 +100,7 @@ def _save(
 def _save_value(
     value: Any, name: str, log: UndoLog, guard: Guard, seen: set[int], depth: int
 ) -> None:
-    """Save what an attribute holds, and what that holds."""
+    """Save an attribute's value, and the values inside it."""
     if id(value) in seen or depth > _DEEP or isinstance(value, (nn.Module, *_FOREIGN)):
         return
     seen.add(id(value))
@@ -152,7 +152,7 @@ def _write_array(array: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> 
 
 
 def _sum(tensor: Tensor) -> complex:
-    """A number that changes if the tensor does."""
+    """A checksum of a tensor."""
     if tensor.is_meta or tensor.is_quantized:
         return 0.0
     wide = torch.float64 if tensor.is_floating_point() else None

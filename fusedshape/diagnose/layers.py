@@ -2,7 +2,7 @@ r"""What one layer does to kernels: `Phi` for nonlinear layers, `Affine` for tho
 
 A kernel is a tensor (3, pairs, *locations) of q, q′ and k: the mean squares over channels of two
 inputs x and x′, and the mean of x·x′, so that c = k / √(q q′). The maps of `fusedshape.theory.maps`
-are for q = 1; those here are for any q and q′, as a diagnosis must follow what is really there:
+hold for q = 1. These hold for any q and q′, because a diagnosis must follow the actual values:
 
     q ↦ E[φ(√q z)²]        k ↦ E[φ(√q z₁) φ(√q′ (c z₁ + √(1−c²) z₂))] = Σᵢ aᵢ(q) aᵢ(q′) cⁱ
 
@@ -29,21 +29,21 @@ from fusedshape.spec import ActSpec
 from fusedshape.theory.gaussian import Array, rule
 from fusedshape.torch_ops import ARITHMETIC
 
-_TERMS = 20  # of the Hermite series; the rest of E[φ²] goes with the next power of c
-_PER_OCTAVE = 4  # values of q at which the series is computed, cubic interpolation between them
-_FAR = 60 * _PER_OCTAVE  # |log₂ q| up to which q is followed
+_TERMS = 20  # of the Hermite series; the rest of E[φ²] is taken with the next power of c
+_PER_OCTAVE = 4  # values of q with a series of their own; between them, cubic interpolation
+_FAR = 60 * _PER_OCTAVE  # largest |log₂ q|, in steps of 1/_PER_OCTAVE
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 @dataclass(frozen=True)
 class Phi:
-    """A pointwise function, and what a wide layer of it does to kernels.
+    """A pointwise function, and its map of kernels in a wide layer.
 
     Attributes:
-        expr: how it is computed; see `evaluate`.
-        name: for people.
-        spec: its constants, where the activation table has it.
+        expr: the expression that computes it; see `evaluate`.
+        name: name to display.
+        spec: its constants, if the activation table has it.
     """
 
     expr: tuple[Any, ...]
@@ -52,10 +52,10 @@ class Phi:
 
     @staticmethod
     def of(expr: tuple[Any, ...]) -> Phi | None:
-        """The function that an expression computes; None if it cannot be computed on numbers."""
+        """The function of an expression; None if it cannot be computed on numbers."""
         try:
             return _phi(expr)
-        except TypeError:  # an argument that cannot be hashed
+        except TypeError:  # an argument without a hash
             return None
 
     def __call__(self, u: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Phi:
         return evaluate(self.expr, u)
 
     def at(self, u: Array) -> Array:
-        """φ(u) of an array."""
+        """φ(u) for an array."""
         found: Array = self(torch.from_numpy(np.ascontiguousarray(u))).numpy()
         return found
 
@@ -79,7 +79,7 @@ class Phi:
 
     @property
     def is_linear(self) -> bool:
-        """φ(u) = wu."""
+        """Whether φ(u) = wu."""
         return self.slopes is not None and math.isclose(*self.slopes, rel_tol=1e-9)
 
     def q(self, q: float) -> float:
@@ -89,11 +89,11 @@ class Phi:
 
     @property
     def keeps_q(self) -> bool:
-        """Whether q = 1 stays 1, as behind the activations of DKS and TAT."""
+        """Whether q = 1 is mapped to 1, as by the activations of DKS and TAT."""
         return abs(self.q(1.0) - 1) < 0.05
 
     def growth(self, q: float, c: float) -> tuple[float, float]:
-        """d ln Q / d ln q, which is 1 for TAT and DKS at q = 1, and dC / dc."""
+        """d ln Q / d ln q, which is 1 for DKS and TAT at q = 1, and dC / dc."""
         if self.slopes is None:
             return _growth(self, _rounded(q), round(c, 2))
         right, left = self.slopes
@@ -111,15 +111,15 @@ class Phi:
         return k / first if first > 0 else math.nan
 
     def noise(self, q: float, c: float) -> tuple[float, float]:
-        """n·Var of ln q and of c after n channels, given exact q and c before."""
+        """n·Var of ln q and of c after a layer of n channels, given q and c before it."""
         return _noise(self, self._where(q), round(min(max(c, -0.99), 0.9999), 3))
 
     def _where(self, q: float) -> float:
-        """Where to evaluate what homogeneous functions have at any q alike."""
+        """The q at which to evaluate what does not depend on q for homogeneous functions."""
         return _rounded(q) if self.slopes is None else 1.0
 
     def idle(self, q: float) -> float:
-        """Share of Gaussian inputs at which |φ′| is below a tenth of its largest value."""
+        """The share of Gaussian inputs at which |φ′| is below a tenth of its maximum."""
         q = self._where(q)
         z, w = _nodes(self, q)
         steepest = np.abs(_slopes_at(self, np.linspace(-8, 8, 801, dtype=np.float64))).max()
@@ -152,7 +152,7 @@ class Phi:
         return torch.stack((scale * first, scale * second, root * (scale * c + kappa * bend)))
 
     def _series(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """aᵢ(q), and what is missing from Σ aᵢ² = E[φ²]."""
+        """aᵢ(q), and E[φ²] − Σ aᵢ²."""
         is_known = q.isfinite()
         at = q.where(is_known, 1.0).clamp(min=2.0 ** (-_FAR / _PER_OCTAVE)).log2() * _PER_OCTAVE
         at = at.clamp(max=float(_FAR))
@@ -175,7 +175,7 @@ class Phi:
 
 
 def evaluate(expr: tuple[Any, ...], u: Tensor) -> Tensor:
-    """A pointwise expression at u.
+    """Evaluate a pointwise expression at u.
 
     Expressions are ("x",), ("c", number), ("scale", a, factor), ("add", a, b, alpha),
     ("spec", ActSpec) and ("f", function, arguments, options).
@@ -213,7 +213,7 @@ def _phi(expr: tuple[Any, ...]) -> Phi | None:
 
 
 def _name(expr: tuple[Any, ...]) -> str:
-    """The names of an expression's functions, innermost first."""
+    """Join the names of an expression's functions, innermost first."""
     found: dict[str, None] = {}
 
     def visit(e: Any) -> None:
@@ -231,14 +231,14 @@ def _name(expr: tuple[Any, ...]) -> str:
 
 
 def _rounded(q: float) -> float:
-    """q to a thirtieth of an octave, for caches."""
+    """Round q to a thirtieth of an octave, for caches."""
     return 2 ** (round(30 * math.log2(q)) / 30) if 0 < q < math.inf else 1.0
 
 
 @lru_cache(maxsize=4096)
 def _nodes(phi: Phi, q: float) -> tuple[Array, Array]:
-    # Kinks of what is in no table are looked for at 0 only. Beyond a scale of 1000, what φ does
-    # near its kinks no longer counts, and panels would become too many.
+    # A function that is not in the table is assumed to have a kink at 0 only. Beyond a scale of
+    # 1000 the behaviour near kinks is negligible, and there would be too many panels.
     scale = min(max(math.sqrt(q), 1e-3), 1e3)
     if phi.spec is None:
         return rule(scale)
@@ -269,7 +269,7 @@ def _growth(phi: Phi, q: float, c: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def _coefficients(phi: Phi, j: int) -> Tensor:
-    """aᵢ at q = 2^(j / _PER_OCTAVE), and the rest."""
+    """aᵢ at q = 2^(j / _PER_OCTAVE), and E[φ²] − Σ aᵢ²."""
     q = 2.0 ** (j / _PER_OCTAVE)
     z, w = _nodes(phi, q)
     f = phi.at(math.sqrt(q) * z)
@@ -290,7 +290,7 @@ def _noise(phi: Phi, q: float, c: float) -> tuple[float, float]:
     if not size > 0:
         return 0.0, 0.0
     correlation = float(w @ (f * g)) / size
-    # The mean squares and the product of x and y are what they are; their part is no noise.
+    # The mean squares and product of x and y are given, so what they explain is not noise.
     given = np.stack((np.ones_like(x), x * x, y * y, x * y))
     gram = (given * w) @ given.T
 
@@ -304,7 +304,7 @@ def _noise(phi: Phi, q: float, c: float) -> tuple[float, float]:
 
 @lru_cache(maxsize=256)
 def _pairs(c: float) -> tuple[Array, Array, Array]:
-    """Nodes for normal x and y of correlation c; coarse, as noise need not be known well."""
+    """Quadrature nodes for normal x and y of correlation c; coarse, which is enough for noise."""
     z, w = np.polynomial.hermite_e.hermegauss(40)
     w = w / w.sum()
     x, other = np.meshgrid(z, z, indexing="ij")
@@ -314,16 +314,15 @@ def _pairs(c: float) -> tuple[Array, Array, Array]:
 
 @dataclass(frozen=True)
 class Affine:
-    """What the theory must know of an affine layer's weights.
+    """What the theory needs to know about an affine layer's weights.
 
     Attributes:
         gain: the factor on q for inputs of random direction, ‖W‖² per output channel.
-        chance: Var of ln q_out / q_in that random weights of this shape explain; 0 for orthogonal
-            ones.
+        chance: Var of ln q_out / q_in for random weights of this shape; 0 for orthogonal ones.
         bias: mean square of the bias.
-        fan: in and out channels of a group, as PyTorch's layout has them.
-        spread: standard deviation of ln gain of random weights of the right scale.
-        flaw: what makes the weights unlike random ones, in words; see `randomness`.
+        fan: input and output channels of a group, in PyTorch's layout.
+        spread: standard deviation of ln gain for random weights of the right scale.
+        flaw: how the weights differ from random ones, in words; see `randomness`.
         taps: each tap's share of `gain`, (1, 1, *kernel); None for a linear layer.
         geometry: stride, padding, dilation, transposed, output_padding.
     """
@@ -339,16 +338,16 @@ class Affine:
 
     @property
     def is_orthogonal(self) -> bool:
-        """Whether the rows or columns of its weights are orthonormal, up to a factor."""
+        """Whether the rows or columns of the weights are orthonormal, up to a factor."""
         return self.has_weights and self.spread == 0
 
     @property
     def has_weights(self) -> bool:
-        """Whether it is more than a bias."""
+        """Whether there are weights, not only a bias."""
         return self.fan != (0, 0)
 
     def over(self, locations: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        """What weights of gain 1 make of a kernel at these locations."""
+        """The map of kernels by weights of gain 1, for inputs with these locations."""
         taps = self.taps
         if taps is None:
             return lambda kernel: kernel
@@ -376,7 +375,7 @@ class Affine:
 
 
 def matrix(weight: Tensor, bias: Tensor | None) -> Affine:
-    """Look at the weights (in, out) of a linear layer."""
+    """Describe the weights (in, out) of a linear layer."""
     w = weight.detach().float().t()
     energy = float(torch.linalg.vector_norm(w)) ** 2
     seen = randomness(w.unsqueeze(0))
@@ -400,7 +399,7 @@ def convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> Affine:
-    """Look at the weights of a convolution, in PyTorch's layout."""
+    """Describe the weights of a convolution, in PyTorch's layout."""
     w = matrices(weight.detach().float(), groups, transposed)
     taps = w.square().sum((0, 1, 2)).double().cpu()
     total = float(taps.sum())
@@ -411,7 +410,7 @@ def convolution(
     seen = [randomness(part) for part in parts]
     flaws = [s.flaw for s in seen if s.flaw]
     if not transposed and not flaws:
-        # The taps of a transposed convolution may share one matrix: nearest-neighbour upsampling.
+        # Equal taps are fine in a transposed convolution: that is nearest-neighbour upsampling.
         flaws = [taps_alike(used)]
     return Affine(
         total / out / (math.prod(stride) if transposed else 1),
@@ -426,7 +425,7 @@ def convolution(
 
 
 def _by_phase(w: Tensor, stride: Sequence[int]) -> Iterator[Tensor]:
-    """Weights (groups, out, in · taps) of a transposed convolution that feed the same outputs."""
+    """A transposed convolution's weights, (groups, out, in · taps) for each phase of outputs."""
     for taps in phases(stride):
         part = w[(slice(None),) * 3 + taps].flatten(3)
         used = part[..., part.square().sum((0, 1, 2)) > 0]

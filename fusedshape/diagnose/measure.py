@@ -1,4 +1,4 @@
-"""What is measured of one step's value, and how it adds up over batches."""
+"""Measures the value of one step, and accumulates measurements over batches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_KEPT = 2048  # values a batch for the quantiles
-_TRACED = 2048  # pairs · locations a batch whose kernels are predicted
+_KEPT = 2048  # values of each batch that quantiles use
+_TRACED = 2048  # pairs · locations of each batch whose kernels are predicted
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Sample:
 
     Attributes:
         kernel: q, q′ and k of some pairs of inputs at every location, (3, pairs, *locations).
-        q: some of the mean squares over channels, of all inputs and locations.
-        q_mean: their mean, of all.
-        c: some of the cosines between paired inputs, at every location.
+        q: mean squares over channels, a subsample over inputs and locations.
+        q_mean: mean of q over all inputs and locations.
+        c: cosines between paired inputs, a subsample over pairs and locations.
         channel_mean: mean of every channel over inputs and locations.
         channel_square: mean square of every channel.
     """
@@ -36,7 +36,7 @@ class Sample:
 
 
 def sample(t: Tensor, dim: int) -> Sample:
-    """Measure a value: inputs in dimension 0, channels in `dim`; float32 inside, or float64."""
+    """Measure a value with inputs in dimension 0 and channels in `dim`, in float32 or float64."""
     x = t if t.dtype == torch.float64 else t.float()
     half = len(x) // 2
     square = x.square()
@@ -57,7 +57,7 @@ def sample(t: Tensor, dim: int) -> Sample:
 
 
 def parted(t: Tensor, dim: int) -> Tensor:
-    """|x − x′|² / |x|² between the first half of a batch and the second."""
+    """|x − x′|² / |x|² between the first and the second half of a batch."""
     x = t if t.dtype == torch.float64 else t.float()
     first, second = x.chunk(2)
     return (first - second).square().sum() / first.square().sum()
@@ -79,7 +79,7 @@ class Stats:
     square: list[Tensor] = field(default_factory=list)
 
     def add(self, s: Sample) -> None:
-        """Take one more batch in."""
+        """Add the measurements of a batch."""
         self.q_means.append(float(s.q_mean))
         self.q.append(s.q.cpu())
         self.c.append(s.c.cpu())
@@ -88,12 +88,12 @@ class Stats:
 
     @property
     def q_mean(self) -> float:
-        """Mean of q over everything."""
+        """The mean of q over batches, inputs and locations."""
         return sum(self.q_means) / len(self.q_means) if self.q_means else math.nan
 
     @property
     def c_mean(self) -> float:
-        """Mean of c where it is defined."""
+        """The mean of c where it is defined."""
         return float(torch.cat(self.c).nanmean()) if self.c else math.nan
 
     def quantiles(self, what: str) -> tuple[float, ...]:
@@ -106,7 +106,7 @@ class Stats:
 
     @property
     def still(self) -> float:
-        """Share of channels that have one value, whatever the input and the location."""
+        """The share of channels that are constant over inputs and locations."""
         if not self.square:
             return math.nan
         square, mean = torch.stack(self.square).mean(0), torch.stack(self.mean).mean(0)
@@ -114,12 +114,12 @@ class Stats:
 
     @property
     def empty(self) -> float:
-        """Share of locations at which all channels are zero."""
+        """The share of locations at which all channels are zero."""
         return float((torch.cat(self.q) == 0).double().mean()) if self.q else math.nan
 
     @property
     def offset(self) -> float:
-        """Share of the mean square that is the square of the channels' means."""
+        """The share of the mean square that comes from the channels' means."""
         if not self.square:
             return math.nan
         total = torch.stack(self.square).mean()
@@ -127,7 +127,7 @@ class Stats:
 
 
 def quantiles(values: Sequence[Tensor]) -> tuple[float, ...]:
-    """`QUANTILES` of the numbers among some values; nan where there are none."""
+    """`QUANTILES` of values, without nan; nan if no values are left."""
     if not values:
         return (math.nan,) * len(QUANTILES)
     flat = torch.cat(list(values)).double()

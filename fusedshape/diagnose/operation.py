@@ -1,4 +1,4 @@
-"""Operation: one call that a tape saw, its arguments under the names of the operator's schema."""
+"""Operation: one recorded call of an operator, with its arguments by the names of the schema."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fusedshape.windows import read_share
 
 Move = Callable[[Tensor], Tensor]
 
-# Elementwise, for some of which torch has no tag that says so, or had none yet in 2.11.
+# Elementwise; some of them have no tag in torch that says so, or had none in 2.11.
 _IDS = {row.id: name for name, row in ACTIVATIONS.items()}
 _POINTWISE = {*(known.name for known in TORCH_NAMES), "_prelu_kernel"}
 
 
 @dataclass(frozen=True)
 class Called:
-    """What an operator is, whatever it is called with.
+    """What is known about an operator without its arguments.
 
     Attributes:
         namespace: "aten", "fusedshape" or another.
-        name: its name there, without the "_" of work in place.
+        name: its name there, without the "_" of an in-place variant.
         in_place: whether it overwrites its first argument.
         views: whether what it returns may be a view.
         draws: whether it draws random numbers.
@@ -46,13 +46,13 @@ class Called:
 
     @property
     def kind(self) -> str:
-        """The name by which `fusedshape.torch_ops` knows it."""
+        """The name under which `fusedshape.torch_ops` lists the operator."""
         return base(self.name)
 
 
 @functools.cache
 def called(func: Any) -> Called:
-    """What an operator is."""
+    """Describe an operator."""
     schema = func._schema
     namespace, _, name = schema.name.partition("::")
     in_place = name.endswith("_")
@@ -68,15 +68,15 @@ def called(func: Any) -> Called:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One call.
+    """One call of an operator.
 
     Attributes:
         func: the operator's overload.
-        what: what the operator is.
-        args: positional arguments, as they came.
-        kwargs: the others.
-        given: all arguments by name, those left out at their defaults.
-        tensors: those among them, also in lists.
+        what: description of the operator.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        given: all arguments by name, with defaults for those left out.
+        tensors: all tensors among the arguments, including those in lists.
         tracked: those of `tensors` that depend on the model's input.
     """
 
@@ -90,13 +90,13 @@ class Operation:
 
     @staticmethod
     def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: Any) -> Operation:
-        """Name a call's arguments.
+        """Describe a call.
 
         Args:
             func: the operator's overload.
             args: its positional arguments.
-            kwargs: the others.
-            tracked: whether a tensor depends on the model's input.
+            kwargs: its keyword arguments.
+            tracked: tells whether a tensor depends on the model's input.
         """
         what = called(func)
         names = [name for name, _ in what.parameters]
@@ -108,17 +108,17 @@ class Operation:
         return self.given[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An argument that not every overload has."""
+        """An argument that some overloads do not have."""
         return self.given.get(name, default)
 
     @property
     def name(self) -> str:
-        """The operator's."""
+        """The name of the operator."""
         return self.what.name
 
     @property
     def kind(self) -> str:
-        """The name by which `fusedshape.torch_ops` knows it."""
+        """The name under which `fusedshape.torch_ops` lists the operator."""
         return self.what.kind
 
     @property
@@ -128,12 +128,12 @@ class Operation:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it computes every element by itself."""
+        """Whether each element of the result depends on one element of each argument."""
         return torch.Tag.pointwise in self.func.tags or self.name in _POINTWISE
 
     @property
     def factor(self) -> float | None:
-        """The number that it multiplies x by, None if it does more than that."""
+        """The number that x is multiplied by; None if the call does anything else."""
         if self.name == "neg":
             return -1.0
         by_x = self["self"] is not self.x
@@ -148,11 +148,11 @@ class Operation:
 
     @property
     def spec(self) -> ActSpec:
-        """The constants of one of this library's activations."""
+        """The spec of a call of this library's activation kernels."""
         return ActSpec(_IDS[self["activation"]], **{name: self[name] for name in CONSTANTS})
 
     def reads(self, out: Tensor) -> float:
-        """The share of its input's positions that a pool, or what resizes, reads."""
+        """The share of input positions that a pool or a resizing reads."""
         places = self.x.shape[2:]
         if f"{len(places)}d" not in self.name:
             return 1.0
@@ -167,23 +167,23 @@ class Operation:
         return read_share(taps, places, stride, padding, self._each("dilation", 1))
 
     def _each(self, name: str, default: Any) -> list[int]:
-        """An argument's numbers, one for each dimension of the input's positions."""
+        """An argument as a list with one number for each spatial dimension."""
         given = self.get(name)
         given = default if given in (None, []) else given
         given = [given] if isinstance(given, int) else list(given)
         return given * ((self.x.ndim - 2) // len(given))
 
     def moved(self, now: Sequence[int], dim: int, batch: int) -> tuple[Move | None, int]:
-        """What a view does to a kernel of locations, and where the channels are then.
+        """How a view rearranges a kernel's locations, and which dimension then has the channels.
 
         Args:
             now: the view's shape.
-            dim: where x has its channels.
+            dim: the dimension of x's channels.
             batch: the number of inputs, which are in dimension 0.
 
         Returns:
-            What it does to a (pairs, …, *locations) kernel, None if that is not followed; and the
-            dimension of the channels.
+            A function of a (3, pairs, *locations) kernel, None if the view cannot be followed; and
+            the dimension of the channels.
         """
         was = self.x.shape
         places = [d for d in range(1, len(was)) if d != dim]
@@ -195,7 +195,7 @@ class Operation:
             turn = [2 + places.index(d) for d in order[1:] if d != dim]
             turned = lambda k: k.reshape(*k.shape[:2], *before).permute(0, 1, *turn)  # noqa: E731
             return turned, order.index(dim)
-        # The others keep the order of elements in memory.
+        # Other views keep the order of elements in memory.
         if dim == len(was) - 1 and now[-1] == was[-1]:
             return lambda k: k, len(now) - 1
         if now[0] == was[0] and dim == 1 and len(now) > 1 and now[1] == was[1]:
@@ -205,7 +205,7 @@ class Operation:
         return None, usual_dim(len(now))
 
     def _order(self, ndim: int) -> list[int]:
-        """The dimensions of x in the order in which they are turned."""
+        """The order into which a turn brings the dimensions of x."""
         if "dims" in self.given:
             return [d % ndim for d in self["dims"]]
         order = list(range(ndim))
@@ -213,9 +213,9 @@ class Operation:
             a, b = self["dim0"] % ndim, self["dim1"] % ndim
             order[a], order[b] = order[b], order[a]
             return order
-        return order[::-1]  # t, which has no arguments
+        return order[::-1]  # t has no arguments
 
 
 def usual_dim(ndim: int) -> int:
-    """Where the channels are if nothing tells: last in (N, T, C), else after the inputs."""
+    """The channel dimension by convention: the last of (N, T, C), else the one after N."""
     return 2 if ndim == 3 else min(1, ndim - 1)

@@ -1,4 +1,4 @@
-"""The figure of a diagnosis: q, c and sensitivity over depth, theory and measurement."""
+"""The figure of a diagnosis: q, c and sensitivity over depth, predicted and measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fusedshape.files import save_figure
 if TYPE_CHECKING:
     from fusedshape.diagnose.report import Diagnosis, Layer
 
-_NAMED = 25  # layers that the axis has room for
-_LONG = 24  # characters of a name
+_NAMED = 25  # names of layers that fit on the axis
+_LONG = 24  # characters of a name that are shown
 
 
 def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
@@ -73,7 +73,7 @@ def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
 
 
 def _name_layers(axes: Any, rows: Sequence[Layer]) -> None:
-    """Number the layers with weights from 1, and name them, or some of them evenly."""
+    """Number the layers with weights from 1, and name them, or an even selection of them."""
     layers = [i for i, r in enumerate(rows) if r.op == "affine"]
     shown = list(enumerate(layers, 1))[:: math.ceil(len(layers) / _NAMED) or 1]
     axes.set_xticks([i for _, i in shown])
@@ -88,7 +88,7 @@ def _name_layers(axes: Any, rows: Sequence[Layer]) -> None:
 
 
 def _short(path: str) -> str:
-    """The end of a long path, which is what tells layers apart."""
+    """Shorten a path to its end, which distinguishes layers best."""
     return path if len(path) <= _LONG else "…" + path[1 - _LONG :]
 
 

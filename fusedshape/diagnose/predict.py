@@ -1,4 +1,4 @@
-"""What theory says of every step of a tape: kernels from the input on, and from the step before."""
+"""Predicts the kernel of every step of a tape, from the input on and from the step before."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from fusedshape.diagnose.measure import Sample
 from fusedshape.diagnose.tape import Step
 
-# Steps behind which theory starts again from what was measured.
+# After these steps prediction starts again from the measurement.
 RESTARTS = ("input", "norm", "pool", "dropout", "unknown")
-# Theory and measurement part at so many standard deviations of what finite width explains, and not
-# below these differences, which more than width explains: few inputs, few locations, rounding.
+# A step is off beyond so many standard deviations of the chance from finite width, but never below
+# these differences, which have other causes too: few inputs, few locations, rounding.
 SIGMAS = 6.0
 LEAST_LN_Q = 0.1
 LEAST_C = 0.03
@@ -30,8 +30,8 @@ class Contract:
     Attributes:
         gain: σ_w².
         bias: σ_b².
-        read: whether the two were read off the weights, as nothing else tells.
-        keeping: whether the activations are to keep q = 1, as most of them do.
+        read: whether the two were taken from the weights, for want of another source.
+        keeping: whether the activations should keep q = 1, as most of them do.
     """
 
     gain: float = 1.0
@@ -43,16 +43,16 @@ class Contract:
 def contract(
     steps: Sequence[Step], sigma_w: float | None = None, sigma_b: float | None = None
 ) -> Contract:
-    """What the weights of a model should be.
+    """Decide what the weights of a model should be.
 
-    Activations that keep q = 1, as those of DKS, TAT and SELU do, want weights that keep q. For
-    others no single scale is right; then the model's own is taken, the median of its layers.
+    Activations that keep q = 1, as those of DKS, TAT and SELU do, need weights that keep q. For
+    others no single scale is right, and the median of the model's layers is taken.
     """
     phis = [s.phi for s in steps if s.phi is not None and not s.phi.is_linear]
     keeping = [phi for phi in phis if phi.keeps_q]
     affine = [s.affine for s in steps if s.affine is not None]
     gains = [a.gain for a in affine if a.has_weights and a.gain > 0]
-    # A fused layer's bias is a step of its own.
+    # The bias of a fused layer is a separate step.
     biases = [a.bias for a in affine if a.bias or not a.has_weights]
     others = len(keeping) * 2 < len(phis)
     read = others and bool(gains)
@@ -69,7 +69,7 @@ def contract(
 def offsets(
     actual: tuple[float, float], theory: tuple[float, float], spread: tuple[float, float]
 ) -> tuple[float, float]:
-    """ln q and c, actual minus theory, in standard deviations; nan where one is not known."""
+    """Measured minus predicted ln q and c, in standard deviations; nan where unknown."""
     (q, c), (q_theory, c_theory) = actual, theory
     ln_q = math.log(q / q_theory) if q > 0 and q_theory > 0 else math.nan
     return (
@@ -80,19 +80,19 @@ def offsets(
 
 @dataclass
 class Forecast:
-    """What theory says of one step of one batch.
+    """The prediction for one step of one batch.
 
     Attributes:
-        kernel: from the input on; see `fusedshape.diagnose.layers`.
-        near: from what was measured just before; None where it starts anew.
-        spread: standard deviations of ln q and of c of `kernel`, that finite width explains.
-        near_spread: the same of `near`.
+        kernel: the kernel predicted from the input on; see `fusedshape.diagnose.layers`.
+        near: the kernel predicted from the step before; None where prediction starts again.
+        spread: standard deviations of ln q and of c in `kernel` that finite width explains.
+        near_spread: the same for `near`.
         slope: C′(1) of a nonlinear step.
-        parting: how much two inputs that are close are apart, relative to the input.
+        parting: distance of two close inputs, relative to their distance at the network's input.
         distant: kernel of two inputs whose c was 0.
-        drift: what weights, biases and activations add to ln q, from the input on, because their
-            own scale differs from what it should be.
-        drift_spread: standard deviation of that, for random weights of the right scale.
+        drift: what weights, biases and activations of wrong scale have added to ln q since the
+            input.
+        drift_spread: standard deviation of the drift for random weights of the right scale.
     """
 
     kernel: Tensor | None = None
@@ -107,7 +107,7 @@ class Forecast:
 
 
 def summary(kernel: Tensor | None) -> tuple[float, float]:
-    """Mean q and mean c of a kernel, c where it is defined."""
+    """Mean q and mean c of a kernel; c where it is defined."""
     if kernel is None:
         return math.nan, math.nan
     q, other, k = kernel
@@ -121,12 +121,12 @@ def measured(step: Step) -> Tensor | None:
 
 
 def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float]) -> list[Forecast]:
-    """What theory says of each step of a tape.
+    """Predict every step of a tape.
 
     Args:
-        steps: the tape's.
+        steps: the tape's steps.
         weights: what the weights should be.
-        partings: measured, step by step, for where theory starts anew.
+        partings: the measured parting of every step, used where prediction starts again.
     """
     found: list[Forecast] = []
     actual: list[Tensor | None] = []
@@ -158,7 +158,7 @@ def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float])
             f.slope = step.phi.slope(summary(kernels[0])[0])
             f.parting *= f.slope
         elif step.affine is not None and step.affine.bias and weights.bias:
-            # What is the same for both inputs makes them alike.
+            # A constant that both inputs share raises their cosine.
             f.parting *= 1 - weights.bias / summary(made)[0]
         elif len(before) > 1:
             shares = _shares(step, kernels)
@@ -172,13 +172,13 @@ def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float])
 def apply(
     step: Step, kernels: Sequence[Tensor | None], weights: Contract, only_mean: bool = False
 ) -> Tensor | None:
-    """The kernel after a step; None where theory does not say.
+    """The kernel after a step; None where no map is known.
 
     Args:
         step: the step.
-        kernels: those that it takes.
+        kernels: the kernels of its inputs.
         weights: what the weights should be.
-        only_mean: the kernels stand for all locations at once.
+        only_mean: whether the kernels are means over all locations.
     """
     whole = [k for k in kernels if k is not None]
     if not whole or len(whole) < len(kernels):
@@ -210,7 +210,7 @@ def _fits(made: Tensor, here: Tensor | None) -> bool:
 
 
 def _distant(before: Sequence[Forecast], here: Tensor | None) -> Tensor:
-    """Start from c = 0, or go on with what c there was, at the q that was measured."""
+    """The measured q with the c predicted so far, which is 0 at the start."""
     q = summary(here)[0]
     q = q if math.isfinite(q) else 1.0
     c = [summary(f.distant)[1] for f in before if f.distant is not None]
@@ -218,7 +218,7 @@ def _distant(before: Sequence[Forecast], here: Tensor | None) -> Tensor:
 
 
 def _shares(step: Step, kernels: Sequence[Tensor | None]) -> list[float]:
-    """How much of the sum's or concat's q comes from each input."""
+    """The share of each input in the q of a sum or concat."""
     sizes = [w * w if step.op == "sum" else w for w in step.weights]
     parts = [w * summary(k)[0] for w, k in zip(sizes, kernels, strict=True)]
     total = sum(parts)
@@ -231,7 +231,7 @@ def _spread(
     kernels: Sequence[Tensor | None],
     after: Tensor | None,
 ) -> tuple[float, float]:
-    """Standard deviations of ln q and of c after a step: those before, and its own chance."""
+    """Standard deviations of ln q and of c after a step: those before it, and its own."""
     q_in, c_in = summary(kernels[0])
     ln_q, c = before[0]
     own = (0.0, 0.0)
@@ -249,7 +249,7 @@ def _spread(
         own = chance, 0.5 * chance * (1 - c_in * c_in) ** 2
     elif len(before) > 1:
         shares = _shares(step, kernels)
-        # The branches may have drifted together.
+        # The branches may have drifted in the same direction.
         ln_q = sum(s * b[0] for s, b in zip(shares, before, strict=True))
         c = sum(s * b[1] for s, b in zip(shares, before, strict=True))
         if step.op == "sum":
@@ -265,7 +265,7 @@ def _drift(
     q: float,
     weights: Contract,
 ) -> tuple[tuple[float, float, float], float]:
-    """What differs in scale up to a step, and how much of it chance explains; see `Forecast`."""
+    """The drift up to a step, and its standard deviation; see `Forecast`."""
     shares = _shares(step, kernels) if len(before) > 1 else [1.0]
     (of_weights, of_biases, of_phis), spread = _mixed(before, shares)
     if step.phi is not None:
@@ -288,7 +288,7 @@ def _drift(
 def _mixed(
     before: Sequence[Forecast], shares: Sequence[float]
 ) -> tuple[tuple[float, float, float], float]:
-    """The drift of a sum whose parts have these shares in q."""
+    """The drift of a sum whose parts have these shares of q."""
     parts = [
         math.fsum(s * f.drift[i] for s, f in zip(shares, before, strict=True)) for i in range(3)
     ]

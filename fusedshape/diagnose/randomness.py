@@ -1,10 +1,10 @@
-"""Whether a weight looks random: its rank, copies and taps, against random weights of its shape.
+"""Whether a weight looks random: compares its rank, filters and taps with random weights.
 
 Random means Gaussian, or with orthonormal rows or columns. Let W have m rows and n columns, and let
 p = min(m, n), N = max(m, n), G = WWᵀ. The number of directions that W acts on is
 r = tr(G)² / tr(G²). It is p for orthogonal weights. For Gaussian ones
 E[1/r] = (m + n + 1) / (mn + 2), and N (p/r − 1) p/2 is about χ² with d = p(p + 1)/2 − 1 degrees of
-freedom (John's test of sphericity). How far chance takes it follows from
+freedom (John's test of sphericity). Its tail is bounded by
 P(χ²_d > d + 2√(dt) + 2t) ≤ e⁻ᵗ (Laurent and Massart 2000).
 """
 
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 _TAIL = 21.0  # e⁻²¹, one in a billion: six standard deviations
-_HARM = 1.25  # factor on tr(G²) below which a weight does about what a random one does
-_MISSING = 0.1  # share of rows that may depend on others
-_SMALL = 128  # p up to which tr(G²) is computed, not estimated
+_HARM = 1.25  # factor on tr(G²) up to which a weight acts much as a random one
+_MISSING = 0.1  # share of rows that may depend on other rows
+_SMALL = 128  # largest p for which tr(G²) is computed and not estimated
 _SKETCH = 8  # random directions in which rows are compared
-_COARSE = 4  # absolute values up to which short rows are equal by chance, as those of signs are
+_COARSE = 4  # fewer distinct absolute values make short rows equal by chance, as with signs
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """What random weights of a weight's shape may do, and how it is not one of them.
+    """How a weight compares with random weights of its shape.
 
     Attributes:
-        chance: Var of ln q_out / q_in that random weights explain; near 0 for orthogonal ones.
+        chance: Var of ln q_out / q_in for random weights; near 0 for orthogonal ones.
         is_orthogonal: whether its rows or columns are orthonormal, up to a factor.
-        flaw: what random weights do not have, in words; "" if it looks random.
+        flaw: how it differs from random weights, in words; "" if it looks random.
     """
 
     chance: float = 0.0
@@ -40,7 +40,7 @@ class Randomness:
 
 
 def randomness(w: Tensor) -> Randomness:
-    """Look at weights (groups, out, in), in float32 or float64."""
+    """Compare weights (groups, out, in), in float32 or float64, with random ones."""
     groups, out, n = w.shape
     energy = float(w.square().sum()) / max(groups, 1)
     if not w.numel() or not 0 < energy < math.inf:
@@ -54,14 +54,14 @@ def randomness(w: Tensor) -> Randomness:
         rank = _rank(gram)
     else:
         generator = torch.Generator().manual_seed(0)
-        # As rows: BLAS is several times slower at a wide matrix times a few columns.
+        # Multiply rows: BLAS is several times slower for a wide matrix times a few columns.
         size = groups, max(4, 2**14 // wide), p
         signs = 2 * torch.randint(0, 2, size, generator=generator).to(w) - 1
         squared = float((signs @ small @ small.mT).square().sum(2).mean())
         rank = float(p)
     spread = squared / energy**2  # 1/r
     gaussian = (out + n + 1) / (out * n + 2)
-    # Fewer than four rows tell Gaussian from orthogonal weights too seldom.
+    # Fewer than four rows rarely tell Gaussian from orthogonal weights.
     is_orthogonal = p >= 4 and p * spread - 1 < 0.01 * (p + 1) / wide
     chance = 2 / (n + 2) * max(n * min(spread, gaussian) - 1, 0.0)
     return Randomness(
@@ -70,7 +70,7 @@ def randomness(w: Tensor) -> Randomness:
 
 
 def taps_alike(w: Tensor) -> str:
-    """How the taps of weights (groups, out, in, taps) depend on each other, in words."""
+    """Describe how the taps of weights (groups, out, in, taps) depend on each other."""
     taps = w.flatten(0, 2).double()
     count, k = taps.shape
     if k < 2 or count < 4 * k:
@@ -85,12 +85,12 @@ def taps_alike(w: Tensor) -> str:
 
 
 def _above(freedoms: float) -> float:
-    """What a χ² variable does not exceed."""
+    """A bound that a χ² variable exceeds with probability e^−t only."""
     return freedoms + 2 * math.sqrt(max(freedoms, 0.0) * _TAIL) + 2 * _TAIL
 
 
 def _rank(gram: Tensor) -> float:
-    """Mean rank of WWᵀ for some W: rows that the rows before them do not make."""
+    """The mean rank of WWᵀ over some W: rows that are no combination of earlier rows."""
     scale = gram.diagonal(dim1=1, dim2=2).clone()
     scale[scale == 0] = 1.0
     root = scale.sqrt()
@@ -126,7 +126,7 @@ def _flaw(w: Tensor, spread: float, gaussian: float, rank: float) -> str:
 
 
 def _copied(w: Tensor) -> str:
-    """Whether filters are copies of others, up to a factor."""
+    """Whether filters are copies of one another, up to a factor."""
     rows = w.flatten(0, 1)
     count, n = rows.shape
     if n < 8 or count < 4 or (n < 16 and _is_coarse(w)):

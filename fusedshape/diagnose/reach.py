@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_FEW = 4  # inputs whose gradient is taken
+_FEW = 4  # inputs for which the gradient is computed
 
 
 def reach(
     model: nn.Module, args: Any, kwargs: Any, size: int, dims: Sequence[int]
 ) -> tuple[int, int]:
-    """How many positions of the input the output depends on, and how many there are.
+    """Count the positions of the input that the output depends on, and all positions.
 
-    One forward and one backward pass of a few inputs; no gradient is left anywhere.
+    It takes one forward and one backward pass of a few inputs, and leaves no gradients behind.
 
     Args:
         model: the model.
-        args: its arguments.
+        args: its positional arguments.
         kwargs: its keyword arguments.
         size: number of inputs.
-        dims: where the channels are of each floating tensor among them.
+        dims: the channel dimension of each floating tensor among the arguments.
 
     Raises:
         RuntimeError: the model cannot be differentiated with respect to its inputs.
@@ -40,7 +40,7 @@ def reach(
         if not t.is_floating_point():
             return t
         leaves.append(t.detach().clone().requires_grad_())
-        return leaves[-1].clone()  # a leaf cannot be written to in place
+        return leaves[-1].clone()  # an in-place write to a leaf is an error
 
     with torch.enable_grad():
         args, kwargs = pytree.tree_map(leaf, (args, kwargs))
@@ -48,7 +48,7 @@ def reach(
         out = [t for t in out if t.requires_grad]
         if not out:
             raise RuntimeError("its output has no gradient")
-        # Random, so that outputs whose sum is fixed, as a softmax's, have a gradient too.
+        # Random, because outputs with a fixed sum, as of a softmax, have no gradient along ones.
         generator = torch.Generator().manual_seed(0)
         along = [torch.randn(t.shape, generator=generator).to(t) for t in out]
         grads = torch.autograd.grad(out, leaves, along, allow_unused=True)

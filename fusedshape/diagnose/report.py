@@ -1,4 +1,4 @@
-"""`Diagnosis`: a row for each layer, what was found, and its forms: text, JSON, figure."""
+"""`Diagnosis`: a row for each layer and the findings, as text, JSON or figure."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer, sum or other step: what theory says of it, and what was measured.
+    """One layer, sum or other step, predicted and measured.
 
-    Predicted numbers start at the network's input; nan means not predicted, or not measured.
+    Predictions start at the network's input; nan means not predicted or not measured.
 
     Attributes:
-        path: where it stands in the model, as `fusedshape.theory.Node.path`.
+        path: its place in the model, as in `fusedshape.theory.Node.path`.
         op: "input", "affine", "nonlinear", "sum", "concat", "norm", "pool", "dropout", "unknown".
         name: what is computed: "conv", "tanh", "add", …
-        channels: how many.
-        q: predicted mean square over channels; mean over inputs and locations.
-        q_near: the same, from what was measured one step before.
+        channels: number of channels.
+        q: predicted mean square over channels, averaged over inputs and locations.
+        q_near: q predicted from the measurement one step before.
         q_spread: standard deviation of ln q that finite width explains.
-        q_measured: measured.
-        q_quantiles: 5, 25, 50, 75 and 95 % over inputs and locations.
-        q_channels: the same over channels.
-        c: predicted cosine between pairs of inputs at one location; mean over both.
-        c_spread: standard deviation of it that finite width explains.
-        c_measured: measured.
-        c_quantiles: 5, 25, 50, 75 and 95 % over pairs and locations.
-        slope: C′(1) of a nonlinear layer at the q predicted.
-        sensitivity: predicted ‖x − x′‖² / q of two inputs close to each other, relative to what it
-            is at the network's input: the product of C′(1) along the path.
-        sensitivity_measured: measured with a small random change of some inputs.
+        q_measured: measured q.
+        q_quantiles: 5, 25, 50, 75 and 95 % quantiles of q over inputs and locations.
+        q_channels: the same quantiles over channels.
+        c: predicted cosine of pairs of inputs at one location, averaged over pairs and locations.
+        c_spread: standard deviation of c that finite width explains.
+        c_measured: measured c.
+        c_quantiles: 5, 25, 50, 75 and 95 % quantiles of c over pairs and locations.
+        slope: C′(1) of a nonlinear layer at the predicted q.
+        sensitivity: predicted ‖x − x′‖² / q of two close inputs, relative to its value at the
+            network's input: the product of C′(1) along the path.
+        sensitivity_measured: sensitivity to a small random change of some inputs.
         q_off: ln(q_measured / q_near), in standard deviations that finite width explains.
-        c_off: the same of c, and of the difference.
+        c_off: c_measured minus the c predicted from the step before, likewise.
         note: why nothing is predicted.
     """
 
@@ -68,12 +68,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as theory wants it.
+    """One deviation from theory.
 
     Attributes:
         cause: one of `fusedshape.diagnose.CAUSES`.
-        paths: where, in the order of the forward pass.
-        text: what was seen, and what to do.
+        paths: the places where it was found, in the order of the forward pass.
+        text: what was found and what to do about it.
     """
 
     cause: str
@@ -90,13 +90,13 @@ class Diagnosis:
     """What `diagnose` found; print it.
 
     Attributes:
-        layers: in the order of the forward pass.
-        findings: the first is the earliest and the likely cause of what follows; empty where theory
-            and measurement agree.
-        notes: what else the user should know.
-        sigma_w: standard deviation of weights that was assumed, times √fan_in.
-        sigma_b: standard deviation of biases that was assumed.
-        inputs: how many inputs were measured.
+        layers: the rows, in the order of the forward pass.
+        findings: the first is the earliest and the likely cause of the others; empty if theory and
+            measurement agree.
+        notes: other things that the user should know.
+        sigma_w: the assumed standard deviation of weights, times √fan_in.
+        sigma_b: the assumed standard deviation of biases.
+        inputs: number of inputs that were measured.
     """
 
     layers: tuple[Layer, ...]
@@ -118,11 +118,11 @@ class Diagnosis:
 
     @property
     def path(self) -> str | None:
-        """Where theory and measurement part first."""
+        """The first place where theory and measurement differ."""
         return self.findings[0].paths[0] if self.findings else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, ready for JSON: numbers that are not finite become None."""
+        """Everything as plain data, ready for JSON; numbers that are not finite become None."""
         rows = [
             {f.name: _plain(getattr(row, f.name)) for f in fields(Layer)} for row in self.layers
         ]
@@ -139,7 +139,7 @@ class Diagnosis:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` and where it was measured as JSON, in one piece.
+        """Write `to_dict` and a description of the machine as JSON; the file is replaced whole.
 
         Raises:
             OSError: the file cannot be written.
@@ -165,7 +165,7 @@ class Diagnosis:
         """The layers as text.
 
         Args:
-            rows: at most about so many: layers where nothing was found are left out, evenly. None
+            rows: about the most rows to show; layers without findings are left out evenly. None
                 shows all.
         """
         kept = list(range(len(self.layers)))
@@ -177,7 +177,7 @@ class Diagnosis:
             kept = [i for i in kept if i in told or self.layers[i].path in places]
         lines = [_HEAD, *(_cells(self.layers[i]) for i in kept)]
         widths = [max(len(line[j]) for line in lines) for j in range(len(_HEAD))]
-        left = 2  # columns of text
+        left = 2  # columns that hold text
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if j < left else cell.rjust(width)

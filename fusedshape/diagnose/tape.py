@@ -1,9 +1,9 @@
-"""Tape: what a running model computes, as `Step`s, each measured where its value is first used.
+"""Tape: records what a running model computes as `Step`s, each measured when it is first used.
 
-A `TorchDispatchMode` sees every operation of a forward pass, whoever wrote it and whatever decided
-that it runs, so loops, branches and modules called twice need no special care. Pointwise operations
-are gathered until something else takes their result: one activation is one step, however it was
-written. Linear arithmetic is gathered as Σ wᵢ·stepᵢ, and becomes one "sum".
+A `TorchDispatchMode` sees every operation of a forward pass, so loops, branches and modules that
+are called twice need no special care. Pointwise operations are collected until something else uses
+their result, so that an activation is one step however it is written. Linear arithmetic is
+collected as Σ wᵢ·stepᵢ, and becomes one "sum".
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from fusedshape.torch_ops import (
 from fusedshape.windows import overlaps, read_share
 
 Measure = Callable[[Tensor, int], Any]
-Record = Callable[[Any], None]  # what to do with an operation's result
+Record = Callable[[Any], None]  # called with the result of an operation, to record it
 Expr = tuple[Any, ...]
 
 X: Expr = ("x",)
-# Modules of which only inputs and outputs are looked at.
+# Modules that are one step; their own operations are not recorded.
 _WHOLE = (LocationNorm, nn.RNNBase, nn.RNNCellBase)
 _MATRIX = ("addmm", "mm", "linear")
 _SAME = SAME | COPIES
@@ -72,20 +72,20 @@ class Step:
     """One step of a forward pass, in the words of `fusedshape.theory.network.Node`.
 
     Attributes:
-        op: what it is to the theory.
-        inputs: indices of the steps that it takes from.
-        path: where it stands in the model, as `Node.path`.
-        name: what is computed there: "conv", "relu", "add", …
-        channels: in how many numbers one location of its value consists; 0 if not known.
+        op: the theory's word for it.
+        inputs: indices of the steps that it takes as inputs.
+        path: its place in the model, as in `Node.path`.
+        name: what it computes: "conv", "relu", "add", …
+        channels: number of channels at one location; 0 if not known.
         weights: wᵢ of a sum, or the channels of each input of a concat.
         phi: the function of a nonlinear step.
-        affine: what the theory must know of an affine step's weights.
-        weight: where an affine step's weight lies in memory; None if it is no parameter itself.
-        move: how a step that only moves values acts on kernels of locations; None if unknown.
-        reads: share of its input's positions that a convolution or pool reads.
-        dim: where its value has the channels; 0 if not known.
+        affine: description of an affine step's weights.
+        weight: an affine step's weight: address, offset and size; None if it is computed.
+        move: how a step that only moves values rearranges a kernel's locations; None if unknown.
+        reads: share of input positions that a convolution or pool reads.
+        dim: the dimension of the channels in its value; 0 if not known.
         note: why its value is not predicted.
-        value: what `Measure` gave; None where the value was never used.
+        value: the result of `Measure`; None if the value was never used.
     """
 
     op: Op
@@ -105,21 +105,21 @@ class Step:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What must be the same for two passes to have gone the same way."""
+        """What must be equal in two passes for them to have the same steps."""
         return self.op, self.inputs, self.path, self.name, self.channels
 
 
 @dataclass(frozen=True)
 class _Signal:
-    """What a tensor holds: Σ weight · step, or `expr` of the one step.
+    """The content of a tensor: Σ weight · step, or `expr` of one step.
 
     Attributes:
         terms: (step, weight) pairs.
-        dim: the dimension of the channels; None for a network's input that nobody used yet.
-        path: where it was computed last.
-        name: the last operation that computed it.
+        dim: the dimension of the channels; None for a network's input that is not used yet.
+        path: where it was computed.
+        name: the last operation that went into it.
         expr: a pointwise function of the only term's step; None for the identity.
-        version: of the tensor when that was so.
+        version: the tensor's version when it had this content.
     """
 
     terms: tuple[tuple[int, float], ...]
@@ -136,9 +136,9 @@ class Tape(TorchDispatchMode):
 
     Args:
         model: the model.
-        batch: how many inputs it is given.
-        measure: called with a tensor and the dimension of its channels, at first use.
-        known: weights looked at before, to share between passes.
+        batch: number of inputs.
+        measure: called with a tensor and its channel dimension when the tensor is first used.
+        known: descriptions of weights, shared between passes.
     """
 
     model: nn.Module
@@ -151,8 +151,8 @@ class Tape(TorchDispatchMode):
         self.steps: list[Step] = []
         self.outputs: list[int] = []
         self._signals = WeakTensorKeyDictionary()
-        self._constant = WeakTensorKeyDictionary()  # the number that all elements are
-        self._random = WeakTensorKeyDictionary()  # what random numbers decide on
+        self._constant = WeakTensorKeyDictionary()  # the number that fills a tensor
+        self._random = WeakTensorKeyDictionary()  # tensors that depend on random numbers
         self._names = {module: name for name, module in self.model.named_modules()}
         self._stack: list[nn.Module] = []
         self._quiet = 0
@@ -165,10 +165,10 @@ class Tape(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first operation imports Dynamo, seconds of it
+        return False  # otherwise the first operation imports Dynamo, which takes seconds
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        """Call the model, and record what it does."""
+        """Call the model and record its operations."""
         for tensor in _tensors((args, kwargs)):
             if tensor.is_floating_point():
                 self._emit(tensor, Step("input", path="input", name="input"), None)
@@ -180,19 +180,19 @@ class Tape(TorchDispatchMode):
 
     @property
     def input_dims(self) -> list[int]:
-        """Where the channels are of each floating tensor that the model was given."""
+        """The channel dimension of each floating tensor among the model's inputs."""
         return [s.dim or 1 for s in self.steps if s.path == s.name == "input"]
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Know which module runs. Hooks on all modules there are, so that the model has none."""
+        """Keep track of the running module, by global hooks, so that the model itself gets none."""
         handles = [
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
         try:
             with warnings.catch_warnings():
-                # That they run for the wrapper of torch.compile, too, is as it should be.
+                # The warning is about compiled modules, for which these hooks are meant to run too.
                 warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)`")
                 yield
         finally:
@@ -235,7 +235,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run one operation, and record it if it works on what came from the model's input."""
+        """Run one operation, and record it if it depends on the model's input."""
         kwargs = kwargs or {}
         if self._quiet:
             return func(*args, **kwargs)
@@ -246,15 +246,15 @@ class Tape(TorchDispatchMode):
         out = func(*args, **kwargs)
         in_place = op.what.in_place
         target = args[0] if in_place else out
-        # Torch counts an operation in place, and lets a view share the count of what it is a view
-        # of, after it has come back from here.
+        # After this method has returned, torch increases the version of a tensor written in place,
+        # and lets a view share the version of its base.
         self._ahead = int(in_place and op.what.namespace == "aten")
         if not in_place and op.what.views:
             self._ahead = _version(op.tensors[0])
         record(target)
         base = target._base if in_place and isinstance(target, Tensor) else None
         if base is not None and self._get(base) is None:
-            # Put together piece by piece, as circular padding is; measured when all is there.
+            # A tensor filled piece by piece, as for circular padding, is measured once it is full.
             signal = self._get(target)
             taken = tuple(i for i, _ in signal.terms) if signal else ()
             step = Step("reshape", taken, self._here(op.name), op.name)
@@ -279,7 +279,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def _recorder(self, op: Operation) -> Record:
-        """Take what an operation takes, before it runs; return what to do with its result."""
+        """Use the inputs of an operation, before it runs; return how to record its result."""
         readers = (
             self._passed_on,
             self._fused,
@@ -293,10 +293,10 @@ class Tape(TorchDispatchMode):
         found = next((record for read in readers if (record := read(op)) is not None), None)
         return found or self._unknown(op)
 
-    # Operations: what to do with the result, None for one that is not of this sort.
+    # How to record operations of one sort; None for all others.
 
     def _passed_on(self, op: Operation) -> Record | None:
-        """The same numbers under another name."""
+        """Operations that return their argument's values."""
         signal = self._get(op.x)
         assert signal is not None
         if op.kind in _ELSEWHERE and signal.terms[0][0] in self._pieces:
@@ -309,7 +309,7 @@ class Tape(TorchDispatchMode):
         return None
 
     def _fused(self, op: Operation) -> Record | None:
-        """This library's own kernels."""
+        """This library's kernels."""
         if op.what.namespace != "fusedshape":
             return None
         kind = op.name.partition("_")[2]
@@ -343,7 +343,7 @@ class Tape(TorchDispatchMode):
         return None
 
     def _weighted(self, op: Operation) -> Record | None:
-        """Layers, and what else multiplies by a matrix or adds a bias."""
+        """Products with weights."""
         if op.name == "convolution":
             weight = op["weight"]
             if self._is_fixed_average(weight):
@@ -377,13 +377,13 @@ class Tape(TorchDispatchMode):
         return bool(self._random) and any(t in self._random for t in tensors)
 
     def _is_fixed_average(self, weight: Tensor) -> bool:
-        """Whether a convolution only averages neighbours, by numbers that are no parameters."""
+        """Whether a convolution averages neighbours with fixed numbers instead of parameters."""
         fixed = weight.untyped_storage().data_ptr() in self._fixed
         return fixed and weight.shape[1] == 1 and bool((weight >= 0).all())
 
     def _affine(self, look: Callable[..., Affine], weight: Tensor, *rest: Any) -> Affine:
         at = weight.untyped_storage().data_ptr()
-        if at not in self._own:  # computed from others, and gone before the next pass
+        if at not in self._own:  # computed in this pass only
             return look(weight, *rest)
         key = (at, weight.storage_offset(), tuple(weight.shape), str(rest[1:]))
         if key not in self.known:
@@ -427,7 +427,7 @@ class Tape(TorchDispatchMode):
         return self._deferred(made, name)
 
     def _pointwise(self, op: Operation) -> Record | None:
-        """A function of every element by itself: part of an activation, if of one layer's value."""
+        """Elementwise functions: parts of an activation, if all arguments come from one step."""
         if not op.is_pointwise:
             return None
         untracked = [t for t in op.tensors if self._get(t) is None]
@@ -453,7 +453,7 @@ class Tape(TorchDispatchMode):
         return self._deferred(replace(signals[0], expr=self._applied(op), terms=terms), op.name)
 
     def _applied(self, op: Operation) -> Expr:
-        """A pointwise operation as an expression."""
+        """The expression of an elementwise operation."""
 
         def leaf(a: Any) -> Any:
             if not isinstance(a, Tensor):
@@ -477,7 +477,7 @@ class Tape(TorchDispatchMode):
         return lambda out: self._emit(out, step, dim)
 
     def _moved(self, op: Operation) -> Record | None:
-        """The same numbers at other places."""
+        """Operations that move numbers."""
         if op.kind in CONCATS:
             return self._concat(op)
         if op.kind in _WHOLE_VIEWS:
@@ -501,7 +501,7 @@ class Tape(TorchDispatchMode):
         x = op.x
         signal = self._known(x)
         if signal.dim is None and signal.expr is None and len(signal.terms) == 1:
-            return lambda out: self._set(out, signal)  # an input that nobody used yet
+            return lambda out: self._set(out, signal)  # an input that is not used yet
         taken = self._take(x)
         dim = self._dim_like(x)
 
@@ -520,7 +520,7 @@ class Tape(TorchDispatchMode):
         return record
 
     def _pooled(self, op: Operation) -> Record | None:
-        """Normalisations, and values that stand for several locations."""
+        """Normalisations, and pools over locations."""
         if op.kind in NORMS:
             return self._restart("norm", op, op.kind)
         if op.kind in REDUCTIONS and op.get("dim") is not None:
@@ -555,7 +555,7 @@ class Tape(TorchDispatchMode):
         return self._restart("unknown", op, note=f"no theory of {op.name} is known here")
 
     def _restart(self, kind: Op, op: Operation, name: str = "", note: str = "") -> Record:
-        """A step whose value can only be measured."""
+        """A step without a prediction, whose value is only measured."""
         name = name or op.name
         taken = [i for t in op.tracked if (i := self._take(t)) is not None]
         inputs = tuple(dict.fromkeys(taken))
@@ -569,7 +569,7 @@ class Tape(TorchDispatchMode):
                 to = dim if t.ndim == ndim else usual_dim(t.ndim)
                 self._emit(t, Step(kind, inputs, path, name, note=note), to)
                 if kind in ("pool", "norm"):
-                    return  # what else they give are indices and statistics
+                    return  # their other results are indices and statistics
 
         return record
 
@@ -581,14 +581,14 @@ class Tape(TorchDispatchMode):
             return signal
         if signal.terms[0][0] in self._pieces:
             return signal
-        # Changed through a view of it, which was not followed.
+        # It was changed through a view, which was not followed.
         step = Step("unknown", tuple(i for i, _ in signal.terms), signal.path, "write")
         step.note = "it is changed in place through a view"
         self._emit(t, step, signal.dim)
         return self._signals.get(t)
 
     def _known(self, t: Tensor) -> _Signal:
-        """The signal of a tensor that has one."""
+        """The signal of a tensor that is known to have one."""
         signal = self._get(t)
         assert signal is not None
         return signal
@@ -627,7 +627,7 @@ class Tape(TorchDispatchMode):
         return X if weight == 1 else ("scale", X, weight)
 
     def _take(self, t: Tensor, dim: int | None = None) -> int | None:
-        """The step that a tensor holds, measured; `dim` is where the user has the channels."""
+        """The step of a tensor, measured; `dim` is the channel dimension of the operation."""
         signal = self._get(t)
         if signal is None:
             return None
@@ -649,13 +649,13 @@ class Tape(TorchDispatchMode):
             step.value = None if i in self._lost else self._measured(t, signal.dim)
         if want is None or want == signal.dim:
             return i
-        # The next layer mixes along another dimension than the last one did.
+        # The next layer has its channels in another dimension than the last one.
         turned = Step("reshape", (i,), step.path, "turn", t.shape[want])
         turned.value = None if i in self._lost else self._measured(t, want)
         return self._push(turned)
 
     def _settle(self, t: Tensor) -> None:
-        """Measure a tensor that is a step's value, before arithmetic takes it."""
+        """Measure a tensor that holds one step, before arithmetic uses it."""
         signal = self._get(t)
         if signal is None or signal.dim is None or signal.expr is not None:
             return
@@ -663,9 +663,9 @@ class Tape(TorchDispatchMode):
             self._take(t)
 
     def _unscale(self, t: Tensor) -> None:
-        """Let a function's value that was multiplied for a sum be that function's step, weighted.
+        """Split a multiple of a function, as it enters a sum, into the function and a weight.
 
-        What makes q = 1 of it is no weight, but part of an activation written by hand.
+        A factor that gives the function q = 1 is no weight, but part of a hand-written activation.
         """
         signal = self._get(t)
         if signal is None or signal.expr is None:
@@ -718,7 +718,7 @@ def _is_dropout(stack: list[nn.Module]) -> bool:
 
 
 def _product(op: Operation) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a product of matrices takes: the data, the weight (in, out), and the bias."""
+    """The arguments of a matrix product: data, weight (in, out), and bias."""
     if op.name == "linear":
         return op["input"], op["weight"].t(), op["bias"]
     if op.name == "addmm":
@@ -731,9 +731,9 @@ def _shift(bias: Tensor) -> Affine:
 
 
 def _first(out: Any) -> Any:
-    """The values that an operation gives, without indices."""
+    """The first result of an operation, without indices."""
     return out[0] if isinstance(out, (tuple, list)) else out
 
 
 def _nothing(out: Any) -> None:
-    """No step."""
+    """Record nothing."""

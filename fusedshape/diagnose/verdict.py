@@ -1,4 +1,4 @@
-"""From steps, forecasts and measurements to findings: what is wrong, where, and what to do."""
+"""Derives findings from steps, forecasts and measurements: what is wrong, where, what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedshape.diagnose.predict import SIGMAS, Contract
 from fusedshape.diagnose.report import Finding, Layer
 from fusedshape.diagnose.tape import Step
 
-#: Everything that a `Finding` may name.
+#: All causes that a `Finding` may have.
 CAUSES = {
     "non-finite": "values that are inf or nan",
     "input data": "inputs that are not normalised, or all alike",
@@ -37,34 +37,35 @@ CAUSES = {
     "weights not random": "weights that depend on the data, as after training",
 }
 
-_ALIKE = 0.97  # c from which on inputs cannot be told apart
-_CHAOTIC = 30.0  # product of C′(1) from which on inputs that are close have nothing in common
-_DRIFT = math.log(10)  # standard deviation of ln q from which on chance decides on q
-_FLAT = 0.3  # more of an activation's inputs on its flat parts than at q = 1
-_LEAST_GAIN = 2 * math.log(1.06)  # weights so much too large or too small pass, one layer alone
-_LEAST_DRIFT = math.log(1.5)  # but not if they add up to this factor on q
-_SEEN = 0.75  # share of positions, less of which is no matter of borders
-_REPEATS = 4  # uses of one module: their chances add up to at most twice those of independent ones
-# What other causes bring about, further on.
+_ALIKE = 0.97  # above this c inputs cannot be told apart
+_CHAOTIC = 30.0  # above this product of C′(1) close inputs become unrelated
+_DRIFT = math.log(10)  # above this standard deviation of ln q chance determines q
+_FLAT = 0.3  # how much more of an activation's inputs may be on its flat parts than at q = 1
+_LEAST_GAIN = 2 * math.log(1.06)  # tolerated factor on the scale of one layer's weights
+_LEAST_DRIFT = math.log(1.5)  # factor on q that all layers together must not reach
+_SEEN = 0.75  # borders do not explain a share of positions below this
+_REPEATS = 4  # uses of one module at most, with at most twice the chance of independent layers
+# Consequences of other causes.
 _SYMPTOMS = ("weights not random", "wrong depth")
-# Causes that say of themselves how they change q.
+# Causes whose text says how they change q.
 _SCALES = {"weight scale", "init layout", "biases", "plain activation", "un-normalised sum"}
 _CARRIERS = ("reshape", "pool", "dropout")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything there is to judge by, step by step.
+    """What is judged, one entry for each step.
 
     Attributes:
-        steps: of the first batch.
-        rows: their `Layer`s.
+        steps: the steps of the first batch.
+        rows: the `Layer` of each step.
         stats: measurements over all batches.
         distant: predicted c of two inputs whose c was 0.
-        far: ln of measured over predicted q, both from the input on, in standard deviations.
-        drifts: `Forecast.drift`, and its standard deviation.
+        far: ln of measured q over q predicted from the input on, in standard deviations.
+        drifts: `Forecast.drift` and its standard deviation.
         weights: what the weights should be.
-        reached: positions of the input that the output depends on, and all; None if not measured.
+        reached: the positions of the input that the output depends on, and all; None if not
+            measured.
     """
 
     steps: Sequence[Step]
@@ -77,7 +78,7 @@ class Case:
     reached: tuple[int, int] | None = None
 
     def users(self, i: int) -> Iterator[Step]:
-        """The steps that take a step's value, seen through what only moves values."""
+        """The users of each step, looking through steps that only move values."""
         for j in range(i + 1, len(self.steps)):
             if i in self.steps[j].inputs:
                 if self.steps[j].op in _CARRIERS:
@@ -87,7 +88,7 @@ class Case:
 
     @property
     def unmixed(self) -> list[int]:
-        """The nonlinear steps that take another one's value with no layer in between."""
+        """Nonlinear steps that follow another one without a layer in between."""
         carries: list[bool] = []
         found = []
         for i, step in enumerate(self.steps):
@@ -100,12 +101,12 @@ class Case:
 
     @property
     def homogeneous(self) -> bool:
-        """Whether all nonlinear layers are, so that the scale of q does not matter to them."""
+        """Whether all nonlinear layers are homogeneous, so that the scale of q does not matter."""
         return all(s.phi.slopes is not None for s in self.steps if s.phi is not None)
 
 
 def findings(case: Case) -> tuple[Finding, ...]:
-    """What is wrong, the earliest first; one finding for each cause."""
+    """All findings, the earliest first, one for each cause."""
     found: dict[str, list[tuple[int, str]]] = {}
     unmixed = case.unmixed
     judged = [_local(case, unmixed), _activated_sums(case, unmixed), _shared(case), _lost(case)]
@@ -149,7 +150,7 @@ def _local(case: Case, unmixed: Sequence[int]) -> _Found:
             )
         if step.op == "dropout":
             q_before = case.rows[step.inputs[0]].q_measured if step.inputs else math.nan
-            # Where a view or the like made its input, there is no number to tell.
+            # The step before may be a view, which has no measurement.
             moved = f"q went from {q_before:.3g} to" if math.isfinite(q_before) else "q is"
             yield (
                 i,
@@ -166,7 +167,7 @@ def _local(case: Case, unmixed: Sequence[int]) -> _Found:
 
 
 def _activated_sums(case: Case, unmixed: Sequence[int]) -> _Found:
-    """What activations of activations did to q, each a little, but all in one direction."""
+    """The joint effect on q of activations that follow others, if all act in one direction."""
     rows = [case.rows[i] for i in unmixed if math.isfinite(case.rows[i].q_off)]
     off = sum(row.q_off for row in rows) / math.sqrt(max(1, len(rows)))
     if abs(off) > SIGMAS or any(map(_is_off, rows)):
@@ -182,7 +183,7 @@ def _activated_sums(case: Case, unmixed: Sequence[int]) -> _Found:
 
 
 def _start(case: Case, i: int) -> _Found:
-    """The first values that layers see."""
+    """The first values that layers take as input."""
     row, stats = case.rows[i], case.stats[i]
     foreign = row.op == "norm" and row.name != "PerLocationNorm"
     if not stats.q_means or foreign:
@@ -214,7 +215,7 @@ def _start(case: Case, i: int) -> _Found:
 
 
 def _weights(case: Case, i: int, affine: Affine) -> _Found:
-    """The weights by themselves, and what they did to q."""
+    """Findings about weights by themselves, and about their effect on q."""
     want, off = case.weights.gain, 0.0
     if affine.has_weights:
         if affine.gain == 0:
@@ -254,7 +255,7 @@ def _weights(case: Case, i: int, affine: Affine) -> _Found:
 
 
 def _scale(affine: Affine, weights: Contract) -> tuple[str, str]:
-    """Which mistake makes weights of this scale."""
+    """The mistake that explains the scale of weights."""
     gain, want = affine.gain, weights.gain
     seen = f"its weights multiply q by {gain:.3g}"
     in_channels, out_channels = affine.fan
@@ -346,7 +347,7 @@ def _activation(case: Case, i: int, is_unmixed: bool) -> _Found:
 
 
 def _global(case: Case) -> _Found:
-    """What theory itself says against the network."""
+    """Findings that follow from theory alone."""
     phis = {i: s.phi for i, s in enumerate(case.steps) if s.phi and not s.phi.is_linear}
     nonlinear = list(phis)
     if not nonlinear:
@@ -403,16 +404,16 @@ def _global(case: Case) -> _Found:
 
 
 def _shared(case: Case) -> _Found:
-    """Weights that a value meets more than once."""
+    """Weights that a value passes more than once."""
     uses: dict[tuple[int, int, int], list[int]] = {}
-    behind: list[int] = []  # bit sets of the steps that a step comes from
+    behind: list[int] = []  # for each step a bit set of the steps it depends on
     for i, step in enumerate(case.steps):
         behind.append(0)
         for j in step.inputs:
             behind[i] |= behind[j] | 1 << j
         if step.weight is not None:
             places = uses.setdefault(step.weight, [])
-            # Side by side, as for several inputs, they are one layer.
+            # Parallel uses, as for several inputs, count as one layer.
             if not places or behind[i] >> places[-1] & 1:
                 places.append(i)
     for places in uses.values():
@@ -430,7 +431,7 @@ def _shared(case: Case) -> _Found:
 
 
 def _lost(case: Case) -> _Found:
-    """Layers that skip positions, if much of the input is lost by them."""
+    """Layers that skip positions, if the output misses much of the input for it."""
     seen, total = case.reached or (0, 0)
     if not seen < _SEEN * total:
         return
@@ -453,7 +454,7 @@ def _lost(case: Case) -> _Found:
 
 
 def _added_up(case: Case) -> _Found:
-    """Scales that are each nearly right, but all wrong in one direction."""
+    """Scales that are each within tolerance, but deviate in one direction."""
     for i, (*parts, spread) in enumerate(case.drifts):
         total = math.fsum(parts)
         if not abs(total) > _LEAST_DRIFT + SIGMAS * spread:
@@ -481,7 +482,7 @@ def _added_up(case: Case) -> _Found:
 
 
 def _drift(case: Case) -> _Found:
-    """Every step by itself looks right, but they add up."""
+    """Deviations that are small at every step, but add up."""
     for i, far in enumerate(case.far):
         if abs(far) > SIGMAS:
             row = case.rows[i]
@@ -495,7 +496,7 @@ def _drift(case: Case) -> _Found:
 
 
 def _at_own_scale(row: Layer, off: float) -> Layer:
-    """As if theory had known by how much ln of the weights' gain differs from what it should be."""
+    """The forecast corrected for the deviation of ln of the weights' gain."""
     whole = math.log(row.q_measured / row.q_near) if row.q_measured > 0 < row.q_near else 0.0
     return replace(row, q_off=row.q_off * (whole - off) / whole) if whole else row
 
