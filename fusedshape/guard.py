@@ -1,6 +1,6 @@
-"""What is written to is saved before: numbers of tensors when an operation is about to change them.
+"""Save the numbers of a tensor just before the first operation that writes to it.
 
-A model that writes to none of its parameters costs no copy of them.
+So a model that writes to none of its parameters is run without a copy of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fusedshape.undo import UndoLog
 
 
 class Guard(TorchDispatchMode):
-    """Saves tensors whose memory an operation is about to write to."""
+    """Saves watched tensors whose memory an operation is about to write to."""
 
     def __init__(self, log: UndoLog) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class Guard(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else the first operation imports Dynamo, seconds of it
+        return False  # otherwise the first operation imports Dynamo, which takes seconds
 
     def watch(self, tensor: Tensor, name: str) -> None:
-        """Save this one's numbers when they are written to."""
+        """Save this tensor's numbers before they are written to."""
         address = _address(tensor)
         if address:
             self.watched.setdefault(address, []).append((name, tensor.detach()))
@@ -66,7 +66,7 @@ def save_place(tensor: Tensor, name: str, log: UndoLog) -> None:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where its memory begins; 0 if it has none of its own."""
+    """Where a tensor's memory begins; 0 if it has none."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -74,7 +74,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where and how it lies in memory."""
+    """Where and how a tensor lies in memory."""
     where = _address(tensor)
     if not where:
         return tensor.dtype, tensor.device, tensor.shape

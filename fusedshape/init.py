@@ -29,24 +29,24 @@ def suo_(
 ) -> Tensor:
     r"""Fill a weight, in place, from the scaled uniform orthogonal distribution (SUO).
 
-    W = gain · max(√(out/in), 1) · Q, with Q Haar-uniform among matrices of orthonormal rows or
-    columns, so that q = mean square over channels passes with ratio gain²: exactly where out ≥ in,
-    in expectation otherwise. Convolutions take the Delta form, all taps zero but the centre, and so
-    act on every location as that one matrix. Each group has a matrix of its own.
+    W = gain · max(√(out/in), 1) · Q, where Q is Haar-uniform among the matrices with orthonormal
+    rows or columns. So q, the mean square over channels, is multiplied by gain²: exactly if
+    out ≥ in, in expectation otherwise. Convolutions take the Delta form: every tap but the centre
+    one is zero, and the layer applies one matrix at every location. Each group has its own matrix.
 
-    A transposed convolution of stride s writes to a fraction 1/sᵈ of its outputs with one tap, and
-    q would be 0 at all others. There the s taps around the centre (along each dimension) share the
-    one matrix, which is nearest-neighbour upsampling followed by that matrix: q arrives everywhere.
+    With one tap a transposed convolution of stride s would write only 1/sᵈ of its outputs and leave
+    q = 0 at the others. So the s taps around the centre, along each dimension, share the matrix.
+    That is nearest-neighbour upsampling followed by the matrix, and keeps q everywhere.
 
     Args:
         weight: floating tensor: linear `(out, in)`, convolution `(out, in/groups, *kernel)`,
             transposed convolution `(in, out/groups, *kernel)`. Any memory format.
         groups: groups of the convolution.
         transposed: whether `weight` is a transposed convolution's.
-        stride: of a transposed convolution; no other layer's matters.
+        stride: stride of a transposed convolution; ignored for other layers.
         gain: factor on W; 1 for shaped activations.
-        generator: source of randomness; None takes torch's default. A generator on another device
-            than `weight` is drawn from where it is.
+        generator: source of randomness; None takes torch's default. If it is on another
+            device than `weight`, numbers are drawn there and moved.
 
     Returns:
         `weight`.
@@ -82,10 +82,10 @@ def suo_full_(
 ) -> Tensor:
     r"""Fill a weight, in place, from SUO over channels and taps together: any kernel, even ones.
 
-    As `suo_`, with in·∏kernel in place of in: q at an output location is gain² times the mean q of
-    the locations its taps read, in expectation, so zero padding loses some at the border. The taps
-    of a transposed convolution of stride s split into sᵈ phases, each feeding outputs of its own,
-    and every phase is drawn by itself.
+    As `suo_`, with in·∏kernel in place of in. In expectation, q at an output location is gain²
+    times the mean q of the locations that its taps read, so zero padding lowers q at the border.
+    The taps of a transposed convolution of stride s fall into sᵈ phases that feed different
+    outputs, and every phase is drawn by itself.
 
     Args:
         weight: as in `suo_`.
@@ -129,11 +129,11 @@ def delta_orthogonal_(
     gain: float = 1.0,
     generator: Generator | None = None,
 ) -> Tensor:
-    r"""Fill a weight, in place: Haar-uniform orthonormal rows or columns at the centre, else zero.
+    r"""Fill a weight, in place, with an orthogonal matrix at the centre tap and zeros elsewhere.
 
-    W = gain · Q keeps the norm ‖x‖² where out ≥ in, and not q = ‖x‖²/channels: between layers of
-    unequal width use `suo_`. Between equal widths the two are one. gain = √2 is the edge of chaos
-    of ReLU.
+    W = gain · Q, with Q Haar-uniform as in `suo_`, keeps the norm ‖x‖² if gain = 1 and out ≥ in,
+    but not q = ‖x‖²/channels: between layers of different width use `suo_`. For equal widths the
+    two are the same. gain = √2 is the edge of chaos of ReLU.
 
     Args:
         weight: as in `suo_`.
@@ -171,10 +171,10 @@ def gaussian_(
     gain: float = 1.0,
     generator: Generator | None = None,
 ) -> Tensor:
-    r"""Fill a weight, in place, from N(0, gain²/fan_in), fan_in the terms of each output's sum.
+    r"""Fill a weight, in place, from N(0, gain²/fan_in), fan_in being the terms in an output's sum.
 
-    gain is σ_w; √2 is He's initialisation for ReLU. For a transposed convolution of stride s the
-    terms are those of each of its sᵈ phases, as in `suo_full_`.
+    gain is σ_w; √2 is He's initialisation for ReLU. For a transposed convolution of stride s,
+    fan_in is counted in each of its sᵈ phases, as in `suo_full_`.
 
     Args:
         weight: as in `suo_`.
@@ -227,8 +227,8 @@ def init_module_(
     Raises:
         TypeError: a module of another class.
         ValueError: an unknown method, a negative bias_std, a weight that is computed from others
-            (weight_norm, parametrisations) or not there yet (lazy modules), a transposed
-            convolution of stride and dilation above 1 both, and whatever `suo_` raises.
+            (weight_norm, parametrisations) or has no shape yet (lazy modules), a transposed
+            convolution whose stride and dilation are both above 1, and whatever `suo_` raises.
 
     Example:
         >>> layer = nn.Linear(3, 5)
@@ -310,7 +310,7 @@ def check_init(
 
 
 def _geometry(layer: Any) -> tuple[int, bool, tuple[int, ...]]:
-    """Groups of a layer, whether it is transposed, and then its stride."""
+    """Groups of a layer, whether it is transposed, and its stride if it is."""
     kind = kind_of(layer)
     assert kind is not None
     return kind.groups(layer), kind.transposed, kind.phases(layer) or (1,)
@@ -341,13 +341,13 @@ def _haar(rows: int, cols: int, like: Tensor, generator: Generator | None) -> Te
     """Haar-uniform matrix of orthonormal rows or columns, whichever are fewer."""
     tall = _normal((max(rows, cols), min(rows, cols)), like, generator)
     q, r = torch.linalg.qr(tall)
-    # QR alone is not uniform; with R's diagonal made positive it is unique, and then Q is Haar.
+    # QR alone is not uniform. With a positive diagonal of R it is unique, and then Q is Haar.
     q = q * torch.where(r.diagonal() < 0, -1.0, torch.ones_like(r.diagonal()))
     return q if rows >= cols else q.T
 
 
 def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
-    """N(0, 1) on `like`'s device, in float64 for float64 and float32 for all else."""
+    """Draws from N(0, 1) on `like`'s device, in float64 if `like` is, else in float32."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     device = like.device if generator is None else generator.device
     return torch.randn(tuple(shape), dtype=dtype, device=device, generator=generator).to(
@@ -356,7 +356,7 @@ def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> 
 
 
 def _groups(name: str, weight: Tensor, groups: int, transposed: bool) -> Iterator[Tensor]:
-    """Views of the groups, each (out, in, *kernel); none of a weight without elements."""
+    """Views of the groups, each (out, in, *kernel); none if the weight has no elements."""
     if weight.shape[0] % groups:
         raise ValueError(
             f"{name}: groups={groups} does not divide the {weight.shape[0]} "
@@ -367,7 +367,7 @@ def _groups(name: str, weight: Tensor, groups: int, transposed: bool) -> Iterato
 
 
 def _centre(name: str, weight: Tensor, strides: Sequence[int]) -> Taps:
-    """The taps of the Delta form: the centre one, or as many around it as the stride."""
+    """The taps of the Delta form: the centre one, or as many around it as the stride is."""
     kernel = weight.shape[2:]
     for k, s in zip(kernel, strides, strict=True):
         if s == 1 and k % 2 == 0:
@@ -382,7 +382,7 @@ def _centre(name: str, weight: Tensor, strides: Sequence[int]) -> Taps:
 def _strides(
     name: str, weight: Tensor, stride: int | Sequence[int], transposed: bool
 ) -> Sequence[int]:
-    """One stride per spatial dimension; 1 for all that are not transposed."""
+    """One stride for each spatial dimension; 1 unless the layer is transposed."""
     kernel = weight.shape[2:]
     given = stride if isinstance(stride, (tuple, list)) else [stride] * len(kernel)
     if isinstance(stride, (tuple, list)) and not stride:

@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 class UndoLog:
     """What to put back; see this file's docstring for how to use one.
 
-    Whether gradients are on, in this thread, is always put back. Of whatever is saved twice the
+    Whether gradients are on in this thread is always put back. If something is saved twice, the
     first state counts.
 
     Attributes:
@@ -40,7 +40,7 @@ class UndoLog:
 
     def __init__(self) -> None:
         self._steps: list[tuple[str, Callable[[], None]]] = []
-        self._saved: dict[tuple[str, int], Any] = {}  # holds the objects, so that ids stay theirs
+        self._saved: dict[tuple[str, int], Any] = {}  # keeps the objects alive, and their ids
         self.failed: list[str] = []
         # Ctrl-C between a block and its end can leave gradients switched off.
         grad = torch.is_grad_enabled()
@@ -91,9 +91,9 @@ class UndoLog:
         return len(self._saved) > known
 
     def undo(self) -> None:
-        """Put everything back, whatever fails: `failed` then says what, and why.
+        """Put everything back. A step that fails stops no other; `failed` says what, and why.
 
-        A step that Ctrl-C stops is taken again, and the interrupt is raised at the end.
+        A step that Ctrl-C stops is run again, and the interrupt is raised at the end.
         """
         interrupt: BaseException | None = None
         while self._steps:
@@ -118,7 +118,7 @@ def all_or_nothing(change: Callable[[UndoLog], _Result]) -> _Result:
         change: writes only what it has saved in the log it is given.
 
     Returns:
-        What it returns. Do nothing more afterwards that may be interrupted.
+        What `change` returns. An interrupt after that undoes nothing, so let no work follow it.
 
     Raises:
         BaseException: what `change` raised; a note on it says what could not be put back, if
@@ -144,7 +144,7 @@ def all_or_nothing(change: Callable[[UndoLog], _Result]) -> _Result:
         try:
             log.undo()
         finally:
-            log.undo()  # the rest, should a second Ctrl-C have come between two steps
+            log.undo()  # a second Ctrl-C may have come between two steps
             if log.failed:
                 note = f"could not be put back: {'; '.join(log.failed)}"
                 _LOG.error(note)
@@ -173,7 +173,7 @@ def why_not_written(tensor: Tensor) -> str:
 def overlapping(
     named: Iterable[tuple[str, Tensor]],
 ) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
-    """Neighbours in memory, among named tensors, that share some of it and are not one tensor."""
+    """Pairs of named tensors, next to each other in memory, that overlap and are not the same."""
     spans = []
     for name, tensor in named:
         if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
@@ -193,7 +193,7 @@ def overlapping(
 
 
 def generator_of(device: torch.device) -> Generator:
-    """The generator that a device's random numbers come from by default."""
+    """The default random number generator of a device."""
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         return torch.cuda.default_generators[index]
@@ -201,7 +201,7 @@ def generator_of(device: torch.device) -> Generator:
 
 
 def _is_read_only(address: int) -> bool:
-    """Whether a process may not write at an address of its own, where Linux tells."""
+    """Whether this process may not write at an address; False where /proc does not tell."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -236,22 +236,22 @@ def _set_class(module: nn.Module, kind: Any) -> None:
 
 
 def _write(tensor: Tensor, numbers: Tensor) -> None:
-    # What holds them still is left alone: its memory may be read-only, and backward may need it.
+    # Equal numbers are not written: the memory may be read-only, or needed by backward.
     if not _same_bits(tensor, numbers):
         with torch.no_grad():
             tensor.copy_(numbers)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers for certain, to the sign of zero and NaN."""
+    """Whether two tensors certainly hold the same bits."""
     if one.layout != torch.strided or one.shape != other.shape or one.is_meta:
         return False
     try:
         bits = [t.detach().resolve_conj().reshape(-1).view(torch.uint8) for t in (one, other)]
-    except RuntimeError:  # of no plain dtype
+    except RuntimeError:  # a dtype that has no view as bytes
         return False
     return torch.equal(*bits)
 
 
 def void(_: object) -> None:
-    """Nothing, where a value is not wanted."""
+    """Return nothing, in a step whose value is not wanted."""

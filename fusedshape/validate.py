@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
-_LONGEST = 80  # of a value in a message
+_LONGEST = 80  # characters of a value in a message
 
 
 class _Unset:
@@ -49,7 +49,7 @@ def shown(value: object) -> str:
         return f"a module of class {type(value).__name__}"
     try:
         text = repr(value)
-    except Exception:  # an integer of too many digits, or a broken __repr__
+    except Exception:  # an integer with too many digits, or a broken __repr__
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
@@ -64,7 +64,7 @@ def number(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> float:
-    """A finite number as a float, low ≤ value ≤ high and above < value < below.
+    """A finite number as a float, with low ≤ value ≤ high and above < value < below.
 
     Raises:
         TypeError: a bool, a text, a tensor that is a parameter or requires grad, or anything else
@@ -136,7 +136,7 @@ def integer(who: str, name: str, value: Any, low: int, high: int | None = None) 
             raise TypeError(f"{who}: {name} must be an int, got {shown(value)}")
         try:
             value = operator.index(value)
-        except TypeError:  # an array of several
+        except TypeError:  # an array with several elements
             raise TypeError(f"{who}: {name} must be an int, got {shown(value)}") from None
     if value < low:
         raise ValueError(f"{who}: {name} must be at least {low}, got {shown(value)}")
@@ -146,7 +146,7 @@ def integer(who: str, name: str, value: Any, low: int, high: int | None = None) 
 
 
 def flag(who: str, name: str, value: Any) -> bool:
-    """True or False.
+    """A bool.
 
     Raises:
         TypeError: anything else.

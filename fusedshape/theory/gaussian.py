@@ -1,10 +1,10 @@
 """Expectations over standard normal variables, to near the last digit of float64.
 
-One rule serves every φ, kinked or not: composite Gauss–Legendre on [−11, 11], outside of which
-lies a mass of 4e-28. Panels end at the kinks of φ, and shrink towards them, or towards u = 0 where
-there are none: every smooth row of the activation table has its complex singularities near there,
-and their distance sets the panel that a polynomial can follow. Gauss–Hermite has no such knob, and
-loses digits as soon as α is large or φ has a kink.
+One rule serves every φ, with or without kinks: composite Gauss–Legendre on [−11, 11]; the mass
+outside is 4e-28. Panels end at the kinks of φ and get smaller towards them, or towards u = 0 if
+there are none. Every smooth row of the activation table has its complex singularities near there,
+and a polynomial is accurate only on panels shorter than the distance to them. Gauss–Hermite cannot
+be refined like that, and loses digits if α is large or φ has a kink.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Array = NDArray[np.float64]
 
 LIMIT = 11.0
 _NODES = 16  # per panel
-_WIDTH = 1.8  # of a panel in z, at most
-_STRETCH = 8.0  # of a panel in u, at most: a bit more than a period of sin
-_RATIO = 3.0  # between the distances of successive ends from a kink
+_WIDTH = 1.8  # largest width of a panel in z
+_STRETCH = 8.0  # largest width of a panel in u: a bit more than a period of sin
+_RATIO = 3.0  # ratio of the distances of successive ends from a kink
 
 
 @cache
@@ -31,8 +31,8 @@ def _legendre() -> tuple[Array, Array]:
 def _composite(ends: Array) -> tuple[Array, Array]:
     """Nodes and N(0, 1) weights of the panels between `ends`, along the last axis.
 
-    Ends outside the range make panels of width 0, whose nodes weigh nothing; so every row of a
-    batch has as many nodes as the next.
+    Ends outside the range give panels of width 0 and nodes of weight 0, so that all rows of a batch
+    have the same number of nodes.
     """
     ends = np.sort(ends.clip(-LIMIT, LIMIT))
     x, w = _legendre()
@@ -45,13 +45,13 @@ def _composite(ends: Array) -> tuple[Array, Array]:
 
 
 def _even(scale: float) -> Array:
-    """Panel ends in z, regardless of kinks."""
+    """Evenly spaced panel ends in z, without regard to kinks."""
     panels = 2 * LIMIT * max(1 / _WIDTH, abs(scale) / _STRETCH)
     return np.linspace(-LIMIT, LIMIT, 1 + int(np.ceil(panels)), dtype=np.float64)
 
 
 def _graded(kinks: ArrayLike, scale: float) -> Array:
-    """Panel ends in u: the kinks, and around them out to where u / scale leaves the range."""
+    """Panel ends in u: the kinks, and points around them until u / scale leaves the range."""
     steps = 1 + max(0, int(np.ceil(np.log(LIMIT * max(abs(scale), 1e-9)) / np.log(_RATIO))))
     around = _RATIO ** np.arange(steps)
     around = np.concatenate((-around, [0.0], around))
@@ -68,7 +68,7 @@ def rule(
     Args:
         scale: α, not 0.
         shift: β.
-        kinks: where φ is not smooth, in u = αz + β; at least one, 0 will do for a smooth φ.
+        kinks: points u = αz + β where φ is not smooth, at least one; pass 0 for a smooth φ.
         more: further points z at which to split.
 
     Returns:
@@ -89,8 +89,8 @@ def pair_rule(
     r"""Nodes x, y and weights w with Σ w f(x, y) ≈ E[f(x, y)] for normal x, y of correlation c.
 
     y = cx + √(1−c²)z with z ~ N(0, 1). The panels in z end where y is at a kink, which depends on
-    x; averaging over z leaves a function of x that bends near kink / c, within √(1−c²) / |c|, and
-    the panels in x shrink towards there.
+    x. The average over z is a function of x that bends near kink / c, within √(1−c²) / |c|, so the
+    panels in x get smaller towards there.
 
     Args:
         c: correlation, −1 < c < 1.

@@ -22,7 +22,7 @@ from fusedshape.spec import ActSpec
 from fusedshape.theory.gaussian import Array, pair_rule, rule
 from fusedshape.validate import flag, instance, number, real
 
-# The quadrature takes √q panels.
+# The number of the quadrature's panels grows as √q.
 _LARGEST_Q = 1e8
 
 
@@ -81,7 +81,7 @@ def q_slope(spec: ActSpec, q: float = 1.0) -> float:
         q: mean square of the inputs, q > 0.
 
     Returns:
-        Slope of the Q map; 1 where DKS and TAT put it, at q = 1.
+        Slope of the Q map; DKS and TAT make it 1 at q = 1.
 
     Raises:
         ValueError: q is not positive or not finite.
@@ -134,7 +134,7 @@ def c_slope(spec: ActSpec, c: float = 1.0) -> float:
         c: correlation of the inputs, −1 ≤ c ≤ 1.
 
     Returns:
-        Slope of the C map. At c = 1 it says how fast nearby inputs part.
+        Slope of the C map; at c = 1 it tells how fast nearby inputs separate.
 
     Raises:
         ValueError: c is outside [−1, 1].
@@ -157,8 +157,8 @@ def c_curve(spec: ActSpec, c: float = 1.0, *, corners: bool = True) -> float:
     Args:
         spec: the activation φ̂.
         c: correlation of the inputs, −1 ≤ c ≤ 1.
-        corners: count the point masses. Without them it is what TAT's condition on C″(1) reads
-            for selu, and 0 for relu and leaky_relu.
+        corners: whether to count the point masses. Without them the value is what TAT's
+            condition on C″(1) uses for selu, and 0 for relu and leaky_relu.
 
     Returns:
         Curvature of the C map; `math.inf` where it diverges.
@@ -178,7 +178,7 @@ def c_curve(spec: ActSpec, c: float = 1.0, *, corners: bool = True) -> float:
     for x, jump in corners_of(spec) if corners else []:
         if s == 0 and c * x == x:
             return math.inf
-        # One point mass against the regular part, then the two point masses against each other.
+        # The point mass of one φ̂″ times the regular part of the other; then both point masses.
         z, w = rule(scale * s, scale * c * x + shift, row.kinks) if s else (np.zeros(1), np.ones(1))
         u = torch.from_numpy(scale * (c * x + s * z) + shift)
         regular = scale**2 * float(w @ row.d2(u, spec.negative_slope).numpy())
@@ -189,7 +189,7 @@ def c_curve(spec: ActSpec, c: float = 1.0, *, corners: bool = True) -> float:
 
 
 def corners_of(spec: ActSpec) -> list[tuple[float, float]]:
-    """Where φ(αx + β) has corners in x, and by how much its slope jumps there."""
+    """Each corner of φ(αx + β): its x, and the jump of the slope there."""
     found = []
     for kink in () if spec.row.smooth else spec.row.kinks:
         left, right = _sides(spec.row.d1, kink, spec.negative_slope)
@@ -205,7 +205,7 @@ def normal_pdf(x: float) -> float:
 
 
 def leaky_c_map(negative_slope: float, c: float) -> float:
-    """C(c) of leaky_relu without shifts, in closed form; c is taken into [−1, 1]."""
+    """C(c) of leaky_relu without shifts, in closed form; c is clamped to [−1, 1]."""
     c = min(1.0, max(-1.0, c))
     bend = math.sqrt((1 - c) * (1 + c)) - c * math.acos(c)
     return c + _kappa(negative_slope) * bend

@@ -41,9 +41,10 @@ Op = Literal[
     "unknown",
 ]
 
-# Weights may come from float32, or be written by hand: q drifts by as much a sum.
+# How far from 1 the squared weights of a sum may add up, for weights that were rounded: q drifts by
+# as much at each sum.
 _OFF_ONE = 1e-4
-DEEPEST = 10**12  # of plain chains
+DEEPEST = 10**12  # plain chain
 _LONGEST_LOOP = 10**7
 _BLOCKS = {
     18: (2, 2, 2, 2),
@@ -68,12 +69,12 @@ class Node:
             (a normalisation that keeps q at 1, such as LayerNorm), "pool", "reshape", "dropout", or
             "unknown", which may stand in a wiring but not be evaluated.
         inputs: indices of the nodes whose values it takes.
-        weights: wᵢ of a sum, or nᵢ of a concat, one for each input; of a concat also none at all,
-            where they are not known.
-        path: where it stands in the model: a module's qualified name; for what is no module, the
-            name of the module that computes it, a colon, and what it computes ("layer1.0:add").
+        weights: wᵢ of a sum, or nᵢ of a concat, one for each input; empty for a concat whose nᵢ
+            are not known.
+        path: where it stands in the model. For a module, its qualified name; otherwise the name of
+            the module that computes it, a colon, and what is computed ("layer1.0:add").
         spec: φ of a nonlinear node, where the activation table has it.
-        note: what `path` does not say. Of an unknown node, why it is unknown and what to do.
+        note: what else messages say of it; for an unknown node, why it is unknown and what to do.
     """
 
     op: Op
@@ -84,8 +85,8 @@ class Node:
     note: str = ""
 
 
-# (terms, count): Σ coefficient · slot over terms, then r, count times. Slot 0 is x, slot i + 1 the
-# result of step i. And the slots that leave.
+# A step (terms, count) adds up coefficient · slot over its terms and applies r count times. Slot 0
+# is x, slot i + 1 the result of step i. A program is its steps, and the slots that leave it.
 _Step = tuple[tuple[tuple[int, float], ...], int]
 _Program = tuple[tuple[_Step, ...], tuple[int, ...]]
 
@@ -97,7 +98,7 @@ class Wiring:
     Args:
         nodes: in an order in which every node comes after its inputs.
         outputs: indices of the nodes that leave the network; default the last.
-        notes: what the reader of the model wants to say.
+        notes: remarks of whoever read the model.
 
     Raises:
         ValueError: a graph with a cycle or loose ends, or a node that does not fit its op.
@@ -142,10 +143,10 @@ class Wiring:
         return _largest([v for program in self._programs for v in _run(program, x, r)])
 
     def whole(self, x: float, r: LayerMap) -> float:
-        """What the whole network makes of x; for any r, increasing or not.
+        """The value that the whole network gives, without regard to subnetworks, for any r.
 
-        With r the C map of its layers and x the correlation of two inputs, it is the correlation
-        of their outputs: of the largest, where there are several outputs.
+        If r is the C map of the layers and x the correlation of two inputs, this is the correlation
+        of their outputs; the largest, if the network has several outputs.
 
         Args:
             x: the value that enters.
@@ -193,8 +194,8 @@ class Wiring:
     def unmixed(self) -> tuple[str, ...]:
         """Paths of nonlinear layers that take another one's output with no affine layer between.
 
-        Their input is not Gaussian with mean 0, as the maps assume, so q drifts from 1: as in
-        residual blocks that activate the sum of branch and identity ("v1").
+        Their input is not Gaussian with mean 0, as the maps assume, so q drifts from 1. Residual
+        blocks that activate the sum of branch and identity ("v1") are an example.
         """
         found = []
         carries: dict[int, bool] = {}
@@ -220,7 +221,7 @@ class Wiring:
     def normalized(self) -> Wiring:
         """The wiring with every sum's weights scaled until their squares add up to 1.
 
-        For a model whose sums are not normalised yet, if they are to be.
+        For a model whose sums will be normalised later.
 
         Example:
             >>> layers = Node("input"), Node("nonlinear", (0,))
@@ -271,7 +272,7 @@ class Wiring:
 
 
 def _weighted(node: Node) -> list[tuple[int, float]]:
-    """What a node takes, and the coefficients, which add up to 1; without those that are 0."""
+    """A node's inputs with coefficients that add up to 1; inputs of coefficient 0 are left out."""
     if len(node.inputs) == 1:
         return [(node.inputs[0], 1.0)]
     shares = [w * w for w in node.weights] if node.op == "sum" else list(node.weights)
@@ -289,6 +290,7 @@ def _tuple(name: str, values: object, kind: type) -> None:
 
 
 def _check(i: int, node: Node) -> None:
+    """Raise if node i of a wiring does not fit its op."""
     _tuple("inputs", node.inputs, int)
     _tuple("weights", node.weights, object)
     instance("Wiring", "path", node.path, str)
@@ -356,7 +358,7 @@ def _program(
     is_nonlinear: Callable[[int], bool],
     leaving: list[int],
 ) -> _Program:
-    """Steps that compute some nodes in order; what they take from elsewhere is x."""
+    """Steps that compute some nodes in order; values of any other node count as x."""
     order = list(nodes)
     slots: dict[int, int] = {}
     terms: list[tuple[tuple[int, float], ...]] = []
@@ -374,7 +376,7 @@ def _program(
         taken = [(slots.get(j, 0), c) for j, c in mixes[i]]
         (before, _), source = taken[0], mixes[i][0][0]
         if is_nonlinear(i) and before and users[source] == 1:
-            # Nobody else wants the value before, so r is applied in place.
+            # No other node uses the value before, so r is applied to its slot.
             counts[before - 1] += 1
             slots[i] = before
             continue
@@ -409,7 +411,7 @@ class Scaled:
         return y + self.excess * y
 
     def repeated(self, y: float, count: int) -> float:
-        """(1 + excess)^count · y, infinite where that overflows."""
+        """Apply r `count` times: (1 + excess)^count · y, infinite if that overflows."""
         try:
             return y * math.exp(count * math.log1p(self.excess))
         except OverflowError:
@@ -427,12 +429,12 @@ class Shifted:
         return y + self.excess
 
     def repeated(self, y: float, count: int) -> float:
-        """Y + count · excess."""
+        """Apply r `count` times: y + count · excess."""
         return y + count * self.excess
 
 
 def _repeated(r: LayerMap, y: float, count: int) -> float:
-    """R applied `count` times."""
+    """Apply r `count` times to y."""
     if isinstance(r, (Scaled, Shifted)):
         return r.repeated(y, count)
     if count > _LONGEST_LOOP:
@@ -452,13 +454,13 @@ def _largest(values: list[float]) -> float:
 def _branches(
     mixes: dict[int, list[tuple[int, float]]], leaving: list[int]
 ) -> list[tuple[set[int], int]]:
-    """All largest parts of the graph with one way in and one way out, but for the whole.
+    """The largest parts of the graph with one way in and one way out, except the whole graph.
 
-    Each as its nodes and the one by which its value leaves. Two connections enclose such a part if
-    every way through the graph takes both or neither: with the output tied to the input, they lie
-    on the same cycles (Johnson, Pearson and Pingali, "The program structure tree", PLDI 1994). A
-    spanning tree makes a basis of the cycles, one for each connection outside of it, and each
-    connection is labelled by the set of basis cycles that it lies on, as the bits of an int.
+    Each part is given as its nodes and the node whose value leaves it. Two connections enclose such
+    a part if every path through the graph takes both or neither: with the output tied to the input,
+    they lie on the same cycles (Johnson, Pearson and Pingali, "The program structure tree", PLDI
+    1994). A spanning tree gives a basis of the cycles, one for each connection outside the tree.
+    Each connection is labelled by the set of basis cycles that it lies on, as the bits of an int.
     """
     source, sink = -1, max(mixes) + 1
     edges = [(j, i) for i, mix in mixes.items() for j, _ in mix or [(source, 1.0)]]
@@ -491,7 +493,7 @@ def _branches(
 
 
 def _between(first: int, last: int, mixes: dict[int, list[tuple[int, float]]]) -> set[int]:
-    """All nodes on ways from first, which all of them come through, to last."""
+    """All nodes on paths from first to last, where every path to last passes through first."""
     found, stack = {first}, [last]
     while stack:
         i = stack.pop()
@@ -512,7 +514,7 @@ class Chain:
     depth: int
 
     def __call__(self, x: float, r: LayerMap) -> float:
-        """R applied `depth` times to x."""
+        """Apply r `depth` times to x."""
         return _repeated(r, x, self.depth)
 
     @property
@@ -561,7 +563,7 @@ def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:
     r"""ResNet v2 of the given depth, its sums normalised: w·shortcut + √(1−w²)·branch.
 
     A branch holds two nonlinear layers (depth 18 and 34) or three. The first block of a group has
-    its shortcut behind an activation and a projection, but for the first group of depth 18 and 34,
+    an activation and a projection in its shortcut, except in the first group of depth 18 and 34,
     which needs no projection. The activation before the head counts; stem and pools do not.
 
     Args:
@@ -595,7 +597,7 @@ def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:
             for block in range(blocks):
                 projected = block == 0 and (deep or group > 0)
                 through = branch(x, r)
-                # Left out at weight 0, where an infinite shortcut would give 0·∞.
+                # At weight 0 the shortcut is left out, as an infinite one would give 0·∞.
                 x = kept * (r(x) if projected else x) + (1 - kept) * through if kept else through
         return max(r(x), alone)
 

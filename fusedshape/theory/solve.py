@@ -3,24 +3,26 @@ r"""Constants of shaped activations: DKS, TAT and the edge of chaos, solved to f
 The conditions are those of Martens et al., arXiv 2110.01765 (DKS), and Zhang, Botev and Martens,
 arXiv 2203.08120 (TAT), and the names those of the public package `dks`.
 
-Which root. The conditions leave several. A root is sought from a fixed list of starts, the public
-package's own first, so that the answer is a function of the arguments alone, and mostly the same as
-there. The first is taken that passes these tests on φ̂ itself, which know nothing of α, β, γ, δ:
+Which root is taken. The conditions usually have several roots. The search runs from a fixed list of
+starts, the public package's own first, so the answer depends on the arguments alone and is mostly
+the package's. It takes the first root that passes these tests. They are tests of φ̂ itself, so they
+do not depend on how φ̂ is written with α, β, γ and δ:
 
-* its steepest slope, max |φ̂′|, is below 2. Where max |φ′| = 1, as for tanh, this is the package's
-  rule αγ < 2, but it does not depend on how φ is written;
-* its curvature is spread: E[φ̂″²]² / E[φ̂″⁴] ≥ 1/10, as if at least a tenth of all inputs met it.
-  Averages over rare inputs are what layers of finite width get wrong;
-* under TAT, its corners (selu's), which C″(1) does not see, weigh less than what it sees: the sum
-  of jump² · density at the corners is at most C″(1).
+* The steepest slope, max |φ̂′|, is below 2. If max |φ′| = 1, as for tanh, this is the package's rule
+  αγ < 2.
+* The curvature is spread: E[φ̂″²]² / E[φ̂″⁴] ≥ 1/10, as if at least a tenth of all inputs met it. A
+  layer of finite width gets averages over rare inputs wrong.
+* Under TAT, corners (selu has one) weigh less than the curvature that C″(1) counts: the sum of
+  jump² · density at the corners is at most C″(1).
 
-If none passes, the least steep is taken. φ that are affine images of one another (sigmoid and tanh,
-cos and sin) are solved as one and get the very same φ̂.
+If no root passes, the least steep is taken. Two φ that are affine images of each other (sigmoid and
+tanh, cos and sin) are solved as one and get the same φ̂.
 
-Which constants. φ̂(−x) and −φ̂(x) meet the same conditions as φ̂, and sin, cos, sigmoid and odd φ can
-write some of these in several ways. Among them those constants are returned that float32 evaluates
-most accurately: the rounding error of αx + β grows with |β|, that of φ + δ with |φ|. So |β| is at
-most π/2 for sin and cos, and sigmoid has β < 0, where it is small. See `_Conditions._tidied`.
+Which constants are returned. φ̂(−x) and −φ̂(x) meet the same conditions as φ̂, and sin, cos, sigmoid
+and odd φ can write some of these in several ways. The solver returns the constants that float32
+evaluates most accurately: the rounding error of αx + β grows with |β|, and that of φ + δ with |φ|.
+So |β| is at most π/2 for sin and cos, and sigmoid has β < 0, where it is small. See
+`_Conditions._tidied`.
 """
 
 from __future__ import annotations
@@ -46,16 +48,16 @@ Array = NDArray[np.float64]
 
 STEEPEST = 2.0
 SPREAD = 0.1
-_TOLERANCE = 1e-11  # of the residuals
-# Beyond this α, φ is as good as its asymptotes, and float32 loses φ + δ to cancellation.
+_TOLERANCE = 1e-11  # on the residuals
+# With a larger α nearly all inputs see φ's asymptotes, and float32 loses φ + δ to cancellation.
 _WIDEST = 100.0
-# Below this excess over a linear layer, cancellation hides the excess from the search.
+# The search cannot resolve a smaller excess over a linear layer, because of cancellation.
 _STRAIGHTEST = 3e-6
-# Plain chains of rectifiers longer than this are taken as a flow, for κ up to _SLOW: the error of
-# C_f(0) was found to be 0.03·κ³.
+# Longer plain chains of rectifiers are solved as a flow if κ is at most _SLOW. The error of C_f(0)
+# was measured to be 0.03·κ³.
 _LONG = 10**5
 _SLOW = 4e-4
-# The largest C′(1) of relu with β = 1 and C(0) = 0, whatever α; beyond, β = −1.
+# With β = 1 and C(0) = 0, no α gives relu a larger C′(1); above it β = −1 is used.
 _RELU_TURN = 1.466942206924260361
 
 
@@ -332,7 +334,7 @@ def _solve_eoc(recipe: EOC) -> EdgeOfChaos:
     grid = [float(q) for q in np.geomspace(1e-4, 1e4, 161)]
     curve = [weights2(q) for q in grid]
     if bias == 0:
-        # A φ through 0 has q = 0 itself, if a small q does not grow.
+        # If φ(0) = 0 and a small q does not grow, q = 0 is the fixed point.
         zero = torch.zeros((), dtype=torch.float64)
         still, slope = (f(zero, spec.negative_slope).item() for f in (row.value, row.d1))
         if still == 0 and slope != 0 and curve[0][2] <= 1:
@@ -358,7 +360,7 @@ def _solve_eoc(recipe: EOC) -> EdgeOfChaos:
 
 
 def _tailored_rectifier(net: _Net, eta: float, clamp: bool) -> ActSpec:
-    from scipy import optimize  # a fifth of a second that importing fusedshape need not take
+    from scipy import optimize  # here, because it adds 0.2 s to importing fusedshape
 
     def excess(a: float) -> float:
         return net.reach(0.0, lambda c: leaky_c_map(a, c)) - eta
@@ -394,7 +396,7 @@ def _rectifier(slope: float, eta: str, net: _Net) -> ActSpec:
 
 
 def _slope_of_long_chain(depth: int, eta: float) -> float | None:
-    r"""Slope a with which the C map takes 0 to η in `depth` steps; None where they are too large.
+    r"""Slope a with which the C map takes 0 to η in `depth` steps; None if the steps are too large.
 
     C(c) = c + κg(c), with g(c) = √(1−c²) − c·arccos c and κ = (1−a)²/(π(1+a²)), makes the steps of
     Euler's method for dc/dt = κg. Backward error analysis (Hairer, Lubich and Wanner, Geometric
@@ -408,11 +410,11 @@ def _slope_of_long_chain(depth: int, eta: float) -> float | None:
     from scipy import integrate  # see _tailored_rectifier
 
     end = math.acos(eta)
-    if not 3 / (end * depth) <= _SLOW:  # κ, but for a factor near 1
+    if not 3 / (end * depth) <= _SLOW:  # κ up to a factor near 1
         return None
 
     def pace(s: float, kappa: float) -> float:
-        # Over s = 1/θ, as near c = 1 it takes as long from θ to θ/2 as all the way to θ.
+        # Integrate over s = 1/θ: near c = 1 the flow takes as long from θ to θ/2 as it took to θ.
         theta = 1 / s
         sine = math.sin(theta)
         g = sine - theta * math.cos(theta)
@@ -422,12 +424,12 @@ def _slope_of_long_chain(depth: int, eta: float) -> float | None:
         return sine * theta**2 / (g * (1 + bend))
 
     kappa = 0.0
-    for _ in range(4):  # each adds three digits or more
+    for _ in range(4):  # each pass adds at least three digits
         whole, _ = integrate.quad(
             pace, 2 / math.pi, 1 / end, args=(kappa,), epsabs=0, epsrel=1e-13, limit=200
         )
         kappa = whole / depth
-    # The quadratic equation for 1 − a, solved without cancellation.
+    # Solve the quadratic equation for 1 − a without cancellation.
     p = math.pi * kappa
     return 1 - (math.sqrt(2 * p - p * p) - p) / (1 - p)
 
@@ -460,7 +462,7 @@ def _shape(conditions: _Conditions, net: _Net, name: str, aim: float, clamp: boo
 
 @dataclass(frozen=True)
 class _Net:
-    """A network's subnet_max, checked, with its name."""
+    """A checked subnet_max, and what messages call it."""
 
     subnet_max: SubnetMax
     label: str
@@ -494,7 +496,7 @@ class _Net:
         return value
 
     def check_linear(self, value: float, aim: float) -> None:
-        """Linear layers must leave the network below its target."""
+        """Raise if the network reaches its target with linear layers already."""
         if value >= aim:
             raise ValueError(
                 f"{self.label} gets to {value:.6g} with linear layers already, the target is "
@@ -502,7 +504,7 @@ class _Net:
             )
 
     def reach_of(self, method: str, excess: float) -> float:
-        """ζ of DKS's s = 1 + excess, or τ of TAT's t = excess."""
+        """The network's ζ if s = 1 + excess (DKS), or its τ if t = excess (TAT)."""
         if method == "DKS":
             return self.reach(1.0, Scaled(excess))
         return self.reach(0.0, Shifted(excess))
@@ -512,7 +514,7 @@ class _Net:
         from scipy import optimize  # see _tailored_rectifier
 
         low, high = 0.0, 1e-9
-        # Grown from below, so that no power of it overflows on the way.
+        # Grow it from below, so that no power of it overflows.
         while self.reach_of(method, high) < aim:
             low, high = high, 4 * high
             if high > 1e9:
@@ -556,7 +558,7 @@ class _Conditions:
         return None if second is None else second[1]
 
     def largest_below(self, excess: float) -> tuple[float, ActSpec]:
-        """The largest excess that is found below one that is not, to 1e-6, and its root."""
+        """The largest excess with a root, below one without, to a relative 1e-6; and that root."""
         twin = _TWINS.get(self.row.name)
         if twin is not None:
             low, root = replace(self, row=get_activation(twin.name)).largest_below(excess)
@@ -570,7 +572,7 @@ class _Conditions:
                 )
         root = found
         while True:
-            # Along the branch of the root at hand, which is cheap; then a look for a longer one.
+            # Follow the branch of the present root, which is cheap; then look for a longer branch.
             while high - low > 1e-6 * low:
                 middle = 0.5 * (low + high)
                 found = self._from(self._unknowns(root), middle)
@@ -593,7 +595,7 @@ class _Conditions:
         else:
             yield from itertools.product(scales, shifts, shifts)
             for scale, shift in self._nearly_linear(excess):
-                # The two δ with which Q(1) = C′(1) = 1 holds already.
+                # The two δ for which Q(1) = C′(1) = 1 holds already.
                 at = Local.of(self.row, scale, shift)
                 mean = float(at.w @ at.f)
                 gap = float(at.w @ at.d1**2) - float(at.w @ (at.f - mean) ** 2)
@@ -602,14 +604,14 @@ class _Conditions:
 
     @staticmethod
     def _nearly_linear(excess: float) -> Iterator[tuple[float, float]]:
-        """(α, β): curvature grows with α², and a kink of φ may lie inside the inputs or outside."""
+        """Starts (α, β) of little curvature, which grows with α², with kinks near and far."""
         for factor in (0.7, 2.0):
             scale = factor * math.sqrt(excess)
             for shift in (0.4, -0.4, 3 * scale, -3 * scale, 1.2, -1.2):
                 yield scale, shift
 
     def _from(self, start: tuple[float, ...], excess: float) -> ActSpec | None:
-        """The root that Powell's hybrid method finds from a start, if it finds one."""
+        """The root that Powell's hybrid method finds from a start; None if it finds none."""
         from scipy import optimize  # see _tailored_rectifier
 
         rough = optimize.root(
@@ -617,7 +619,7 @@ class _Conditions:
         )
         if not np.abs(rough.fun).max() < 1e-5:
             return None
-        # For deep networks the excess is small, and has to be met to as many digits.
+        # The excess of a deep network is small, and must be met to as many digits as a large one.
         unit = min(1.0, excess)
         tidied = self._tidied(rough.x)
         fine = optimize.root(
@@ -637,7 +639,7 @@ class _Conditions:
         )
 
     def _tidied(self, p: Array) -> Array:
-        """The best conditioned unknowns among those with which φ̂ is the same but for signs.
+        """The best conditioned of the unknowns that give the same φ̂ up to signs.
 
         tanh and sin are odd: (α, −β, −δ) gives −φ̂(−x). The sign of β is free for them, so their
         twins decide it: sigmoid is small for β < 0, and cos has |β| ≤ π/2 if sin has β ≥ 0.
@@ -676,13 +678,13 @@ class _Conditions:
         return slope, scale, shift, float(p[2]) if self.method == "TAT" else -float(at.w @ at.f), at
 
     def _residuals(self, p: Array, excess: float, unit: float) -> Array:
-        # Far out φ overflows or is flat: no root there, and the method turns round or gives up.
+        # Far out, where φ overflows or is flat, there is no root: nan makes the method turn back.
         nowhere = np.full(len(p), np.nan)
         if not np.isfinite(p).all() or not (self.row.has_slope or 0 < abs(p[0]) <= _WIDEST):
             return nowhere
         *_, output_shift, at = self._constants(p, excess)
         f = at.f + output_shift
-        # Everything relative to Q(1), which is γ's way of making it 1.
+        # Divide by Q(1), as γ does to make Q(1) = 1.
         q = float(at.w @ f**2)
         if not 0 < q < math.inf:
             return nowhere
@@ -705,7 +707,7 @@ class _Twin:
     offset: float
 
     def translate(self, root: ActSpec) -> ActSpec:
-        """The spec with φ that is the same φ̂ as `root` with ψ."""
+        """The spec of φ that gives the same φ̂ as `root` gives with ψ."""
         return ActSpec(
             self.own,
             input_scale=root.input_scale / self.inner,
@@ -722,7 +724,7 @@ _TWINS = {
 
 
 def _steepest(spec: ActSpec) -> float:
-    """max |φ̂′|, as no row's φ′ but square's grows by more than 1e-5 beyond |u| = 12."""
+    """max |φ̂′| over |u| ≤ 12, beyond which only square's |φ′| grows by more than 1e-5."""
     u = torch.linspace(-12, 12, 2401, dtype=torch.float64)
     steepest = spec.row.d1(u, spec.negative_slope).abs().max().item()
     return abs(spec.input_scale * spec.output_scale) * steepest
