@@ -1,7 +1,7 @@
 """unfuse and fuse: fused layers as plain ones with activations after them, and the way back.
 
-`Calls` reads the model, as for `convert`, and `Fusion` says which activation belongs to which
-layer: unfuse asks it about the places that convert left, fuse about the activations.
+`read_calls` reads the model, as for `convert`, and `read_fusion` says which activation belongs to
+which layer: unfuse asks it about the places that convert left, fuse about the activations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fusedshape.kinds import FusedLayer
 from fusedshape.nn import SHAPED, ShapedActivation, ShapedChain, is_place, place
 from fusedshape.undo import UndoLog, all_or_nothing
 
-# Those that move between a fused layer and an `Unfused`, whose input and output are the same.
+# Hooks that move between a fused layer and an `Unfused`, which have the same input and output.
 _MOVED = ("_forward_pre_hooks", *OUTPUT_HOOKS)
 _FLAGS = (
     "_forward_pre_hooks_with_kwargs",
@@ -32,7 +32,7 @@ _FLAGS = (
     "_forward_hooks_always_called",
     "_is_full_backward_hook",
 )
-# Hooks that compute the weight they find on the module they are called with.
+# Hooks that compute the weight of the module they are called with.
 _REPARAMETRISE = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
@@ -85,20 +85,20 @@ class Unfused(nn.Module):
 def unfuse(model: nn.Module) -> tuple[Change, ...]:
     r"""Make every fused layer a plain one with a `ShapedActivation` after it, in place.
 
-    For tools that go by nn.Linear and nn.Conv2d: adapters (LoRA), K-FAC, per-sample gradients,
+    For tools that look for nn.Linear and nn.Conv2d: adapters (LoRA), K-FAC, per-sample gradients,
     quantisation, pruning by class. They skip or refuse fused layers, whose output is not W x + b.
-    The numbers stay, to rounding, and so do the parameters (the very same objects), the keys of the
-    state_dict, modes, dtypes and devices. `fuse` is the way back.
+    The model computes the same to rounding. Its parameters stay the same objects, and the keys of
+    the state_dict, modes, dtypes and devices stay as they are. `fuse` is the way back.
 
-    The activation goes where `fusedshape.convert` took it from. For a layer built by hand it
-    becomes a child of the nn.Sequential, named after the layer (``0_act`` after ``0``: keys stay,
-    the positions of what follows move); elsewhere, and where hooks watch the layer's output, the
-    layer and its activation stand together in an `Unfused`, whose child ``layer`` is the plain one.
-    Hooks stay with what gives them the same tensors. A `fusedshape.ShapedChain` stays one, with
-    nothing to chain.
+    The activation returns to the place that `fusedshape.convert` took it from. If the layer was
+    built by hand in an nn.Sequential, the activation becomes a child after it, named after the
+    layer (``0_act`` after ``0``: the keys stay, the positions of later children move). Elsewhere,
+    and if hooks watch the layer's output, the layer and its activation stand together in an
+    `Unfused`, whose child ``layer`` is the plain layer. Hooks go where they see the same tensors.
+    A `fusedshape.ShapedChain` stays one, with nothing left to chain.
 
     Args:
-        model: with fused layers in it; nothing happens to one without.
+        model: the model; one without fused layers is left as it is.
 
     Returns:
         One row for each module that was changed.
@@ -153,12 +153,11 @@ def unfuse(model: nn.Module) -> tuple[Change, ...]:
 def fuse(model: nn.Module) -> tuple[Change, ...]:
     """Fuse every plain layer with the `ShapedActivation` that alone takes its output, in place.
 
-    The way back from `unfuse`, and for models converted with ``fuse=False``. Which layers can take
-    their activation in is decided as in `fusedshape.convert`; parameters and keys of the state_dict
-    stay, and so do hooks.
+    The way back from `unfuse`, also for models converted with ``fuse=False``. The rules are those
+    of `fusedshape.convert`. Parameters, keys of the state_dict and hooks stay.
 
     Args:
-        model: with `ShapedActivation` in it; nothing happens to one without.
+        model: the model; one without `ShapedActivation` is left as it is.
 
     Returns:
         One row for each module that was changed, and for each activation left, with the reason.

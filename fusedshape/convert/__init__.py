@@ -58,23 +58,23 @@ def convert(
 
     * Every nn.ReLU becomes y = γ(φ(αx + β) + δ) with solved constants, and so does every
       ``F.relu(x)``, ``torch.relu(x)``, ``x.relu()`` and their in-place forms: a module that calls
-      one gets a subclass of its class whose forward torch.fx wrote. In that forward Python's
-      decisions are those of the conversion, but for ``self.training``. ReLUs written in other ways
-      (``x.clamp(min=0)``) are not recognised.
-    * An nn.Conv1d/2d/3d or nn.Linear whose every output goes to such an activation and nowhere else
-      is fused with it, in whatever modules the two stand: a module that ends with the layer then
-      gives what is activated. Where that is not certain, the activation stays by itself. A fused
-      layer is no nn.Linear by class; where its activation stood an nn.Identity stays (``fused_0``
-      for a function), which tells `fusedshape.unfuse` where to put it back.
-    * Every linear and convolution layer is initialised as the constants assume, trained ones and
-      frozen ones too: load weights afterwards, or pass ``init=None``.
+      one gets a subclass of its class, whose forward torch.fx wrote. In that forward Python's
+      control flow is frozen as it was at conversion, except for ``self.training``. ReLUs written in
+      other ways (``x.clamp(min=0)``) are not recognised.
+    * An nn.Conv1d/2d/3d or nn.Linear is fused with such an activation if its every output goes to
+      it and nowhere else. The two may stand in different modules: a module that ends with the layer
+      then returns the activated output. If this is not certain, the activation stays by itself. A
+      fused layer is no instance of nn.Linear or nn.Conv*. In the activation's place an nn.Identity
+      stays (``fused_0`` for a function), which tells `fusedshape.unfuse` where to put it back.
+    * Every linear and convolution layer is initialised as the constants assume, trained and frozen
+      ones too: load weights afterwards, or pass ``init=None``.
+    * Whatever changes an activation's output in place (``y += x``, ``nn.Dropout(inplace=True)``)
+      works out of place afterwards, because backward may need that output. It is refused if the
+      difference would be seen.
 
-    * What changes an activation's output in place (``y += x``, ``nn.Dropout(inplace=True)``), which
-      backward may need, works out of place afterwards, and is refused where that would be seen.
-
-    Parameters stay the same objects under the same state_dict keys, and devices, dtypes, modes and
-    requires_grad what they were. Convert before wrapping or compiling the model. If anything
-    raises, the model is as it was. A model is converted once; parts of one can be converted one
+    Parameters stay the same objects under the same state_dict keys; devices, dtypes, modes and
+    requires_grad stay as they are. Convert before wrapping or compiling the model. If anything
+    raises, the model is left as it was. A model is converted once; its parts can be converted one
     by one, each with its own constants.
 
     Args:
@@ -94,29 +94,30 @@ def convert(
         sigma_b: EOC's standard deviation of biases; default: the theory's choice.
         spec: the same as an `ActSpec` for recipe.
         init: "suo", "suo_full", "delta_orthogonal", "gaussian", or None to keep the weights. Even
-            kernels have no centre tap and take "suo_full". "delta_orthogonal" keeps norms; layers
-            in which q would fall by that, because they have more outputs than inputs or are
-            transposed and strided, take "suo" instead, as the report says.
+            kernels have no centre tap and take "suo_full". "delta_orthogonal" keeps norms. Layers
+            that have more outputs than inputs, or are transposed and strided, would lower q by
+            that: they take "suo" instead, and the report says so.
         generator: source of randomness for `init`; None takes torch's default.
         fuse: whether to fuse at all.
-        replace: the classes to replace, with their functional forms; none that has parameters.
-        filter_fn: called with each activation module and its qualified name, and for functional
-            calls with the module that makes them; False leaves it alone.
-        strip_batchnorm: replace BatchNorm by nn.Identity, or by what its own forward calls on what
-            it has normalised. Its state_dict keys vanish, and layers made without a bias stay
-            without.
+        replace: the activation classes to replace, with their functional forms. They must have no
+            parameters.
+        filter_fn: called as ``filter_fn(name, module)`` with each activation module and, for
+            functional calls, with the module that makes them; False leaves them alone.
+        strip_batchnorm: replace BatchNorm by nn.Identity, or by the children that its own forward
+            calls on the normalised input. Its state_dict keys vanish, and layers made without a
+            bias stay without one.
         on_untraceable: what to do about a module whose forward may call such an activation but
-            cannot be traced faithfully (it branches on values or shapes, takes optional arguments,
-            draws random numbers, keeps state, switches gradients or autocast): "error", or
-            "report" to leave that call as it is.
-        dry_run: change nothing, only report.
+            cannot be traced faithfully, because it branches on values or shapes, takes optional
+            arguments, draws random numbers, keeps state, or switches gradients or autocast:
+            "error", or "report" to leave that call as it is.
+        dry_run: only report, and change nothing.
         backend: as in `fusedshape.ops.shaped_act`.
         chain: whether nn.Sequential containers that hold fused layers in a row become
-            `fusedshape.nn.ShapedChain`, in place; a number is the layers of one autograd node at
-            most. The report says which layers are in a row, and why others are not.
-        example: an input of the model, or a tuple of them; default: small random ones that fit its
-            first layers. The traced forwards are run on it, compared with the model's own, and
-            refused where they differ; the report says if no input was found.
+            `fusedshape.nn.ShapedChain`, in place; a number limits the layers of one autograd node.
+            The report says which layers are in a row, and why others are not.
+        example: an input of the model, or a tuple of inputs. Default: small random ones that fit
+            its first layers. The traced forwards are run on it and compared with the model's own;
+            a difference is refused. The report says if no input was found.
 
     Returns:
         What was done, row by row; print it.

@@ -10,7 +10,7 @@ from fusedshape.convert.request import Request
 from fusedshape.spec import ActSpec
 from fusedshape.theory import DKS, EOC, TAT, Recipe, Wiring
 
-_GROWTH = 1.05  # of q in one sum, from which on it is worth a word
+_GROWTH = 1.05  # growth of q in one sum above which the report warns
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Constants:
         spec: the constants of its activations.
         gain: the factor of its weights.
         bias_std: the standard deviation of its biases.
-        depth: nonlinear layers on the longest path, as given or counted; None if neither.
+        depth: nonlinear layers on the longest path, as given or counted; None if neither is known.
         notes: what the user should know of how the constants fit the model.
     """
 
@@ -90,7 +90,7 @@ def _unread(wired: Wiring) -> tuple[str, ...]:
 
 
 def _drifts(wired: Wiring) -> tuple[str, ...]:
-    """A note on activations whose input is not what the constants assume."""
+    """A note on activations that take another activation's output, in which q drifts."""
     if not wired.unmixed:
         return ()
     first, *more = wired.unmixed
@@ -102,7 +102,7 @@ def _drifts(wired: Wiring) -> tuple[str, ...]:
 
 
 def _grows(wired: Wiring, spec: ActSpec) -> tuple[str, ...]:
-    """A note on sums whose terms have means, which add up."""
+    """A note on sums that add activations' outputs, whose means add up."""
     carries: dict[int, bool] = {}
     grown: list[tuple[str, float]] = []
     mean = theory.c_map(spec, 0.0)

@@ -12,7 +12,7 @@ from fusedshape.convert.calls import Calls, Site
 from fusedshape.kinds import kind_of
 from fusedshape.nn import SHAPED
 
-#: Those that see a module's output, or its gradient.
+#: Hooks that see a module's output, or its gradient.
 OUTPUT_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -154,7 +154,7 @@ class Fusing:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody watches a module's calls."""
+    """Whether hooks watch a module's calls."""
     return any(getattr(module, name) for name in HOOKS)
 
 
@@ -235,14 +235,14 @@ class _Paths:
         return [(None, node)]
 
     def _passes(self, owner: nn.Module, node: fx.Node) -> bool:
-        """Whether a node is, or will be, an identity that nobody watches."""
+        """Whether a node is, or will be, an identity without hooks."""
         called = self.calls.called(owner, node)
         if called is None or called in self.calls.acts or hooked(called):
             return False
         return type(called) is nn.Identity or self.calls.stripped.get(called) == ()
 
     def _open(self, module: nn.Module | None) -> fx.Graph | None:
-        """The graph of a module into which a tensor can be followed, as nobody watches."""
+        """The graph of a module into which a tensor can be followed: one graph, without hooks."""
         graphs = self.calls.graphs.get(module, ()) if module is not None else ()
         known = module is not None and module not in self.calls.unknown and not hooked(module)
         return graphs[0] if known and len(graphs) == 1 else None

@@ -1,4 +1,4 @@
-"""How many of the input's positions a network reads when its layers start in the Delta form."""
+"""How many of its input's positions a network reads if its layers start in the Delta form."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _DELTA = ("suo", "delta_orthogonal")
 
 
 def share_read(layer: Any, method: Method) -> float:
-    """The share of its input's positions that a layer reads, borders left aside.
+    """The share of its input's positions that a layer reads, without regard to borders.
 
     The Delta form has one tap, which reads every s-th position along a dimension of stride s. A
-    full kernel reads as many of every s positions as its taps, dilated, fall on.
+    full kernel reads those of every s positions that its dilated taps fall on.
 
     Example:
         >>> share_read(nn.Conv2d(3, 8, 3, stride=2), "suo")
@@ -39,7 +39,7 @@ def share_read(layer: Any, method: Method) -> float:
 def unread_positions(
     wired: Wiring, layers: Iterable[tuple[str, nn.Module, Method]]
 ) -> tuple[str, ...]:
-    """A note on strided layers that skip positions in the Delta form, and what is left of all.
+    """A note on strided layers that skip positions in the Delta form, and on what remains.
 
     Args:
         wired: the model's wiring.

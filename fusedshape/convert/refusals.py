@@ -25,7 +25,7 @@ _SHAPED = (ShapedActivation, ShapedChain, FusedLayer)
 def refuse_model(
     model: nn.Module, replace: tuple[type[nn.Module], ...], strip_batchnorm: bool
 ) -> None:
-    """Raise if a model cannot be converted, as far as its modules tell.
+    """Raise if one of a model's modules makes it impossible to convert.
 
     Args:
         model: the model.
@@ -92,7 +92,7 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
 
 
 def refuse_calls(calls: Calls, strict: bool) -> None:
-    """Raise if a model cannot be converted, as far as its forwards tell.
+    """Raise if something that a model calls makes it impossible to convert.
 
     Args:
         calls: the model's calls.

@@ -16,8 +16,8 @@ class Change:
     Attributes:
         path: qualified name of the module ("" is the model itself).
         was: what stood there.
-        now: what stands there after conversion; the same as `was` where nothing changed.
-        note: why, and why not fused.
+        now: what stands there after conversion; the same as `was` if nothing changed.
+        note: why this was done, or why it was not fused.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Report:
     Attributes:
         recipe: what was solved for, or the spec that was given.
         spec: the constants put in.
-        depth: nonlinear layers on the longest path, as given or counted; None if neither.
+        depth: nonlinear layers on the longest path, as given or counted; None if neither is known.
         init: the initialiser, or None.
         dry_run: whether the model was left alone.
         changes: one row for each activation and layer changed or left, in the model's order.
