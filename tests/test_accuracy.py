@@ -1,4 +1,4 @@
-"""Half precision: what is fused is never worse than the same in torch's ops, measured by float64.
+"""Across modules: in half precision, fused is never worse than torch's ops, measured by float64.
 
 The error of a tensor is its difference from the float64 result of the same, already rounded inputs:
 the root mean square of that, relative to the result's, and the largest. Where both sides round the

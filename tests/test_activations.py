@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +24,9 @@ from fusedshape.activations import TORCH_NAMES, Activation
 from fusedshape.ops import shaped_act
 from fusedshape.spec import from_torch, saves_output
 from tests.support.backends import BACKENDS
+from tests.support.places import ROOT
 from tests.support.specs import SPECS
 
-ROOT = Path(__file__).parents[1]
 ROWS = list(ACTIVATIONS.values())
 SLOPE = 0.37
 TORCH = {

@@ -1,4 +1,4 @@
-"""convert and reweight_shortcuts do all or nothing, wherever they are interrupted."""
+"""Across modules: convert and reweight_shortcuts do all or nothing, wherever they are stopped."""
 
 from __future__ import annotations
 

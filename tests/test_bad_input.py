@@ -1,4 +1,4 @@
-"""Every argument of every public callable, given values that it cannot mean.
+"""Across modules: every argument of every public callable refuses values that it cannot mean.
 
 A call takes what is legal for the argument and refuses all else by an error that names the callable
 and the argument; nothing is taken silently, hangs, or ends in an error of some place further down.

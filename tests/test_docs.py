@@ -1,4 +1,4 @@
-"""The pages: their code, commands, links and tables, and the public names in the API pages."""
+"""Across modules: the pages' code, commands, links and tables, and the public names in the API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,8 +16,8 @@ from bench.tables import PAGES as TABLES
 from bench.tables import written
 from fusedshape.cli import commands as program
 from fusedshape.cli import main
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()

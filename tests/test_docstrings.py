@@ -1,4 +1,4 @@
-"""Docstrings of classes: their "Attributes:" and "Args:" sections name what the class has."""
+"""Across modules: "Attributes:" and "Args:" in docstrings of classes name what the class has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/: each runs, and does what it says."""
+"""Across modules: each of examples/ runs, and does what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that runs on an NVIDIA GPU: kernels, engines, graphs, tuning, benchmarks, training.
+"""Across modules: what runs on a GPU: kernels, engines, graphs, tuning, benchmarks, training.
 
 Rehearsed on a pretended GPU (tests/kernels/pretend_gpu.py), in Triton's interpreter and with fewer
 and smaller cases; not yet run on a real one, for no machine with one was at hand so far.

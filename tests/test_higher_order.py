@@ -1,4 +1,4 @@
-"""Derivatives of derivatives: the numbers, zeros and missing gradients of torch's own layers."""
+"""Across modules: derivatives of derivatives are those of torch's own layers, zeros included."""
 
 from __future__ import annotations
 

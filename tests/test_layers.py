@@ -1,4 +1,4 @@
-"""Imports go downward only, no private name crosses a module, and importing is quiet and light."""
+"""Across modules: imports go downward, private names stay in their module, importing is light."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedshape import native, timing
 from fusedshape.bench import cases, suites
 from fusedshape.ops import ChainLayer, conv_act, conv_chain
-from tests.support.benchmarks import ROOT
+from tests.support.places import ROOT
 
 
 class Passes(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The README's first screen, and pictures that are those of the stored results."""
+"""Across modules: the README's code and commands run, and its pictures are those of the records."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from fusedshape.bench.plot import plot
 from fusedshape.files import read_json
 from fusedshape.machine import headline
 from fusedshape.train.demo import plot_sweep
+from tests.support.places import RESULTS, ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "bench/results"
 
 
 def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

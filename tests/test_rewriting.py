@@ -1,4 +1,4 @@
-"""Rewriting twice, and reading what was rewritten: what `tests/convert/` does not reach."""
+"""Forwards that are rewritten twice, and reading rewritten ones; tests/convert/ has the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracers, exporters and tensors of other classes: each gives the model's numbers, or says no."""
+"""Across modules: tracers, exporters and tensors of other classes give right numbers or say no."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package says it runs with: torch's oldest release, and trees that are not installed."""
+"""Across modules: the package runs with torch's oldest release, and from trees not installed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import fusedshape
 from fusedshape import machine
 from fusedshape.validate import find_device
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 #: In torch's headers, and younger than the oldest torch that is allowed.
 YOUNGER = {"STABLE_TORCH_ERROR_CODE_CHECK": (2, 12)}
 

@@ -13,7 +13,8 @@ import torch
 
 from fusedshape.bench import records
 from fusedshape.cli import main
-from tests.support.benchmarks import ROOT, broken
+from tests.support.benchmarks import broken
+from tests.support.places import ROOT
 
 
 def test_record_says_where_it_comes_from(smoke: Path) -> None:

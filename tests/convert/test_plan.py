@@ -1,4 +1,4 @@
-"""convert refuses models and arguments that it cannot do all of, and changes nothing."""
+"""convert refuses a model or arguments that it cannot serve in full, and then changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read from files is taken, or refused with the path in one line; how it is written."""
+"""Files: what is read is taken or refused in one line with its path; what is written is whole."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fusedshape.bench import records
 from fusedshape.cli import main
 from fusedshape.files import ContentError, leftovers
 from fusedshape.train import TrainConfig, demo
+from tests.support.places import RESULTS
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="pipes, owners and modes of POSIX")
 AS_ROOT = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="only root gives files away"
 )
-RESULTS = Path(__file__).parents[2] / "bench/results"
 
 # ------------------------------------------------------------------ JSON
 

@@ -1,4 +1,4 @@
-"""What others may have written is not believed: caches, libraries, and the ways to them."""
+"""Files that another user may have written are not read: caches, libraries, and their folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The host's code for CUDA before pretended GPUs, see pretend_gpu.py; each run in a process."""
+"""Across modules: the host's code for CUDA runs before pretended GPUs (pretend_gpu.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs interpreted*.py, each in a process of its own.
+"""Across modules: runs interpreted*.py, each in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is first imported, and torch may have imported it long before
 any test runs; hence one child, whatever the process of this test is like.

@@ -1,4 +1,4 @@
-"""Builders: depth, shapes, nothing but plain layers, refusals."""
+"""Builders of models: their depth and shapes, plain layers only, and what they refuse."""
 
 from __future__ import annotations
 

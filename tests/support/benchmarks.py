@@ -16,7 +16,6 @@ from fusedshape.bench.cases import Case
 from fusedshape.bench.providers import Problem
 from fusedshape.timing import Candidate
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

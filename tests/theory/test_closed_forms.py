@@ -1,4 +1,4 @@
-"""C maps and whole networks against closed forms, and against google/neural-tangents."""
+"""Across modules: C maps and whole networks against closed forms and google/neural-tangents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tuning's modes: what is measured, when, and what is known without."""
+"""Tuning's modes: which layers are measured, when, and which are known from the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tuning's measurements: every direction can be measured, and who computes wrongly is out."""
+"""Tuning's measurements: each direction can be measured, and wrong numbers put an engine out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who computes a layer: choice, refusal, and what a chooser may do to it."""
+"""Which engine computes a layer: the choice, its reasons, and what a chooser may do to it."""
 
 from __future__ import annotations
 
