@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from fusedshape import theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import constants, providers
-from fusedshape.bench.providers import Mode, Problem
+from fusedshape.bench.providers import How, Mode, Problem
 from fusedshape.convert import convert
 from fusedshape.diagnose import diagnose
 from fusedshape.models import vanilla_convnet, vanilla_mlp, vanilla_resnet, vanilla_vgg16
@@ -121,154 +121,117 @@ def spec_of(activation: str) -> ActSpec:
     return theory.solve(method, activation, depth=DEPTH)
 
 
-def _how(setting: Setting, dtype: str, channels_last: bool = True) -> dict[str, Any]:
-    return {
-        "seed": setting.seed,
-        "device": setting.device,
-        "dtype": getattr(torch, dtype),
-        "channels_last": channels_last,
-    }
-
-
-def _compiled(setting: Setting, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in wanted if name in setting.compiled)
-
-
 _COMPILED = tuple(providers.COMPILED)
 
 
-def _pointwise(
-    suites: tuple[str, ...],
-    activation: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    mode: Mode,
-    *,
-    channels_last: bool = True,
-    compiled: tuple[str, ...] = (),
-    name: str = "",
-) -> Case:
-    def build(setting: Setting) -> Problem:
-        how = _how(setting, dtype, channels_last)
-        wanted = _compiled(setting, compiled)
-        return providers.pointwise(spec_of(activation), shape, mode, wanted, **how)
+@dataclass(frozen=True)
+class Family:
+    """What the cases of a layer or a network have in common.
 
-    layout = "channels_last" if channels_last else "contiguous"
+    Attributes:
+        suites: suites that run them.
+        dtype: dtype of all tensors.
+        mode: what is timed.
+        activation: activation of the layers.
+        channels_last: memory format of tensors of four dimensions.
+        compiled: names of `providers.COMPILED` to run where the suite allows them.
+    """
+
+    suites: tuple[str, ...]
+    dtype: str = "float32"
+    mode: Mode = "step"
+    activation: str = "leaky_relu"
+    channels_last: bool = True
+    compiled: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> ActSpec:
+        """Constants of the activation."""
+        return spec_of(self.activation)
+
+    def how(self, setting: Setting) -> How:
+        """How a problem of this family is built and run."""
+        return How(
+            setting.seed,
+            setting.device,
+            getattr(torch, self.dtype),
+            self.channels_last,
+            self.mode,
+            tuple(name for name in self.compiled if name in setting.compiled),
+        )
+
+    def case(self, name: str, build: Callable[[How], Problem], **parameters: Any) -> Case:
+        """A case, whose parameters are these, the dtype and the mode."""
+        return Case(
+            name,
+            self.suites,
+            lambda setting: build(self.how(setting)),
+            {**parameters, "dtype": self.dtype, "mode": self.mode},
+        )
+
+
+def _pointwise(family: Family, shape: tuple[int, ...], name: str = "") -> Case:
+    layout = "channels_last" if family.channels_last else "contiguous"
     size = "x".join(map(str, shape))
-    return Case(
-        name or f"pointwise/{activation}/{size}/{layout}/{dtype}/{mode}",
-        suites,
-        build,
-        {
-            "activation": activation,
-            "shape": list(shape),
-            "layout": layout,
-            "dtype": dtype,
-            "mode": mode,
-        },
+    return family.case(
+        name or f"pointwise/{family.activation}/{size}/{layout}/{family.dtype}/{family.mode}",
+        lambda how: providers.pointwise(family.spec, shape, how),
+        activation=family.activation,
+        shape=list(shape),
+        layout=layout,
     )
 
 
 def _conv(
-    suites: tuple[str, ...],
-    shape: tuple[int, int, int, int, int],
-    batch: int,
-    dtype: str,
-    mode: Mode,
-    *,
-    activation: str = "leaky_relu",
-    compiled: tuple[str, ...] = _COMPILED,
-    name: str = "",
+    family: Family, shape: tuple[int, int, int, int, int], batch: int, name: str = ""
 ) -> Case:
-    def build(setting: Setting) -> Problem:
-        how = _how(setting, dtype)
-        wanted = _compiled(setting, compiled)
-        return providers.convolution(spec_of(activation), shape, batch, mode, wanted, **how)
-
     cin, cout, k, stride, size = shape
-    return Case(
-        name
-        or f"conv_act/{activation}/{cin}-{cout}-{k}x{k}-s{stride}-{size}-n{batch}/{dtype}/{mode}",
-        suites,
-        build,
-        {
-            "activation": activation,
-            "shape": list(shape),
-            "batch": batch,
-            "dtype": dtype,
-            "mode": mode,
-        },
+    layer = f"{cin}-{cout}-{k}x{k}-s{stride}-{size}-n{batch}"
+    return family.case(
+        name or f"conv_act/{family.activation}/{layer}/{family.dtype}/{family.mode}",
+        lambda how: providers.convolution(family.spec, shape, batch, how),
+        activation=family.activation,
+        shape=list(shape),
+        batch=batch,
     )
 
 
-def _linear(
-    suites: tuple[str, ...],
-    shape: tuple[int, int, int],
-    dtype: str,
-    mode: Mode,
-    *,
-    activation: str = "leaky_relu",
-    compiled: tuple[str, ...] = _COMPILED,
-    name: str = "",
-) -> Case:
-    def build(setting: Setting) -> Problem:
-        how = _how(setting, dtype)
-        wanted = _compiled(setting, compiled)
-        return providers.linear(spec_of(activation), shape, mode, wanted, **how)
-
+def _linear(family: Family, shape: tuple[int, int, int], name: str = "") -> Case:
     size = "x".join(map(str, shape))
-    return Case(
-        name or f"linear_act/{activation}/{size}/{dtype}/{mode}",
-        suites,
-        build,
-        {"activation": activation, "shape": list(shape), "dtype": dtype, "mode": mode},
+    return family.case(
+        name or f"linear_act/{family.activation}/{size}/{family.dtype}/{family.mode}",
+        lambda how: providers.linear(family.spec, shape, how),
+        activation=family.activation,
+        shape=list(shape),
     )
 
 
-def _chain(
-    suites: tuple[str, ...],
-    depth: int,
-    shape: tuple[int, int, int],
-    dtype: str,
-    mode: Mode = "step",
-    *,
-    compiled: tuple[str, ...] = _COMPILED,
-    series: dict[str, Any] | None = None,
-) -> Case:
-    def build(setting: Setting) -> Problem:
-        how = _how(setting, dtype)
-        wanted = _compiled(setting, compiled)
-        return providers.chain(spec_of("leaky_relu"), depth, shape, mode, wanted, **how)
-
+def _chain(family: Family, depth: int, shape: tuple[int, int, int]) -> Case:
     size = "x".join(map(str, shape))
-    name = f"leaky_relu/{depth}-layers-{size}/{dtype}/{mode}"
-    parameters = {"depth": depth, "shape": list(shape), "dtype": dtype, "mode": mode}
-    if series:
-        timed = series["metric"] == "ms"
-        return Case(f"scaling/{series['series']}/{series['size']}", suites, build, series, timed)
-    return Case(f"chain/{name}", suites, build, parameters)
+    return family.case(
+        f"chain/{family.activation}/{depth}-layers-{size}/{family.dtype}/{family.mode}",
+        lambda how: providers.chain(family.spec, depth, shape, how),
+        depth=depth,
+        shape=list(shape),
+    )
+
+
+def _growth(case: Case, series: str, size: int, metric: str) -> Case:
+    """A case as one point of a series, by which growth is fitted."""
+    parameters = {"series": series, "size": size, "metric": metric}
+    name = f"scaling/{series}/{size}"
+    return replace(case, name=name, parameters=parameters, timed=metric == "ms")
 
 
 def _net(
-    suites: tuple[str, ...],
-    name: str,
-    make: Callable[[], nn.Sequential],
-    shape: tuple[int, ...],
-    dtype: str,
-    mode: Mode = "step",
-    *,
-    compiled: tuple[str, ...] = (),
+    family: Family, name: str, make: Callable[[], nn.Sequential], shape: tuple[int, ...]
 ) -> Case:
-    def build(setting: Setting) -> Problem:
-        how = _how(setting, dtype)
-        return providers.network(make, shape, _compiled(setting, compiled), mode, **how)
-
     size = "x".join(map(str, shape))
-    return Case(
-        f"net/{name}/{size}/{dtype}/{mode}",
-        suites,
-        build,
-        {"net": name, "shape": list(shape), "dtype": dtype, "mode": mode},
+    return family.case(
+        f"net/{name}/{size}/{family.dtype}/{family.mode}",
+        lambda how: providers.network(make, shape, how),
+        net=name,
+        shape=list(shape),
     )
 
 
@@ -289,7 +252,7 @@ def _accuracy(suites: tuple[str, ...], activation: str, method: str, dtype: str)
 
     def build(setting: Setting, scale: float, weight: float | None) -> Problem:
         spec = theory.solve(method, activation, depth=DEPTH)
-        return providers.accuracy(spec, scale, weight, **_how(setting, dtype))
+        return providers.accuracy(spec, scale, weight, Family(suites, dtype).how(setting))
 
     for column, (scale, weight) in ACCURACY.items():
         yield Case(
@@ -303,12 +266,10 @@ def _accuracy(suites: tuple[str, ...], activation: str, method: str, dtype: str)
 
 def _overhead(suites: tuple[str, ...]) -> Iterator[Case]:
     """Calls on so few numbers that only the host's work counts."""
-    how: dict[str, Any] = {"dtype": "float32", "mode": "step", "compiled": ()}
-    yield _pointwise(
-        suites, "leaky_relu", (1, 4), channels_last=False, name="overhead/bias_act", **how
-    )
-    yield _linear(suites, (1, 4, 4), name="overhead/linear_act", **how)
-    yield _conv(suites, (4, 4, 1, 1, 1), 1, name="overhead/conv_act", **how)
+    family = Family(suites)
+    yield _pointwise(replace(family, channels_last=False), (1, 4), "overhead/bias_act")
+    yield _linear(family, (1, 4, 4), "overhead/linear_act")
+    yield _conv(family, (4, 4, 1, 1, 1), 1, "overhead/conv_act")
 
 
 def _solving(method: str, activation: str, depth: int) -> Case:
@@ -380,87 +341,90 @@ def _diagnosing(
 
 
 def _all() -> Iterator[Case]:
-    smoke, cpu, scaling = ("smoke",), ("cpu",), ("scaling",)
-    quick, gpu = ("gpu-quick", "gpu"), ("gpu",)
+    smoke, cpu, solver = Family(("smoke",)), Family(("cpu",)), ("solver",)
+    quick = Family(("gpu-quick", "gpu"), "bfloat16")
+    gpu = Family(("gpu",), "bfloat16")
+    modes: tuple[Mode, ...] = ("forward", "backward", "step")
 
     # The smallest of everything.
-    yield _pointwise(smoke, "tanh", (2, 8, 6, 6), "float32", "step")
-    yield _pointwise(smoke, "swish", (2, 8, 6, 6), "bfloat16", "backward", channels_last=False)
-    modes: tuple[Mode, ...] = ("forward", "backward", "step")
+    yield _pointwise(replace(smoke, activation="tanh"), (2, 8, 6, 6))
+    contiguous = Family(smoke.suites, "bfloat16", "backward", "swish", channels_last=False)
+    yield _pointwise(contiguous, (2, 8, 6, 6))
     for mode in modes:
-        yield _conv(smoke, (8, 8, 3, 1, 6), 2, "float32", mode, compiled=())
-    yield _linear(smoke, (6, 8, 8), "float32", "step", compiled=())
-    yield _chain(smoke, 3, (2, 8, 6), "float32", compiled=())
-    convnet = partial(vanilla_convnet, 20, width=8)
-    yield _net(smoke, "convnet-20-w8", convnet, (4, 2, 8, 8), "float32")
-    yield _constants(smoke, "TAT", "leaky_relu")
+        yield _conv(replace(smoke, mode=mode), (8, 8, 3, 1, 6), 2)
+    yield _linear(smoke, (6, 8, 8))
+    yield _chain(smoke, 3, (2, 8, 6))
+    yield _net(smoke, "convnet-20-w8", partial(vanilla_convnet, 20, width=8), (4, 2, 8, 8))
+    yield _constants(smoke.suites, "TAT", "leaky_relu")
 
     # A GPU, the most telling first.
     batch = 64
+    layer = replace(quick, compiled=_COMPILED)
     for shape in _KEY:
-        yield _conv(quick, shape, batch, "bfloat16", "step")
+        yield _conv(layer, shape, batch)
     for mode in ("forward", "backward"):
-        yield _pointwise(quick, "leaky_relu", (batch, 256, 56, 56), "bfloat16", mode)
-    yield _chain(quick, 16, (batch, 64, 56), "bfloat16")
-    yield _net(quick, "resnet50", vanilla_resnet, (batch, 3, 224, 224), "bfloat16")
+        yield _pointwise(replace(quick, mode=mode), (batch, 256, 56, 56))
+    yield _chain(layer, 16, (batch, 64, 56))
+    yield _net(quick, "resnet50", vanilla_resnet, (batch, 3, 224, 224))
     for shape in _ONE_BY_ONE:
-        yield _conv(quick, shape, batch, "bfloat16", "step")
+        yield _conv(layer, shape, batch)
     for shape in _KEY:
         for mode in ("forward", "backward"):
-            yield _conv(quick, shape, batch, "bfloat16", mode)
-    yield _linear(quick, (8192, 4096, 4096), "bfloat16", "step")
-    yield _net(quick, "vgg16", vanilla_vgg16, (32, 3, 224, 224), "bfloat16")
-    yield _chain(quick, 16, (batch, 128, 28), "bfloat16")
+            yield _conv(replace(layer, mode=mode), shape, batch)
+    yield _linear(layer, (8192, 4096, 4096))
+    yield _net(quick, "vgg16", vanilla_vgg16, (32, 3, 224, 224))
+    yield _chain(layer, 16, (batch, 128, 28))
     for activation in ("tanh", "softplus", "swish"):
-        yield _pointwise(quick, activation, (batch, 256, 56, 56), "bfloat16", "step")
-    yield _conv(quick, _KEY[1], batch, "bfloat16", "step", activation="tanh")
-    yield _conv(quick, _KEY[1], batch, "float16", "step")
-    yield _conv(quick, _KEY[1], batch, "float32", "step")
+        yield _pointwise(replace(quick, activation=activation), (batch, 256, 56, 56))
+    yield _conv(replace(layer, activation="tanh"), _KEY[1], batch)
+    for dtype in ("float16", "float32"):
+        yield _conv(replace(layer, dtype=dtype), _KEY[1], batch)
     for shape in RESNET50:
         if shape not in _KEY and shape not in _ONE_BY_ONE:
-            yield _conv(quick, shape, batch, "bfloat16", "step", compiled=())
+            yield _conv(quick, shape, batch)
     yield from _overhead(("gpu-quick", "gpu", "cpu", "smoke"))
     for activation in SHAPED:
         for dtype in ("bfloat16", "float16", "float32"):
-            yield _pointwise(gpu, activation, (batch, 128, 28, 28), dtype, "step")
+            family = replace(gpu, activation=activation, dtype=dtype)
+            yield _pointwise(family, (batch, 128, 28, 28))
+    layer = replace(gpu, compiled=_COMPILED)
     for name, make in (("resnet50", vanilla_resnet), ("vgg16", vanilla_vgg16)):
-        yield _net(gpu, name, make, (128, 3, 224, 224), "bfloat16", compiled=_COMPILED)
+        yield _net(layer, name, make, (128, 3, 224, 224))
     for shape in dict.fromkeys((*_KEY, *_ONE_BY_ONE, *RESNET50, *VGG16)):
         for n in (32, 256):
             for mode in modes:
-                yield _conv(gpu, shape, n, "bfloat16", mode)
+                yield _conv(replace(layer, mode=mode), shape, n)
 
     # Two cores.
+    layer = replace(cpu, compiled=_COMPILED)
     for shape in RESNET50:
-        yield _conv(cpu, shape, 8, "float32", "step")
+        yield _conv(layer, shape, 8)
     for dtype in ("float32", "bfloat16", "float16"):
         for activation in SHAPED:
-            yield _pointwise(cpu, activation, (8, 64, 56, 56), dtype, "step")
+            yield _pointwise(replace(cpu, activation=activation, dtype=dtype), (8, 64, 56, 56))
     for activation in ("leaky_relu", "tanh", "swish"):
         for mode in ("forward", "backward"):
-            yield _pointwise(cpu, activation, (8, 64, 56, 56), "float32", mode)
-    yield _pointwise(cpu, "leaky_relu", (8, 64, 56, 56), "float32", "step", channels_last=False)
+            yield _pointwise(replace(cpu, activation=activation, mode=mode), (8, 64, 56, 56))
+    yield _pointwise(replace(cpu, channels_last=False), (8, 64, 56, 56))
     for sizes in ((512, 512, 512), (64, 2048, 2048)):
-        yield _linear(cpu, sizes, "float32", "step")
-    yield _linear(cpu, (512, 512, 512), "float32", "step", activation="softplus", compiled=())
-    yield _chain(cpu, 16, (8, 32, 28), "float32", compiled=())
-    convnet = partial(vanilla_convnet, 50, width=32)
+        yield _linear(layer, sizes)
+    yield _linear(replace(cpu, activation="softplus"), (512, 512, 512))
+    yield _chain(cpu, 16, (8, 32, 28))
     resnet = partial(vanilla_resnet, 50, num_classes=10, width=16)
-    mlp = partial(vanilla_mlp, 30)
-    yield _net(cpu, "convnet-50-w32", convnet, (64, 2, 8, 8), "float32")
-    yield _net(cpu, "resnet50-w16", resnet, (8, 3, 64, 64), "float32")
-    yield _net(cpu, "mlp-30-w128", mlp, (256, 128), "float32")
-    yield Case("import/fusedshape", cpu, lambda setting: constants.importing())
+    yield _net(cpu, "convnet-50-w32", partial(vanilla_convnet, 50, width=32), (64, 2, 8, 8))
+    yield _net(cpu, "resnet50-w16", resnet, (8, 3, 64, 64))
+    yield _net(cpu, "mlp-30-w128", partial(vanilla_mlp, 30), (256, 128))
+    yield Case("import/fusedshape", cpu.suites, lambda setting: constants.importing())
     convnet = partial(vanilla_convnet, 50, width=64, in_channels=3)
-    yield _diagnosing(cpu, "convnet-50-w64", convnet, (32, 3, 32, 32))
+    yield _diagnosing(cpu.suites, "convnet-50-w64", convnet, (32, 3, 32, 32))
     mlp = partial(vanilla_mlp, 50, width=1024, in_features=1024)
-    yield _diagnosing(cpu, "mlp-50-w1024", mlp, (256, 1024))
+    yield _diagnosing(cpu.suites, "mlp-50-w1024", mlp, (256, 1024))
     mlp = partial(vanilla_mlp, 50, width=64, in_features=64)
-    yield _diagnosing((*cpu, *smoke), "mlp-50-w64", mlp, (32, 64))
+    yield _diagnosing((*cpu.suites, *smoke.suites), "mlp-50-w64", mlp, (32, 64))
     for method in ("DKS", "TAT"):
         for activation in SHAPED:
             if (method, activation) != ("TAT", "relu"):
-                yield _constants(("solver",), method, activation)
+                yield _constants(solver, method, activation)
 
     for dtype in ("bfloat16", "float16"):
         yield from _accuracy(("accuracy", "smoke"), "leaky_relu", "TAT", dtype)
@@ -476,12 +440,13 @@ def _all() -> Iterator[Case]:
         yield _tracing(depth, loop=False)
         if depth <= 10_000:
             yield _tracing(depth, loop=True)
+    scaling = Family(("scaling",))
     for depth in (4, 8, 16, 32, 64):
-        series = {"series": "memory of a chain by depth", "size": depth, "metric": "saved_bytes"}
-        yield _chain(scaling, depth, (4, 16, 16), "float32", compiled=(), series=series)
+        case = _chain(scaling, depth, (4, 16, 16))
+        yield _growth(case, "memory of a chain by depth", depth, "saved_bytes")
     for n in (1, 2, 4, 8, 16, 32, 64):
-        series = {"series": "step of a chain by batch", "size": n, "metric": "ms"}
-        yield _chain(scaling, 4, (n, 32, 28), "float32", compiled=(), series=series)
+        case = _chain(scaling, 4, (n, 32, 28))
+        yield _growth(case, "step of a chain by batch", n, "ms")
 
 
 CASES: tuple[Case, ...] = tuple(_all())

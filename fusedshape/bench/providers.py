@@ -46,6 +46,35 @@ Activate = Callable[[Tensor], Tensor]
 COMPILED = {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}
 
 
+@dataclass(frozen=True)
+class How:
+    """How a problem is built and run.
+
+    Attributes:
+        seed: seed of all random numbers.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        channels_last: whether tensors of four dimensions are laid out channels last.
+        mode: what is timed.
+        compiled: names of `COMPILED` to add.
+    """
+
+    seed: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = True
+    mode: Mode = "step"
+    compiled: tuple[str, ...] = ()
+
+    def randn(self, *shape: int, offset: int = 0) -> Tensor:
+        """Standard normal numbers, the same in every run; another offset draws others."""
+        generator = torch.Generator(self.device).manual_seed(self.seed + offset)
+        x = torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+        if self.channels_last and x.ndim == 4:
+            return x.to(memory_format=torch.channels_last)
+        return x
+
+
 def stock(z: Tensor, spec: ActSpec) -> Tensor:
     """What one writes without this library; operations that do nothing are left out."""
     if spec.input_scale != 1:
@@ -91,7 +120,6 @@ class Work:
         compose: given an activation z → y, the form that runs the plain layers with it.
         fused: this library's forms.
         traffic: bytes and FLOPs of the forward and of the backward pass.
-        seed: of the gradient that comes in.
         folds: whether γ can be multiplied into the leaf of that name.
         layers: with a product in them, in a row. The gradient that comes into a single one is zero
             where its pre-activation is within rounding of a kink; between several, either branch
@@ -103,21 +131,20 @@ class Work:
     compose: Callable[[Activate], Form]
     fused: dict[str, Form]
     traffic: tuple[Traffic, Traffic]
-    seed: int
     folds: Callable[[str], bool] = lambda name: name != "x"
     layers: int = 1
 
-    def problem(self, mode: Mode, compiled: Sequence[str]) -> Problem:
+    def problem(self, how: How) -> Problem:
         """Every provider that there is for this work."""
-        spec, leaves = self.spec, self.leaves
+        spec, leaves, mode = self.spec, self.leaves, how.mode
         bare, eager = self.compose(lambda z: z), self.compose(lambda z: stock(z, spec))
         with torch.no_grad():
             z = bare(**leaves)
-            grad = randn_like(z, self.seed + 1)
+            grad = randn_like(z, how.seed + 1)
             if self.layers == 1:
                 grad[_undecided(z, spec)] = 0
 
-        found = {"bare": _candidate(bare, leaves, grad, mode, checked=False)}
+        found = {"bare": replace(_candidate(bare, leaves, grad, mode), check=None)}
         for name, form in self.fused.items():
             found[name] = _candidate(form, leaves, grad, mode, claims=name != "reference")
         found["eager"] = _candidate(eager, leaves, grad, mode, yardstick=True)
@@ -131,8 +158,8 @@ class Work:
             for name, inplace in (("folded", False), ("inplace", True)):
                 leaky = partial(F.leaky_relu, negative_slope=spec.negative_slope, inplace=inplace)
                 form = self.compose(leaky)
-                found[name] = _candidate(form, folded, grad, mode, scales=scales)
-        for name in compiled:
+                found[name] = _scaled(_candidate(form, folded, grad, mode), scales)
+        for name in how.compiled:
             form = torch.compile(eager, fullgraph=True, mode=COMPILED[name])
             found[name] = _candidate(form, leaves, grad, mode, compiled=True)
 
@@ -181,70 +208,42 @@ def _step(form: Form, leaves: Leaves, grad: Tensor) -> Leaves:
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(wanted, gradients, strict=True)}}
 
 
-def _candidate(
-    form: Form,
-    leaves: Leaves,
-    grad: Tensor,
-    mode: Mode,
-    *,
-    checked: bool = True,
-    scales: Mapping[str, float] | None = None,
-    **marks: bool,
-) -> Candidate:
-    """`form` as a candidate; `scales` are those of its leaves."""
+def _candidate(form: Form, leaves: Leaves, grad: Tensor, mode: Mode, **marks: Any) -> Candidate:
+    """`form` as a candidate; `marks` are fields of `Candidate`."""
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-
-    def forward(_: object = None) -> Tensor:
-        return form(**leaves)
 
     def backward(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, wanted, grad)
 
+    made = Candidate(lambda _: form(**leaves), check=lambda: _step(form, leaves, grad), **marks)
+    return _in_mode(mode, made, backward)
+
+
+def _scaled(candidate: Candidate, scales: Mapping[str, float]) -> Candidate:
+    """A candidate whose leaves were multiplied by these, checked by the plain ones' gradients."""
+    found = candidate.check
+    assert found is not None
+
     def check() -> Leaves:
-        found = _step(form, leaves, grad)
-        return {k: t * (scales or {}).get(k[1:], 1.0) for k, t in found.items()}
+        return {key: t * scales.get(key[1:], 1.0) for key, t in found().items()}
 
-    return _in_mode(mode, forward, backward, check if checked else None, **marks)
+    return replace(candidate, check=check)
 
 
-def _in_mode(
-    mode: Mode,
-    forward: Callable[..., Any],
-    backward: Callable[[Any], Any],
-    check: Callable[[], Leaves] | None,
-    compiled: bool = False,
-    yardstick: bool = False,
-    claims: bool = False,
-) -> Candidate:
-    made = Candidate(
-        lambda _: backward(forward()),
-        check=check,
-        graph=None if compiled else forward,
-        yardstick=yardstick,
-        claims=claims,
-        compiled=compiled,
-    )
+def _in_mode(mode: Mode, forward: Candidate, backward: Callable[[Any], Any]) -> Candidate:
+    """A candidate that runs forward as one that runs what the mode says."""
+    run = forward.run
+    graph = None if forward.compiled else partial(run, None)
     if mode == "forward":
-        return replace(made, run=forward)
-    return replace(made, run=backward, prepare=forward) if mode == "backward" else made
-
-
-def randn(
-    *shape: int,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = True,
-) -> Tensor:
-    """Standard normal numbers, the same on every run."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(shape, generator=generator, device=device).to(dtype)
-    return x.to(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
+        return replace(forward, graph=graph)
+    if mode == "backward":
+        return replace(forward, graph=graph, prepare=partial(run, None), run=backward)
+    return replace(forward, graph=graph, run=lambda _: backward(run(None)))
 
 
 def randn_like(x: Tensor, seed: int) -> Tensor:
-    """The same, with x's shape, strides, dtype and device."""
-    return torch.empty_like(x).copy_(randn(*x.shape, seed=seed, device=x.device))
+    """Standard normal numbers with x's shape, strides, dtype and device."""
+    return torch.empty_like(x).copy_(How(seed, x.device).randn(*x.shape))
 
 
 def asked(op: Callable[..., Any], device: torch.device) -> dict[str, dict[str, Any]]:
@@ -257,11 +256,9 @@ def asked(op: Callable[..., Any], device: torch.device) -> dict[str, dict[str, A
     return found
 
 
-def pointwise(
-    spec: ActSpec, shape: Sequence[int], mode: Mode, compiled: Sequence[str], **how: Any
-) -> Problem:
+def pointwise(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
     """Bias and activation of a tensor that is there already."""
-    x = randn(*shape, **how).requires_grad_()
+    x = how.randn(*shape).requires_grad_()
     view = (-1, *[1] * (x.ndim - 2))
 
     def compose(act: Activate) -> Form:
@@ -274,34 +271,33 @@ def pointwise(
     size = x.numel() * x.element_size()
     return Work(
         spec,
-        {"x": x, "bias": _bias(shape[1], **how)},
+        {"x": x, "bias": _bias(shape[1], how)},
         compose,
         fused,
         (Traffic(2 * size, 0), Traffic(3 * size, 0)),
-        how["seed"],
         folds=lambda name: True,
         layers=0,
-    ).problem(mode, compiled)
+    ).problem(how)
 
 
-def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, **how: Any) -> Problem:
+def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, how: How) -> Problem:
     """Errors of the activation alone, or of a 1×1 convolution that a residual joins before it.
 
     Args:
         spec: the activation.
         scale: standard deviation of the input, and of the residual.
         residual_weight: w of the residual; None for the activation alone.
-        how: seed, device, dtype and layout, as for `randn`.
+        how: how it is built and run.
     """
-    x = (scale * randn(64, 32, 8, 8, **how)).requires_grad_()
+    x = (scale * how.randn(64, 32, 8, 8)).requires_grad_()
     if residual_weight is None:
         forms: dict[str, Form] = {
             "fused": lambda x: shaped_act(x, spec),
             "eager": lambda x: stock(x, spec),
         }
-        return _in_both_forms(forms, {"x": x}, randn_like(x, how["seed"] + 1))
+        return _in_both_forms(forms, {"x": x}, randn_like(x, how.seed + 1))
     w, own = residual_weight, own_weight(residual_weight)
-    residual = (scale * randn_like(x, how["seed"] + 2)).requires_grad_()
+    residual = (scale * randn_like(x, how.seed + 2)).requires_grad_()
 
     def joined(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         return own * F.conv2d(x, weight, bias) + w * residual
@@ -312,8 +308,8 @@ def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, **how: 
         ),
         "eager": lambda **leaves: stock(joined(**leaves), spec),
     }
-    leaves = {"x": x, **_weights(32, 32, 1, "", **how), "residual": residual}
-    grad = randn_like(x, how["seed"] + 1)
+    leaves = {"x": x, **_weights(32, 32, 1, "", how), "residual": residual}
+    grad = randn_like(x, how.seed + 1)
     with torch.no_grad():
         grad[_undecided(joined(**leaves), spec)] = 0
     return _in_both_forms(forms, leaves, grad)
@@ -336,27 +332,18 @@ def _in_both_forms(forms: Mapping[str, Form], leaves: Leaves, grad: Tensor) -> P
     return Problem(found, truth, grad.dtype, tolerance=math.inf)
 
 
-def convolution(
-    spec: ActSpec,
-    shape: Sequence[int],
-    batch: int,
-    mode: Mode,
-    compiled: Sequence[str],
-    **how: Any,
-) -> Problem:
+def convolution(spec: ActSpec, shape: Sequence[int], batch: int, how: How) -> Problem:
     """A convolution and its activation.
 
     Args:
         spec: the activation.
         shape: input channels, output channels, kernel, stride, input height and width.
         batch: images.
-        mode: what is timed.
-        compiled: names of `COMPILED` to add.
-        how: seed, device, dtype and layout, as for `randn`.
+        how: how it is built and run.
     """
     cin, cout, k, stride, size = shape
     # A network's input wants no gradient.
-    x = randn(batch, cin, size, size, **how).requires_grad_(cin != 3)
+    x = how.randn(batch, cin, size, size).requires_grad_(cin != 3)
     geometry: dict[str, Any] = {"stride": stride, "padding": k // 2}
 
     def compose(act: Activate) -> Form:
@@ -379,20 +366,17 @@ def convolution(
     )
     return Work(
         spec,
-        {"x": x, **_weights(cout, cin, k, "", **how)},
+        {"x": x, **_weights(cout, cin, k, "", how)},
         compose,
         fused,
         _conv_traffic(layer, x.requires_grad),
-        how["seed"],
-    ).problem(mode, compiled)
+    ).problem(how)
 
 
-def linear(
-    spec: ActSpec, shape: Sequence[int], mode: Mode, compiled: Sequence[str], **how: Any
-) -> Problem:
+def linear(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
     """A linear layer and its activation; shape is rows, input features, output features."""
     rows, inner, outer = shape
-    x = randn(rows, inner, **how).requires_grad_()
+    x = how.randn(rows, inner).requires_grad_()
 
     def compose(act: Activate) -> Form:
         return lambda x, weight, bias: act(F.linear(x, weight, bias))
@@ -404,28 +388,21 @@ def linear(
     layer = roofline.Problem(
         rows, inner, 1, 1, outer, (1, 1), padding=(0, 0), arithmetic=_arithmetic(x.dtype)
     )
-    weight = _weights(outer, inner, 1, "", **how)
+    weight = _weights(outer, inner, 1, "", how)
     weight["weight"] = weight["weight"].detach().reshape(outer, inner).requires_grad_()
     leaves = {"x": x, **weight}
-    work = Work(spec, leaves, compose, fused, _conv_traffic(layer, True), how["seed"])
-    return work.problem(mode, compiled)
+    work = Work(spec, leaves, compose, fused, _conv_traffic(layer, True))
+    return work.problem(how)
 
 
-def chain(
-    spec: ActSpec,
-    depth: int,
-    shape: Sequence[int],
-    mode: Mode,
-    compiled: Sequence[str],
-    **how: Any,
-) -> Problem:
+def chain(spec: ActSpec, depth: int, shape: Sequence[int], how: How) -> Problem:
     """`depth` equal 3×3 convolutions with their activations; shape is batch, channels, size."""
     batch, channels, size = shape
-    x = randn(batch, channels, size, size, **how).requires_grad_()
+    x = how.randn(batch, channels, size, size).requires_grad_()
     leaves = {"x": x}
     for i in range(depth):
-        seed = {**how, "seed": how["seed"] + 100 * (i + 1)}
-        leaves |= _weights(channels, channels, 3, str(i), **seed)
+        own = replace(how, seed=how.seed + 100 * (i + 1))
+        leaves |= _weights(channels, channels, 3, str(i), own)
 
     def stack(layer: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Form:
         def form(x: Tensor, **leaves: Tensor) -> Tensor:
@@ -458,8 +435,8 @@ def chain(
         Traffic(depth * forward.bytes, depth * forward.flops),
         Traffic(depth * backward.bytes, depth * backward.flops),
     )
-    work = Work(spec, leaves, compose, fused, total, how["seed"], layers=depth)
-    return work.problem(mode, compiled)
+    work = Work(spec, leaves, compose, fused, total, layers=depth)
+    return work.problem(how)
 
 
 @dataclass
@@ -488,8 +465,8 @@ class _Net:
             found[f"d{name}"] = gradient * self.scale.get(name, 1.0)
         return found
 
-    def candidate(self, mode: Mode, **marks: bool) -> Candidate:
-        return _in_mode(mode, self.forward, self.backward, self.check, **marks)
+    def candidate(self, mode: Mode, **marks: Any) -> Candidate:
+        return _in_mode(mode, Candidate(self.forward, check=self.check, **marks), self.backward)
 
 
 class _Stock(nn.Module):
@@ -501,26 +478,17 @@ class _Stock(nn.Module):
         return stock(x, self.spec)
 
 
-def network(
-    build: Callable[[], nn.Sequential],
-    shape: Sequence[int],
-    compiled: Sequence[str],
-    mode: Mode = "step",
-    **how: Any,
-) -> Problem:
+def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) -> Problem:
     """A whole net of plain layers and nn.ReLU, shaped by TAT, to the gradients of its parameters.
 
     Args:
         build: makes the net.
         shape: of its input.
-        compiled: names of `COMPILED` to add; whole nets replay CUDA graphs under max-autotune.
-        mode: what is timed.
-        how: seed, device, dtype and layout, as for `randn`.
+        how: how it is built and run; whole nets replay CUDA graphs under max-autotune.
     """
-    device, dtype = how["device"], how["dtype"]
     plain = build()
     fused = copy.deepcopy(plain)
-    generator = torch.Generator().manual_seed(how["seed"])
+    generator = torch.Generator().manual_seed(how.seed)
     spec = convert(fused, method="TAT", activation="leaky_relu", generator=generator).spec
     assert isinstance(spec, ActSpec)
     plain.load_state_dict(fused.state_dict())
@@ -528,23 +496,23 @@ def network(
     convert(chained, spec=spec, init=None, chain=True)
 
     def place(model: nn.Module) -> nn.Module:
-        model.to(device=device, dtype=dtype)
+        model.to(device=how.device, dtype=how.dtype)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     eager = _with_activations(plain, lambda: _Stock(spec))
-    x = randn(*shape, **how)
+    x = how.randn(*shape)
     models = {"fused": fused, "fused chain": chained, "eager": eager}
     for model in models.values():
         place(model)
     with torch.no_grad():
-        grad = randn_like(eager(x), how["seed"] + 1)
+        grad = randn_like(eager(x), how.seed + 1)
 
     nets = {name: _Net(model, x, grad) for name, model in models.items()}
     if spec.foldable:
         for name, inplace in (("folded", False), ("inplace", True)):
             folded, scale = fold(plain, spec, inplace)
             nets[name] = _Net(place(folded), x, grad, scale)
-    for name in compiled:
+    for name in how.compiled:
         # Whole nets are run as their users run them, CUDA graphs included.
         how_compiled = COMPILED[name].removesuffix("-no-cudagraphs")
         compiled_model = cast(nn.Module, torch.compile(eager, mode=how_compiled))
@@ -552,7 +520,7 @@ def network(
     ours = {"claims": True}
     marks = {"fused": ours, "fused chain": ours, "eager": {"yardstick": True}}
     found = {
-        name: net.candidate(mode, compiled=name in COMPILED, **marks.get(name, {}))
+        name: net.candidate(how.mode, compiled=name in COMPILED, **marks.get(name, {}))
         for name, net in nets.items()
     }
 
@@ -560,7 +528,7 @@ def network(
         return _Net(copy.deepcopy(eager).double(), x.double(), grad.double()).check()
 
     leaves = (x, *(p for net in nets.values() for p in net.model.parameters()))
-    return Problem(found, truth, dtype, leaves=leaves, tolerance=EITHER_BRANCH)
+    return Problem(found, truth, how.dtype, leaves=leaves, tolerance=EITHER_BRANCH)
 
 
 def fold(
@@ -593,13 +561,13 @@ def _with_activations(plain: nn.Sequential, make: Callable[[], nn.Module]) -> nn
     return model
 
 
-def _bias(channels: int, **how: Any) -> Tensor:
-    return (0.1 * randn(channels, **{**how, "seed": how["seed"] + 99})).requires_grad_()
+def _bias(channels: int, how: How) -> Tensor:
+    return (0.1 * how.randn(channels, offset=99)).requires_grad_()
 
 
-def _weights(cout: int, cin: int, k: int, suffix: str, **how: Any) -> Leaves:
-    w = randn(cout, cin, k, k, **{**how, "seed": how["seed"] + 2}) / (cin * k * k) ** 0.5
-    return {f"weight{suffix}": w.requires_grad_(), f"bias{suffix}": _bias(cout, **how)}
+def _weights(cout: int, cin: int, k: int, suffix: str, how: How) -> Leaves:
+    w = how.randn(cout, cin, k, k, offset=2) / (cin * k * k) ** 0.5
+    return {f"weight{suffix}": w.requires_grad_(), f"bias{suffix}": _bias(cout, how)}
 
 
 def _arithmetic(dtype: torch.dtype) -> roofline.Arithmetic:

@@ -76,8 +76,7 @@ def test_networks_are_measured_as_one_node_too() -> None:
 def test_a_gradient_that_a_network_lacks_is_found() -> None:
     """That of one bias, which is little of the whole gradient."""
     net = partial(vanilla_resnet, 50, num_classes=10, width=8)
-    how = {"seed": 0, "device": CPU, "dtype": torch.float32, "channels_last": True}
-    made = providers.network(net, (2, 3, 32, 32), (), **how)
+    made = providers.network(net, (2, 3, 32, 32), providers.How(0, CPU))
     spoiled = made.candidates["fused chain"]
     model = spoiled.check.__self__.model  # type: ignore[union-attr]
     name, bias = next((n, p) for n, p in model.named_parameters() if n.endswith("bias"))
@@ -94,8 +93,7 @@ def test_a_gradient_that_a_network_lacks_is_found() -> None:
 def test_what_is_saved() -> None:
     """One activation a layer for ours, in either form; two for eager, whose γ is a product."""
     depth, shape = 5, (2, 8, 6)
-    how = {"seed": 0, "device": CPU, "dtype": torch.float32, "channels_last": True}
-    made = providers.chain(cases.spec_of("leaky_relu"), depth, shape, "step", (), **how)
+    made = providers.chain(cases.spec_of("leaky_relu"), depth, shape, providers.How(0, CPU))
     one = 4 * 2 * 8 * 6 * 6
     saved = {
         name: timing.saved_bytes(c.graph, made.leaves)
