@@ -6,6 +6,7 @@ from fusedshape import init, theory, tuning
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.convert import convert
 from fusedshape.diagnose import diagnose
+from fusedshape.explain import explain
 from fusedshape.fold import fold
 from fusedshape.nn import (
     NormalizedSum,
@@ -52,6 +53,7 @@ __all__ = [
     "conv_chain",
     "convert",
     "diagnose",
+    "explain",
     "fold",
     "fuse",
     "init",

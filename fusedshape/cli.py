@@ -14,15 +14,17 @@ import re
 import sys
 from collections.abc import Sequence
 
+import torch
+
 import fusedshape
 from fusedshape import native, theory, train
 from fusedshape.bench import command as bench
 from fusedshape.convert import command as conversion
 from fusedshape.diagnose import command as diagnosis
 from fusedshape.interrupts import Terminated, terminable
-from fusedshape.loading import FactoryError
+from fusedshape.loading import FactoryError, make_model
 from fusedshape.machine import machine, version
-from fusedshape.shell import EXIT_CODES, Commands, message
+from fusedshape.shell import EXIT_CODES, Commands, message, shape
 from fusedshape.theory import command as constants
 from fusedshape.train import command as training
 from fusedshape.tuning import command as tuning
@@ -125,9 +127,30 @@ def _declare_info(commands: Commands) -> None:
     about = "say what is installed, built and chosen on this machine"
     parser = commands.add("info", _info, about)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="say which engine computes each fused layer of pkg.module:factory, and why",
+    )
+    parser.add_argument(
+        "--input",
+        type=shape,
+        metavar="N,C,H,W",
+        help="shape of the model's input, in channels_last layout where it has 4 dimensions",
+    )
 
 
 def _info(args: argparse.Namespace) -> None:
+    if (args.model is None) != (args.input is None):
+        raise ValueError("--model and --input belong together; give both, or neither")
+    if args.model is not None:
+        model, x = make_model(args.model), torch.zeros(args.input)
+        if x.ndim == 4:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            x = x.to(memory_format=torch.channels_last)
+        found = fusedshape.explain(model, x)
+        print(json.dumps(found.to_dict()) if args.json else found)
+        return
     row = machine()
     if args.json:
         print(json.dumps(row))

@@ -28,7 +28,7 @@ LAYERS = [
     {"tuning"},
     {"machine"},
     {"convert", "diagnose", "fold"},
-    {"shortcuts", "tap", "unfuse"},
+    {"explain", "shortcuts", "tap", "unfuse"},
     {"models"},
     {"train"},
     {"bench"},

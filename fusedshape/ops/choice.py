@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -112,15 +112,25 @@ def choose_engine(
     """
     if asked == "auto":
         measured = None if _chooser is None else _chooser(direction, problem)
-        for name in (measured, pinned_engine(problem)):
-            if name == "aten" or (name in ENGINES and obstacle(name) is None):
-                return name
-        return "aten"
+        return first_able((measured, pinned_engine(problem)), obstacle)
     engine_named(asked)
     reason = None if asked == "aten" else obstacle(asked)
     if reason is not None:
         raise ValueError(f"engine {asked!r} cannot run this layer: {reason}")
     return asked
+
+
+def first_able(names: Iterable[str | None], obstacle: Callable[[str], str | None]) -> str:
+    """The first of these engines that can run a layer, else "aten"; None and unknown names cannot.
+
+    Example:
+        >>> first_able((None, "native", "triton"), {"native": "groups=2"}.get)
+        'triton'
+    """
+    for name in names:
+        if name == "aten" or (name in ENGINES and obstacle(name) is None):
+            return name
+    return "aten"
 
 
 def pinned_engine(problem: Problem) -> str:

@@ -27,8 +27,7 @@ from __future__ import annotations
 from fusedshape.tuning.cache import cache_directory
 from fusedshape.tuning.chooser import choose, current_mode, mode, status
 from fusedshape.tuning.contest import MARGIN
-from fusedshape.tuning.layers import LayerCall as Layer
-from fusedshape.tuning.layers import fused_layers
+from fusedshape.tuning.layers import Layer, fused_layers
 from fusedshape.tuning.measuring import Result, measure
 
 __all__ = [

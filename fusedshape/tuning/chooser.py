@@ -180,6 +180,18 @@ def lookup(direction: Direction, problem: Problem, device: torch.device) -> Reco
     return cache_of(device).get(key_of(direction, problem))
 
 
+def known(direction: Direction, problem: Problem) -> Record | None:
+    """The measurement that `choose` goes by; None where there is none that it would take.
+
+    Nothing is measured, in mode "full" either.
+    """
+    device = _device_of(problem)
+    if device is None or size_of(problem) == 0 or current_mode() == "off":
+        return None
+    record = lookup(direction, problem, device)
+    return None if record is None or _adopt(problem, device, record) is None else record
+
+
 def keep(direction: Direction, problem: Problem, device: torch.device, record: Record) -> None:
     """Write a measurement to the cache."""
     cache_of(device).put(key_of(direction, problem), record)

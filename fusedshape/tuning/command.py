@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ from fusedshape.shell import Commands, shape
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory
-from fusedshape.tuning.layers import LayerCall, fused_layers
+from fusedshape.tuning.layers import Layer, fused_layers
 from fusedshape.tuning.measuring import Result, able, measure
 from fusedshape.tuning.problems import is_passed_over, settings
+from fusedshape.tuning.text import aligned, places, shapes
 from fusedshape.validate import find_device
 
 _DTYPES = {
@@ -127,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def tune(
-    layers: Sequence[LayerCall],
+    layers: Sequence[Layer],
     device: torch.device,
     *,
     force: bool = False,
@@ -187,25 +188,8 @@ def text(rows: Sequence[Row], kept: bool = True) -> str:
     """
     lines = [("layer", "direction", "input", "weight", "chosen", "aten", "chosen", "gain")]
     for row in rows:
-        lines.append((row.layer or ".", row.direction, *_shapes(row.problem), *_figures(row)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    last: tuple[Callable[..., str], ...] = (*[str.ljust] * 5, *[str.rjust] * 3)
-    table = [
-        "  ".join(
-            align(cell, w) for align, cell, w in zip(last, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([*table, "", *_summary(rows, kept)])
-
-
-def _shapes(problem: Problem) -> tuple[str, str]:
-    layout = " channels_last" if problem.channels_last and len(problem.weight) > 2 else ""
-    dtype = str(problem.dtype).removeprefix("torch.")
-    weight = "×".join(map(str, problem.weight))
-    if any(s != 1 for s in problem.stride):
-        weight += "/" + "×".join(map(str, problem.stride))
-    return f"{'×'.join(map(str, problem.input))} {dtype}{layout}", weight
+        lines.append((row.layer or ".", row.direction, *shapes(row.problem), *_figures(row)))
+    return "\n".join([aligned(lines, right=3), "", *_summary(rows, kept)])
 
 
 def _figures(row: Row) -> tuple[str, str, str, str]:
@@ -257,8 +241,7 @@ def _summary(rows: Sequence[Row], kept: bool) -> list[str]:
             for name, reason in row.result.failed.items():
                 left_out.setdefault(f"left out: {name}: {reason}", []).append(where)
     for line, cases in left_out.items():
-        more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
-        lines.append(f"{line} [{', '.join(cases[:3])}{more}]")
+        lines.append(f"{line} {places(cases)}")
     return lines
 
 

@@ -33,7 +33,7 @@ def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> li
     return seen
 
 
-def asked_for(found: Sequence[layers.LayerCall]) -> list[Any]:
+def asked_for(found: Sequence[layers.Layer]) -> list[Any]:
     """The same in that form: an engine is asked for dgrad also where nobody needs it."""
     everything = []
     for one in found:
