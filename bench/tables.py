@@ -127,11 +127,11 @@ def sweep() -> str:
         rows.append(cells)
     epochs = max(row["config"]["epochs"] for row in data["rows"])
     note = (
-        f"Test accuracy in %, mean (lowest–highest) over seeds {seeds}, @ learning rate: of "
-        f"{', '.join(f'{r:.0e}' for r in rates)} the two with the lowest training loss after a "
-        f"quarter of the epochs, and of these the lower after all {epochs}, on seed 0. "
-        "scikit-learn's digits, width 32, Adam, label smoothing 0.1, which was picked by the test "
-        "accuracy of TAT with seed 0. Chance is 10. "
+        f"Test accuracy in %: the mean, and in brackets the lowest and highest, of the seeds "
+        f"{', '.join(map(str, seeds))}; then the learning rate. The rate was chosen on seed 0 by "
+        f"training loss: the best two of {', '.join(f'{r:.0e}' for r in rates)} after a quarter of "
+        f"the epochs, then the better of them after all {epochs}. Width 32, Adam, label smoothing "
+        "0.1; the smoothing was picked by the test accuracy of TAT with seed 0. Chance is 10%. "
         f"{_source(data['headers'][-1])}."
     )
     head = ["arm", *(f"{depth} layers" for depth in runs)]
@@ -165,14 +165,15 @@ def conv() -> str:
         body.append([f"{len(found)} with {size}×{size} inputs", *cells])
     means = [f"**{_mean(rows, name):.2f}**" for name in names]
     body.append([f"**all {len(rows)}**", "", *means])
-    inplace = ", inplace the activation in place" if "inplace/fused" in names else ""
+    inplace = "*inplace* has the activation in place; " if "inplace/fused" in names else ""
     lowest = min(row["ratios"]["eager/fused"][1] for row in rows)
     note = (
         "Forward and backward of ResNet-50's distinct convolutions with a leaky ReLU, batch 8, "
-        "channels_last, float32: sum of times, and geometric means of medians of paired ratios. "
-        "Bare is the convolution with its bias and no activation, eager convolution, F.leaky_relu "
-        f"and scale, folded the same without the scale{inplace}, compiled torch.compile of eager. "
-        f"The least gain over eager on any one is {lowest:.2f}×. "
+        "channels_last, float32: the sum of the times, and geometric means of medians of paired "
+        "ratios. *Bare* is the convolution with its bias and without an activation; *eager* is "
+        "convolution, F.leaky_relu and scale; *folded* is the same without the scale; "
+        f"{inplace}*compiled* is torch.compile of eager. "
+        f"The smallest gain over eager on any one of them is {lowest:.2f}×. "
         f"{_source(record)}."
     )
     return f"{_table(head, body)}\n\n{note}"
@@ -192,9 +193,10 @@ def accuracy(dtype: str) -> str:
             body.setdefault(name, []).append(f"{fused:.1e} ({eager / fused:.1f}×)")
     head = [f"{column}, {part}" for column in inputs for part in ("value", "gradient")]
     note = (
-        f"{dtype}: relative root-mean-square error of the fused op against float64, and how many "
-        "times larger that of eager PyTorch is, op by op in the same dtype. Constants for 50 "
-        "layers; inputs of that distribution to the activation alone, and a 1×1 convolution that "
+        f"Relative root-mean-square error of the fused operation in {dtype} against float64. The "
+        "number in brackets says how many times larger the error of eager PyTorch is, which "
+        "computes op by op in the same dtype. The constants are for 50 layers. Inputs of the given "
+        "distribution enter the activation alone; the last two columns are a 1×1 convolution that "
         f"a residual of weight 0.8 joins. {_source(record)}."
     )
     table = _table(["constants", *head], [[name, *cells] for name, cells in body.items()])
@@ -208,13 +210,13 @@ def solver() -> str:
     median = statistics.median(_ms(row, "fused") for row in rows)
     (call, *_), (load, *_) = (_recorded(group)[1] for group in ("overhead", "import"))
     return (
-        "The solvers meet every condition of the 159 reference cases to 1e-9. On one case of each "
-        f"activation and method they take a median of {median:.0f} ms; google-deepmind's `dks` "
-        f"0.1.2 takes a median of {statistics.median(both):.0f}× as long, and at least "
-        f"{min(both):.0f}× ({len(both)} cases that dks solves; {_source(record)}).\n\n"
+        "The solvers meet every condition of the 159 reference cases to 1e-9. Over one case of "
+        f"each activation and method their median time is {median:.0f} ms. google-deepmind's `dks` "
+        f"0.1.2 takes {statistics.median(both):.0f} times as long in the median and at least "
+        f"{min(both):.0f} times, over the {len(both)} cases that it solves ({_source(record)}).\n\n"
         f"A call of `{call['case'].rpartition('/')[2]}` on 4 numbers costs "
         f"{1e3 * _ms(call, 'fused'):.0f} µs forward and backward, "
-        f"{1 / call['ratios']['folded/fused'][1]:.2f}× that of the stock `F.leaky_relu`; "
+        f"{1 / call['ratios']['folded/fused'][1]:.2f} times a call of the stock `F.leaky_relu`. "
         f"`import fusedshape` adds {_ms(load, 'fused'):.0f} ms to `import torch`."
     )
 
@@ -254,9 +256,9 @@ def bound() -> str:
         gains = [passes * 2 * roof.half / (54 * c * roof.bandwidth) for c in widths]
         rows.append([f"over {name}, {passes} passes", *(f"{gain:.2f}" for gain in gains)])
     note = (
-        f"Gain of a perfectly fused layer relative to the time of its convolution, at "
+        f"The gain of a perfectly fused layer relative to the time of its convolution, at "
         f"{roof.bandwidth / 1e12:.1f} TB/s and {roof.half / 1e12:.0f} TFLOP/s ({roof.name}, "
-        f"{roof.source.partition(';')[0]}): an estimate, and an upper bound, because "
+        f"{roof.source.partition(';')[0]}). It is an estimate and an upper bound, because "
         "convolutions do not reach the rate of large products."
     )
     return f"{_table(['gain at most', *(f'C = {c}' for c in widths)], rows)}\n\n{note}"
@@ -277,11 +279,11 @@ def layers() -> str:
     misled = sum(percentiles(pairs)[0] > 1 for pairs in aten)
     beaten = sum(row["ratios"]["folded/fused"][1] < 1 for row in rows)
     note = (
-        f"Fused is slower than eager on {lost} of {len(rows)}, and slower than the stock form with "
-        f"folded weights on {beaten}. The engine it takes by itself is slower than torch's "
-        f"convolution with one pass after it (`fused aten`) on {misled} of {len(aten)}, judging by "
-        "the 20th percentile of their paired ratios. Where they are known, the 20th and 80th "
-        f"percentile of the paired ratios stand in brackets. {_source(record)}."
+        f"Fused is slower than eager on {lost} of {len(rows)} convolutions, and slower than the "
+        f'stock form with folded weights on {beaten}. The engine that "auto" takes is slower than '
+        f"torch's convolution with one pass after it (`fused aten`) on {misled} of {len(aten)}, "
+        "judged by the 20th percentile of their paired ratios. Brackets hold the 20th and 80th "
+        f"percentile of the paired ratios where they are known. {_source(record)}."
     )
     return f"{_table(head, body)}\n\n{note}"
 

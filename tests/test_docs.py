@@ -181,7 +181,10 @@ def test_checks_of_commands_can_fail() -> None:
         installs(["install", "fusedshape[nothing]"])
 
 
-@pytest.mark.parametrize("command", ["info", f"convert {MODEL}", f"constants --model {MODEL}"])
+@pytest.mark.parametrize(
+    "command",
+    ["info", f"convert {MODEL}", f"constants --model {MODEL}", "bench list --suite gpu"],
+)
 def test_quick_commands_of_the_pages_run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = command.replace(MODEL, "pkg.module:factory")
     assert any(wanted in page or command in page for page in PAGES.values())
