@@ -1,9 +1,9 @@
-"""pytest-benchmark over what costs the host: layers and networks on a CPU, calls, constants.
+"""Benchmarks of the host for pytest-benchmark: layers and networks on a CPU, calls, constants.
 
     pytest bench/ --benchmark-only
 
-Cases, providers and checks are those of `fusedshape bench`, which times them in turns; here each
-stands by itself, for pytest-benchmark's own statistics and comparisons.
+Cases, providers and checks are those of `fusedshape bench`, which times candidates in turns. Here
+each is timed by itself, for the statistics and comparisons of pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def test_case(benchmark: Any, case: Case, provider: str) -> None:
     if provider not in problem.candidates:
         pytest.skip(f"{provider} cannot do it")
     candidate = problem.candidates[provider]
-    # What computes something else has no speed.
+    # A provider that fails its check is not timed.
     named = {n: c for n, c in problem.candidates.items() if c.yardstick or n == provider}
     results: dict[str, Any] = {name: {"status": "ok"} for name in named}
     runner.check(problem, named, results)

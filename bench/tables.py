@@ -51,7 +51,7 @@ def activations() -> str:
 
 
 def saved() -> str:
-    """What backward needs of each activation, beside the layer's input."""
+    """What backward needs for each activation, besides the input of the layer."""
     output = [row for row in ACTIVATIONS.values() if row.saves == "output"]
     piecewise = ", ".join(row.name for row in output if row.homogeneous)
     smooth = ", ".join(row.name for row in output if not row.homogeneous)
@@ -70,7 +70,7 @@ def saved() -> str:
 
 
 def _find(group: str, device: str = "cpu") -> tuple[Record, list[Row]] | None:
-    """The one record that has rows of a group, and those that are ok; None if there is none."""
+    """The record that has rows of a group, and its rows that are ok; None if there is none."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         data = read_json(path)
@@ -103,13 +103,13 @@ def _ms(row: Row, name: str) -> float:
 
 
 def _paired(row: Row, of: str, to: str) -> list[float]:
-    """Ratios round by round; none where either was not timed."""
+    """Ratios round by round; empty if either was not timed."""
     times = (row["candidates"].get(name, {}).get("samples_ms", []) for name in (of, to))
     return paired_ratios(*times)
 
 
 def sweep() -> str:
-    """Accuracy of every arm and depth."""
+    """The test accuracy of every arm at every depth."""
     data = _load("sweep")
     runs = dict(sorted(final_runs(data).items()))
     arms = list(dict.fromkeys(arm for by_arm in runs.values() for arm in by_arm))
@@ -139,7 +139,7 @@ def sweep() -> str:
 
 
 def demo() -> str:
-    """What `make demo` gave."""
+    """The result of `make demo`."""
     data = _load("demo")
     arms = [
         f"{row['arm']} reaches {100 * row['final_accuracy']:.1f} % test accuracy in "
@@ -204,7 +204,7 @@ def accuracy(dtype: str) -> str:
 
 
 def solver() -> str:
-    """Solver and call overhead, as sentences."""
+    """The cost of the solver and of a call, as sentences."""
     record, rows = _recorded("constants")
     both = [row["ratios"]["dks/fused"][1] for row in rows if "dks/fused" in row["ratios"]]
     median = statistics.median(_ms(row, "fused") for row in rows)
@@ -227,7 +227,7 @@ Maker = Callable[[Record, list[Row]], str]
 def _optional(
     group: str, command: str, device: str = "cpu"
 ) -> Callable[[Maker], Callable[[], str]]:
-    """A table that says how to make its record while there is none."""
+    """Make a table that names the command for its record as long as there is none."""
 
     def decorate(make: Maker) -> Callable[[], str]:
         def table() -> str:
@@ -248,7 +248,7 @@ _GPU = "fusedshape bench run --suite gpu-quick --out runs/gpu.json"
 
 
 def bound() -> str:
-    """What fusing can gain at most, by channels."""
+    """The largest possible gain of fusing, by channels."""
     roof = ROOFS["H200"]
     widths = (64, 128, 256, 512)
     rows = []
@@ -265,7 +265,7 @@ def bound() -> str:
 
 
 def layers() -> str:
-    """Every convolution by itself, with the spread, losses included."""
+    """Every single convolution with its spread, also those that lose."""
     record, rows = _recorded("conv_act")
     names = [name for name in _RATIOS if all(name in row["ratios"] for row in rows)]
     head = ["layer", "fused ms", *(name.replace("/", " ÷ ") for name in names)]
@@ -323,7 +323,7 @@ def others(record: Record, rows: list[Row]) -> str:
 
 @_optional("overhead", _CPU)
 def overhead(record: Record, rows: list[Row]) -> str:
-    """What a call costs the host."""
+    """The time that a call costs the host."""
     head = ["call on 4 numbers, forward and backward", "µs", "of stock PyTorch's"]
     body = []
     for row in rows:
@@ -335,7 +335,7 @@ def overhead(record: Record, rows: list[Row]) -> str:
 
 @_optional("diagnose", _CPU)
 def diagnosis(record: Record, rows: list[Row]) -> str:
-    """What diagnose costs."""
+    """The time that diagnose takes."""
     body = [
         [
             row["case"].rpartition("/")[2],
@@ -351,7 +351,7 @@ def diagnosis(record: Record, rows: list[Row]) -> str:
 
 @_optional("scaling", _SCALING)
 def scaling(record: Record, rows: list[Row]) -> str:
-    """Fitted exponents."""
+    """The fitted exponents of growth."""
     head = ["series", "by", "sizes", "exponent at the three largest", "at most linear"]
     body = [
         [
@@ -369,7 +369,7 @@ def scaling(record: Record, rows: list[Row]) -> str:
 
 @_optional("conv_act", _GPU, "cuda")
 def gpu(record: Record, rows: list[Row]) -> str:
-    """The same on a GPU."""
+    """Layers and networks on a GPU."""
     groups = ("pointwise", "linear_act", "chain", "net")
     more = [r for g in groups for r in records.rows(record, g) if r["status"] == "ok"]
     return _ratios([*rows, *more])
@@ -416,7 +416,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def written(page: str, name: str) -> str:
-    """The text of a page, with its tables as the records say."""
+    """The text of a page with its tables made from the records."""
     for table, make in PAGES[name].items():
         begin, end = f"<!-- table: {table} -->\n", "<!-- end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
@@ -428,7 +428,7 @@ def written(page: str, name: str) -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Write the pages, or check them."""
     try:
         _main()
     except (ContentError, OSError) as error:

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception: what is half done is cleared away, as it is after Ctrl-C."""
+"""SIGTERM as an exception, so that unfinished work is cleaned up as it is after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """The process received SIGTERM."""
 
 
 @contextmanager

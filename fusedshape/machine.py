@@ -1,4 +1,4 @@
-"""What runs here, for `fusedshape info` and the header of every result."""
+"""The machine and the software on it, for `fusedshape info` and the header of every result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusedshape.ops import dispatch
 
 
 def version() -> str:
-    """The version that is installed; "source" where the source tree runs without being installed.
+    """The installed version, or "source" if the source tree runs without being installed.
 
     Example:
         >>> version() != ""
@@ -35,7 +35,7 @@ def version() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What runs here: versions, devices, and the backend each device gets.
+    """Versions, devices, and the backend that is chosen for each device.
 
     Example:
         >>> machine()["torch"] == torch.__version__
@@ -61,8 +61,9 @@ def machine() -> dict[str, Any]:
 def provenance() -> dict[str, Any]:
     """Where a result came from: machine, date, command, and the commit of the source tree.
 
-    `dirty` is whether the library differs from its commit. Both are None outside a repository;
-    where the source tree travelled without it, ``$FUSEDSHAPE_COMMIT`` tells the commit.
+    `dirty` says whether the library differs from its commit. Both are None outside a repository;
+    for a source tree that was copied without its repository, ``$FUSEDSHAPE_COMMIT`` may tell the
+    commit.
 
     Example:
         >>> sorted(provenance())
@@ -73,18 +74,18 @@ def provenance() -> dict[str, Any]:
     own = machine()
     del own["tuning_cache"]
     return {
-        # Where the library lies is nobody's business but this machine's.
+        # Only the file's name: its folder would tell about the user's machine.
         "machine": own | {"native": Path(own["native"]).name if native.available() else "no"},
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([*_program(), *sys.argv[1:]]),
         "commit": commit or os.environ.get("FUSEDSHAPE_COMMIT"),
-        # Of what runs: a record that lies beside it changes nothing.
+        # Only of the library: a record that lies in the repository does not make it dirty.
         "dirty": None if commit is None else bool(_git("status", "--porcelain", ".", ":/csrc")),
     }
 
 
 def _program() -> list[str]:
-    """What was called, as one would type it."""
+    """The program that was called, as one would type it."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return ["python", "-m", called.parent.name]
@@ -92,7 +93,7 @@ def _program() -> list[str]:
 
 
 def headline(source: Mapping[str, Any]) -> str:
-    """One line over a table that says where its figures come from, given `provenance()`."""
+    """One line above a table that says where its figures come from, given `provenance()`."""
     m = source["machine"]
     code = f"commit {source['commit']}" if source["commit"] else f"fusedshape {m['fusedshape']}"
     changes = " with changes" if source["dirty"] else ""

@@ -1,7 +1,7 @@
 """Time and memory of callables: interleaved samples, clocks for CPU and CUDA, measured ceilings.
 
-The CPU clock and everything around the clocks is tested; the CUDA clocks have run on a pretended
-GPU (tests/kernels/pretend_gpu.py), not yet on a real one.
+Tests run the CUDA clocks on a pretended GPU (tests/kernels/pretend_gpu.py); they have not run on a
+real one yet.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do what a case asks for.
+    """One way to compute what a case asks for.
 
     Attributes:
         run: the timed part; takes what `prepare` returned.
-        prepare: the untimed part before every call.
-        check: tensors by name, to hold against the float64 truth; None where there is nothing to
-            check, or something else is computed on purpose.
-        graph: runs forward with its graph, for hooks to see what is saved; None where they cannot.
-        yardstick: its error is what the others' are measured by.
-        claims: whether this is the library's own, whose speed-up is reported.
-        compiled: made by torch.compile, which is left for after all others are checked.
-        self_timed: `run` returns its own seconds.
-        most: samples to take at most.
+        prepare: the part before every call, which is not timed.
+        check: makes tensors by name, which are compared with the float64 truth; None if there is
+            nothing to check, or if the candidate computes something else on purpose.
+        graph: runs forward and returns the output with its graph, so that hooks see what is saved;
+            None if hooks cannot see it.
+        yardstick: whether errors of the others are compared with its error.
+        claims: whether it runs this library, so that its speed-up is reported.
+        compiled: whether torch.compile makes it; these are checked after all others.
+        self_timed: whether `run` returns its own seconds.
+        most: maximum number of samples.
     """
 
     run: Callable[[Any], Any]
@@ -53,9 +54,9 @@ class Candidate:
 
 
 class Clock(Protocol):
-    """Seconds of one call, the mean of `repeats` in a row."""
+    """Measures the seconds of one call as the mean of `repeats` calls in a row."""
 
-    #: A sample shorter than this many seconds says more about the clock than about the call.
+    #: Samples shorter than this many seconds are dominated by the clock itself.
     least: float
 
     def seconds(self, candidate: Candidate, repeats: int) -> float:
@@ -63,7 +64,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Wall time on the host. Caches are as the call before left them."""
+    """Wall time on the host, with the caches as the previous call left them."""
 
     least = 2e-4
 
@@ -79,7 +80,7 @@ class HostClock:
 
 
 class EventClock:
-    """CUDA events around one call, with a cold L2; launches count, as a user meets them.
+    """CUDA events around one call with a cold L2. Launches are included, as they are for a user.
 
     Writing the flush buffer also keeps the device busy while the host queues the call.
     """
@@ -108,7 +109,7 @@ class EventClock:
 
 
 class GraphClock(EventClock):
-    """Replay of a CUDA graph of the call, with a cold L2: the device's own time, no launches."""
+    """Replay of a CUDA graph of the call with a cold L2, which leaves out the launches."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -122,7 +123,7 @@ class GraphClock(EventClock):
         return statistics.fmean(self._one(graph.replay) for _ in range(repeats))
 
     def clear(self) -> None:
-        """Give the memory of all graphs back."""
+        """Free the memory of all graphs."""
         self._graphs.clear()
 
     def _capture(self, candidate: Candidate) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -131,8 +132,8 @@ class GraphClock(EventClock):
         with torch.cuda.stream(stream):
             for _ in range(2):
                 candidate.run(candidate.prepare())
-            # What the graph reads must live as long as the graph, so it is kept beside it: what
-            # was prepared, and what backward lets go of.
+            # Tensors that the graph reads must live as long as the graph: what was prepared, and
+            # the saved tensors, which backward frees.
             kept: list[object] = []
             with torch.autograd.graph.saved_tensors_hooks(partial(_keep, kept), lambda t: t):
                 state = candidate.prepare()
@@ -163,17 +164,17 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, round by round, in an order drawn anew for each.
 
-    Machines drift; only times of the same round are compared with one another. What a candidate
-    leaves in caches and allocator falls on the next one: so the order changes (the same way in
-    every run), and each turn begins with a call that is not timed, as in a training loop its own
-    last step would have come before.
+    The speed of a machine drifts, so only times of the same round are compared with one another.
+    What a candidate leaves in caches and in the allocator affects the next one. Therefore the order
+    changes (in the same way in every run), and each turn begins with a call that is not timed, as
+    in a training loop each step follows one of its own kind.
 
     Args:
-        candidates: by name.
-        clock: of the device.
-        budget: wall seconds to spend, warm-up aside.
-        least: rounds at least, whatever they cost.
-        most: rounds at most.
+        candidates: the candidates by name.
+        clock: clock of the device.
+        budget: seconds of wall time to spend, without the warm-up.
+        least: minimum number of rounds, whatever they cost.
+        most: maximum number of rounds.
 
     Returns:
         Samples by name; shorter lists for candidates with a `most` of their own.
@@ -192,7 +193,7 @@ def interleaved(
     one_round = (repeats + 1) * sum(c for name, c in cost.items() if name not in bounded)
     rounds = max(least, min(most, int(budget / max(one_round, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in names}
-    # A dear candidate's only sample was its pilot.
+    # The first sample of a costly candidate is the pilot call.
     for name in bounded:
         times[name].append(call[name])
     order = random.Random(0)
@@ -225,16 +226,16 @@ def percentiles(values: Iterable[float]) -> list[float]:
 
 
 def paired_ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
-    """of / to, round by round, over the rounds that both have."""
+    """The ratios of / to, round by round, for the rounds that both have."""
     return [a / b for a, b in zip(of, to, strict=False)]
 
 
 def saved_bytes(run: Callable[[], object], leaves: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for backward after `run`, each storage once, leaves left out.
+    """Bytes that autograd keeps for backward after `run`; each storage counts once, leaves do not.
 
     Args:
         run: builds a graph and returns it.
-        leaves: tensors that live anyway: inputs and parameters.
+        leaves: inputs and parameters, which exist anyway.
     """
     known = {t.untyped_storage().data_ptr() for t in leaves}
     found: dict[int, int] = {}
@@ -252,7 +253,7 @@ def saved_bytes(run: Callable[[], object], leaves: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(candidate: Candidate, device: torch.device) -> int | None:
-    """Bytes allocated at most while preparing and running, above what was before; None on a CPU."""
+    """Peak of allocated bytes while preparing and running, above those before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -270,15 +271,15 @@ def ceilings(
     copied: int | None = None,
     product: int | None = None,
 ) -> dict[str, float]:
-    """What this machine does at best: GB/s of a copy, TFLOP/s of a matrix product by dtype.
+    """The best rates of this machine: GB/s of a copy, TFLOP/s of a matrix product by dtype.
 
-    The best of a few runs, and on a CPU of torch's product and the same as its 1×1 convolution;
-    read and written bytes both count.
+    Each is the best of a few runs. On a CPU the product is computed as a matrix product and as a
+    1×1 convolution, and the faster one counts. Bytes read and bytes written both count.
 
     Args:
-        device: to be measured.
-        dtypes: of the products.
-        copied: bytes; None takes 2³⁰ on a GPU, 2²⁶ on a CPU.
+        device: device to measure.
+        dtypes: dtypes of the products.
+        copied: bytes to copy; None takes 2³⁰ on a GPU, 2²⁶ on a CPU.
         product: rows and columns of the factors; None takes 8192 on a GPU, 1024 on a CPU.
     """
     clock = clock_for(device)
@@ -291,7 +292,7 @@ def ceilings(
         candidate = Candidate(lambda _: call())
         clock.seconds(candidate, 1)
         samples: list[float] = []
-        # Long enough to meet the machine undisturbed.
+        # Long enough to find the machine undisturbed at least once.
         end = time.monotonic() + 0.3
         while len(samples) < 7 or time.monotonic() < end:
             samples.append(clock.seconds(candidate, 1))
@@ -303,14 +304,15 @@ def ceilings(
         a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
         products: list[Callable[[], Tensor]] = [partial(torch.mm, a, b)]
         if not gpu:
-            # The same product as a 1×1 convolution, which is oneDNN's: on AMD's CPUs MKL, who makes
-            # the other, reaches half of it. With one thread torch gives MKL fewer than 16 images.
+            # oneDNN computes the product as a 1×1 convolution. On CPUs of AMD it is twice as fast
+            # as MKL, which computes torch.mm. There are 16 images because torch passes fewer of
+            # them to MKL if it has one thread.
             images, weight = math.gcd(n, 16), b.view(n, n, 1, 1)
             pixels = a.view(images, n // images, 1, n).movedim(-1, 1)
             products.append(partial(torch.conv2d, pixels, weight))
         seconds = []
         for product_of in products:
-            with suppress(RuntimeError):  # a dtype that has no product here
+            with suppress(RuntimeError):  # no product for this dtype here
                 seconds.append(best(product_of))
         if seconds:
             found[f"matmul {str(dtype)[6:]} TFLOP/s"] = 2 * n**3 / min(seconds) / 1e12

@@ -1,6 +1,7 @@
-"""Benchmarks that install with the package: one list of cases, one runner, records that check.
+"""Benchmarks that are installed with the package.
 
-`cases` says what is measured and `suites` when, `providers` and `constants` have those who compute
-it, `runner` checks and times them, `records` is the file, `text`, `compare` and `plot` read it,
-`revisions` makes two to compare, and `command` is `fusedshape bench`.
+`cases` lists what is measured and `suites` selects from it. `providers` and `constants` build the
+candidates, `runner` checks and times them, and `records` reads and writes the file of a run.
+`text`, `compare` and `plot` present records, `revisions` measures two git revisions, and `command`
+is `fusedshape bench`.
 """

@@ -1,4 +1,4 @@
-"""THE list of cases: what is measured, at which sizes, and in which suites."""
+"""The list of all cases: what is measured, at which sizes, and in which suites."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fusedshape.timing import Candidate
 
 #: Layers of the network whose constants the cases use.
 DEPTH = 50
-#: (in channels, out channels, kernel, stride, input size): each distinct convolution of ResNet-50.
+#: The distinct convolutions of ResNet-50: input channels, output channels, kernel, stride, size.
 RESNET50 = (
     (3, 64, 7, 2, 224),
     (64, 64, 1, 1, 56),
@@ -48,7 +48,7 @@ RESNET50 = (
     (2048, 512, 1, 1, 7),
     (512, 512, 3, 1, 7),
 )
-#: The same of VGG-16.
+#: The distinct convolutions of VGG-16.
 VGG16 = (
     (3, 64, 3, 1, 224),
     (64, 64, 3, 1, 224),
@@ -64,7 +64,7 @@ _KEY = ((64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14), (512, 51
 _ONE_BY_ONE = ((64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (1024, 256, 1, 1, 14))
 #: Activations for which DKS or TAT has constants.
 SHAPED = tuple(name for name in ACTIVATIONS if name != "square")
-#: Inputs of the accuracy suite: their standard deviation, and the weight of a residual if any.
+#: Inputs of the accuracy suite: standard deviation, and weight of the residual if there is one.
 ACCURACY: dict[str, tuple[float, float | None]] = {
     "N(0, 1)": (1.0, None),
     "N(0, 5²)": (5.0, None),
@@ -80,8 +80,8 @@ class Setting:
     """Where and how a problem is built.
 
     Attributes:
-        device: of the tensors.
-        seed: of all random numbers.
+        device: device of the tensors.
+        seed: seed of all random numbers.
         compiled: names of `providers.COMPILED` that the suite allows.
     """
 
@@ -96,10 +96,10 @@ class Case:
 
     Attributes:
         name: group/what/…, unique in each suite.
-        suites: that run it, in the order of the list.
+        suites: names of the suites that run it. They run cases in the order of the list.
         build: makes the problem.
-        parameters: what tables and plots ask for.
-        timed: whether time is of interest; memory and errors always are.
+        parameters: what tables and plots select rows by.
+        timed: whether it is timed; memory and errors are always measured.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """First part of the name."""
+        """The first part of the name."""
         return self.name.partition("/")[0]
 
 
@@ -161,7 +161,7 @@ class Family:
         )
 
     def case(self, name: str, build: Callable[[How], Problem], **parameters: Any) -> Case:
-        """A case, whose parameters are these, the dtype and the mode."""
+        """A case with these parameters, the dtype and the mode."""
         return Case(
             name,
             self.suites,
@@ -247,7 +247,8 @@ def _constants(suites: tuple[str, ...], method: str, activation: str, depth: int
 def _accuracy(suites: tuple[str, ...], activation: str, method: str, dtype: str) -> Iterator[Case]:
     """Errors in half precision, for inputs near the origin and in the tails, and with a residual.
 
-    DKS gives every activation δ ≠ 0, so that sides of a kink cannot be told by y's sign.
+    Constants of DKS are included because their δ is not 0: the sign of y does not tell on which
+    side of a kink z was.
     """
 
     def build(setting: Setting, scale: float, weight: float | None) -> Problem:
@@ -265,7 +266,7 @@ def _accuracy(suites: tuple[str, ...], activation: str, method: str, dtype: str)
 
 
 def _overhead(suites: tuple[str, ...]) -> Iterator[Case]:
-    """Calls on so few numbers that only the host's work counts."""
+    """Calls on so few numbers that they measure the work of the host alone."""
     family = Family(suites)
     yield _pointwise(replace(family, channels_last=False), (1, 4), "overhead/bias_act")
     yield _linear(family, (1, 4, 4), "overhead/linear_act")
@@ -284,7 +285,7 @@ def _solving(method: str, activation: str, depth: int) -> Case:
 
 
 class _Loop(nn.Module):
-    """A chain called layer by layer in its own forward, which torch.fx has to write out."""
+    """A chain whose forward calls its layers in a loop, which torch.fx has to unroll."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -298,7 +299,7 @@ class _Loop(nn.Module):
 
 def _tracing(depth: int, loop: bool) -> Case:
     def build(setting: Setting) -> Problem:
-        # Layers of one feature: what is timed is their number.
+        # Layers have one feature, because the time per layer is what is measured.
         chain = (m for _ in range(depth) for m in (nn.Linear(1, 1), nn.ReLU()))
         model = _Loop(depth) if loop else nn.Sequential(*chain)
 
@@ -317,7 +318,7 @@ def _tracing(depth: int, loop: bool) -> Case:
 def _diagnosing(
     suites: tuple[str, ...], name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> Case:
-    """All of diagnose beside one forward pass."""
+    """The time of diagnose beside that of one forward pass."""
 
     def build(setting: Setting) -> Problem:
         generator = torch.Generator().manual_seed(setting.seed)

@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
         own = False
         raise
     finally:
-        # Also after Ctrl-C: what is finished is written, and shown.
+        # Finished rows are shown after Ctrl-C, too.
         if own and out.exists() and out.stat().st_mtime_ns != before:
             record = records.load(out)
             print(text.report(record))
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _told_of(files: Sequence[Path]) -> Iterator[None]:
-    """Names the files whose rows lack what a table or a plot of their group needs."""
+    """Turn an error of a table or a plot into one that names the files."""
     try:
         yield
     except (LookupError, ArithmeticError) as error:

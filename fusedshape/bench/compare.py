@@ -1,8 +1,8 @@
-"""Records of the same cases: what changed, and whether the spread allows to say so.
+"""Comparison of records of the same cases: what changed, and whether the spread allows a verdict.
 
-Machines drift between two runs, so times are not compared with times. In each run a candidate's
-time is divided, round by round, by that of a control timed in the same round, and the medians of
-these ratios are compared, run by run.
+The speed of a machine drifts between runs, so times of different runs are not compared directly.
+Within a run, each round's time of a candidate is divided by the time of a control in the same
+round; the medians of these ratios are then compared between runs.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from fusedshape.bench.records import Record, Row
 from fusedshape.bench.text import columns, is_ours, source
 from fusedshape.timing import paired_ratios
 
-#: A change smaller than this is not called one.
+#: Relative changes smaller than this count as none.
 MARGIN = 0.02
-#: Chance of a verdict where nothing has changed, and that an interval misses its median.
+#: Chance of a wrong verdict where nothing has changed, and of an interval missing its median.
 RISK = 0.05
-#: Candidates that no change of this library touches, the nearest to the work first.
+#: Candidates that do not run this library, the most similar work first.
 CONTROLS = ("bare", "eager", "folded")
 
 
 class Change(NamedTuple):
-    """One candidate of one case in all records.
+    """What became of one candidate of one case.
 
     Attributes:
-        case: its name.
-        candidate: its name.
-        control: what its times were divided by; "" for none, and then there is no verdict.
-        ratio: median of the runs after over that of those before; under 1 is faster.
-        low: the least ratio of a run after to one before; of one run each, by the rounds' spread.
-        high: the largest.
-        verdict: "faster", "slower", "same" (within `MARGIN`), each with "perhaps" where the runs
-            are too few, or "cannot tell".
+        case: name of the case.
+        candidate: name of the candidate.
+        control: the candidate that its times were divided by; "" if there was none, and then
+            there is no verdict.
+        ratio: median of the runs after, divided by the median of the runs before; below 1 is
+            faster.
+        low: the least ratio between a run after and a run before. With one run each it comes from
+            the spread of the rounds.
+        high: the largest such ratio.
+        verdict: "faster", "slower" or "same" (within `MARGIN`), preceded by "perhaps" if there are
+            too few runs; or "cannot tell".
     """
 
     case: str
@@ -50,11 +53,12 @@ class Change(NamedTuple):
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
     """Changes of this library's candidates, over the cases that all records have.
 
-    Two processes that run the same code differ by more than the rounds of one: in where memory
-    lies, and in what else the machine does. So a verdict takes several runs of each, and all of one
-    side beyond all of the other. If nothing has changed, n and m runs come to lie so with a chance
-    of 2 / binomial(n + m, n), whatever the distribution; of four each, 0.03. With fewer than
-    `RISK` takes, a change is "perhaps" one.
+    Two processes that run the same code differ by more than the rounds of one process, because
+    memory addresses and the load of the machine differ. A verdict therefore needs several runs of
+    each side, and all runs of one side must beat all runs of the other. If nothing has changed,
+    this happens to n and m runs with a chance of 2 / binomial(n + m, n), whatever the
+    distribution; with four runs each it is 0.03. If there are too few runs to stay below `RISK`,
+    the verdict says "perhaps".
 
     Args:
         before: runs of one thing.
@@ -84,7 +88,7 @@ def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
 
 
 def lost(before: Sequence[Record], after: Sequence[Record]) -> Iterator[str]:
-    """What was timed in some records only, and why not in all: nobody should take it for unchanged.
+    """What was timed in some records only, and why, so that nobody takes it for unchanged.
 
     Args:
         before: runs of one thing.
@@ -128,7 +132,7 @@ def lost(before: Sequence[Record], after: Sequence[Record]) -> Iterator[str]:
 
 
 def _changes(rows: Sequence[Row], first: int, comparable: bool) -> Iterator[Change]:
-    """Changes of one case; the first `first` rows are from before."""
+    """Changes of one case; the first `first` rows are those from before."""
     for name in rows[-1]["candidates"]:
         found = _ratios(rows, name) if is_ours(name) else None
         if found is None:
@@ -148,7 +152,7 @@ def _changes(rows: Sequence[Row], first: int, comparable: bool) -> Iterator[Chan
 
 
 def _within(old: Sequence[float], new: Sequence[float]) -> tuple[float, float]:
-    """Bounds from one run of each, by the rounds alone."""
+    """Bounds of the ratio for one run of each side, from the spread of their rounds."""
     bounds = interval(old), interval(new)
     if bounds[0] is None or bounds[1] is None:
         return 0.0, math.inf
@@ -156,9 +160,10 @@ def _within(old: Sequence[float], new: Sequence[float]) -> tuple[float, float]:
 
 
 def _ratios(rows: Sequence[Row], name: str) -> tuple[str, list[list[float]]] | None:
-    """The control, and the ratios to it in each row; by CUDA graphs where all have been timed so.
+    """The control, and the ratios to it in each row.
 
-    Without a control, "" and the times themselves; None where there are none.
+    Times of CUDA graphs are taken where all rows have them. Without a control this returns "" and
+    the times themselves, and None where a row has no times.
     """
     for key in ("graph_samples_ms", "samples_ms"):
         times = [{n: c[key] for n, c in row["candidates"].items() if c.get(key)} for row in rows]
@@ -171,7 +176,7 @@ def _ratios(rows: Sequence[Row], name: str) -> tuple[str, list[list[float]]] | N
 
 
 def verdict(low: float, high: float) -> str:
-    """What an interval of the ratio allows to say.
+    """The verdict that an interval of the ratio allows.
 
     Example:
         >>> verdict(0.9, 0.95), verdict(0.99, 1.01), verdict(0.9, 1.1)
@@ -189,13 +194,15 @@ def verdict(low: float, high: float) -> str:
 def interval(samples: Sequence[float]) -> tuple[float, float] | None:
     """Confidence interval of the median from order statistics, whatever the distribution.
 
-    The k-th smallest and k-th largest of n: they miss the median with chance 2·P(Bin(n, ½) < k).
+    The interval between the k-th smallest and the k-th largest of n samples misses the median with
+    a chance of 2·P(Bin(n, ½) < k).
 
     Args:
-        samples: independent.
+        samples: independent samples.
 
     Returns:
-        Bounds that miss with a chance of `RISK` at most; None for fewer samples than that takes.
+        Bounds that miss the median with a chance of at most `RISK`; None if there are too few
+        samples for that.
 
     Example:
         >>> interval([1.0, 2.0, 3.0, 4.0, 5.0]), interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -210,7 +217,7 @@ def interval(samples: Sequence[float]) -> tuple[float, float] | None:
 
 
 def report(before: Sequence[Record], after: Sequence[Record]) -> str:
-    """The changes as a table, with both machines over it."""
+    """The changes as a table, with the machines of both sides above it."""
     changes = compare(before, after)
     lines = []
     for word, runs in (("before", before), ("after", after)):

@@ -1,4 +1,4 @@
-"""Solvers as candidates: this library's, and the package dks where it is installed."""
+"""Solvers as candidates: this library's own, and the package dks if it is installed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ ZETA, ETA, TAU = 1.5, 0.9, 0.3
 #: Seconds that dks may take for one case.
 PATIENCE = 60.0
 
-# In a process of its own, so that nothing it keeps helps the next case. One integral before the
-# clock starts loads its nodes. `depth` nonlinear layers, one after the other.
+# dks runs in a process of its own, so that nothing it caches helps the next case. One integral is
+# computed before the clock starts, because the first one loads the nodes of the quadrature. The
+# network is a chain of `depth` nonlinear layers.
 _DKS = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -54,7 +55,7 @@ class _Dks:
 
     @cached_property
     def answer(self) -> tuple[float, dict[str, float]]:
-        """Seconds, and the constants that dks finds."""
+        """The seconds that dks takes, and the constants that it finds."""
         targets = (
             {"c_slope_1_target": ZETA}
             if self.method == "DKS"
@@ -90,7 +91,7 @@ class _Dks:
 
 
 def achieved(method: str, spec: ActSpec, depth: int, eta: float = ETA) -> tuple[Tensor, Tensor]:
-    """What a method's conditions come to for a chain of `depth` layers, and what they should."""
+    """Values of a method's conditions in a chain of `depth` layers, and their targets."""
     q = maps.q_map(spec, 1.0)
     if method == "TAT" and spec.activation == "leaky_relu":
         c = 0.0
@@ -104,7 +105,7 @@ def achieved(method: str, spec: ActSpec, depth: int, eta: float = ETA) -> tuple[
     else:
         slope = math.exp(depth * math.log(maps.c_slope(spec)))
         pairs = [(q, 1.0), (slope, ZETA), (maps.c_map(spec, 0.0), 0.0)]
-        # relu has one constant less that counts, so that Q′(1) cannot be chosen.
+        # relu has one effective constant less than the others, so Q′(1) cannot be chosen.
         pairs += [] if spec.activation == "relu" else [(maps.q_slope(spec), 1.0)]
     found, wanted = zip(*pairs, strict=True)
     return torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64)
@@ -115,7 +116,8 @@ def constants(
 ) -> Problem:
     """Solve for the constants of one activation in a plain chain, beside dks.
 
-    Held to the method's own conditions, to 1e-3: dks meets some to 1e-4 only.
+    Both are checked against the conditions of the method to 1e-3, because dks meets some of them
+    to 1e-4 only.
     """
 
     def solve() -> ActSpec:
@@ -140,7 +142,7 @@ def constants(
 def importing() -> Problem:
     """Seconds that importing this library adds to importing torch, and those of torch.
 
-    With the bytecode of both at hand, as an installer leaves it.
+    The bytecode of both is cached first, as it is after an installation.
     """
     bytecode = tempfile.TemporaryDirectory()
 

@@ -13,7 +13,7 @@ from fusedshape.bench.text import OTHERS, is_ours
 from fusedshape.files import save_figure
 from fusedshape.machine import headline
 
-#: The candidates that are drawn, each in its colour in every picture.
+#: The candidates that are drawn, with the colour of each in every picture.
 COLOURS = {
     "bare": "black",
     "fused": "C0",
@@ -25,12 +25,12 @@ COLOURS = {
     "compiled max-autotune": "C6",
     "dks": "C5",
 }
-#: Groups of cases that are layers, or made of them.
+#: Groups of cases that run layers or networks.
 LAYERS = ("conv_act", "linear_act", "chain", "net")
-#: Inches of a line of text, and of what stands around the lines.
+#: Height in inches of a line of text, and of everything around the lines.
 _LINE, _FRAME = 0.2, 0.9
 
-#: Low, middle and high, by candidate.
+#: Low, middle and high value of each candidate.
 Points = dict[str, tuple[float, float, float]]
 
 
@@ -42,7 +42,7 @@ class _Chart(NamedTuple):
 def plot(record: Record, folder: Path) -> list[Path]:
     """Draw what the record has data for, one PNG each.
 
-    Machine and commit stand in the picture, and in the file as its description.
+    Machine and commit are written into the picture and into the file's description.
 
     Args:
         record: as `records.load` returns it.
@@ -79,17 +79,17 @@ def plot(record: Record, folder: Path) -> list[Path]:
 
 
 def _speedup(figure: Any, record: Record) -> bool:
-    """Others ÷ ours for each layer and network, with the 20th to 80th percentile."""
+    """Time of others divided by ours for each layer and network, with 20th and 80th percentile."""
     return _stack(figure, _charts(_by_group(record, *LAYERS), _gains), _GAIN, equal=1)
 
 
 def _pointwise(figure: Any, record: Record) -> bool:
-    """Others ÷ ours for each activation, with the 20th to 80th percentile."""
+    """Time of others divided by ours for each activation, with 20th and 80th percentile."""
     return _stack(figure, _charts(_by_activation(record), _gains), _GAIN, equal=1)
 
 
 def _memory(figure: Any, record: Record) -> bool:
-    """What autograd saves for backward, and the peak where the device counts it."""
+    """Bytes that autograd saves for backward, and the peak where the device counts it."""
     charts = [
         _Chart(f"{chart.title}: {what}", chart.lines)
         for key, what in (("saved_bytes", "saved for backward"), ("peak_bytes", "at the peak"))
@@ -114,7 +114,7 @@ def _gains(row: Row) -> Points:
         ratio = row["ratios"].get(f"{other}/fused")
         if ratio is not None and other in COLOURS:
             low, middle, high = ratio
-            # A record may know the median alone.
+            # Old records have the median alone.
             found[other] = middle if low is None else low, middle, middle if high is None else high
     return found
 
@@ -129,7 +129,7 @@ def _errors(row: Row) -> Points:
         name: max(result.get("error", {}).values(), default=0.0)
         for name, result in row["candidates"].items()
     }
-    # A logarithm has no place for an error of zero.
+    # An error of zero cannot be drawn on a logarithmic axis.
     return {name: (e, e, e) for name, e in worst.items() if e and name in COLOURS}
 
 
@@ -141,7 +141,7 @@ def _by_group(record: Record, *groups: str) -> list[list[Row]]:
 
 
 def _by_activation(record: Record) -> list[list[Row]]:
-    """Pointwise rows that differ in nothing but the activation, two at least."""
+    """Groups of two or more pointwise rows that differ in the activation only."""
     alike: dict[str, list[Row]] = {}
     for row in _by_group(record, "pointwise")[0]:
         alike.setdefault(row["case"].split("/", 2)[2], []).append(row)
@@ -149,7 +149,7 @@ def _by_activation(record: Record) -> list[list[Row]]:
 
 
 def _charts(groups: Iterable[Sequence[Row]], values: Callable[[Row], Points]) -> list[_Chart]:
-    """A chart of each group: the parts of names that differ label its lines."""
+    """A chart for each group, whose lines are labelled by the parts of the names that differ."""
     charts = []
     for rows in groups:
         lines = {row["case"]: points for row in rows if (points := values(row))}
@@ -175,7 +175,7 @@ def _stack(
     log: bool = True,
     equal: float | None = None,
 ) -> bool:
-    """Charts one above the other on one scale, a point for each candidate."""
+    """Charts on top of each other that share a scale, with a point for each candidate."""
     if not charts:
         return False
     heights = [_FRAME + _LINE * len(chart.lines) for chart in charts]
@@ -200,7 +200,7 @@ def _stack(
         axes.tick_params(which="both", labelsize=7, labelbottom=True)
         if equal is not None:
             axes.xaxis.set_major_formatter("{x:g}")
-            # All nine of a decade would run into one another.
+            # Labels at all nine ticks of a decade would overlap.
             axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     if not log:
         grid[-1].set_xlim(left=0)
@@ -212,7 +212,7 @@ def _stack(
 
 
 def _roofline(figure: Any, record: Record) -> bool:
-    """TFLOP/s by FLOP per byte, under the machine's own measured roofs."""
+    """TFLOP/s against FLOP per byte, below the measured roofs of the machine."""
     points: dict[str, list[tuple[float, float]]] = {}
     for rows in _by_group(record, *LAYERS):
         for row in rows:
@@ -227,7 +227,7 @@ def _roofline(figure: Any, record: Record) -> bool:
         return False
     figure.set_size_inches(8, 5)
     axes = figure.subplots()
-    for name in sorted(points, key=is_ours):  # ours on top
+    for name in sorted(points, key=is_ours):  # draw ours on top
         x, y = zip(*points[name], strict=True)
         axes.plot(x, y, "o", color=COLOURS[name], markersize=4, label=name)
     xs = [x for pairs in points.values() for x, _ in pairs]
@@ -245,7 +245,7 @@ def _roofline(figure: Any, record: Record) -> bool:
 
 
 def _scaling(figure: Any, record: Record) -> bool:
-    """Each series by size, beside growth in proportion."""
+    """Each series against its size, with proportional growth for comparison."""
     kinds: dict[str, list[Any]] = {}
     for fit in record["fits"]:
         if fit["candidate"] in COLOURS:

@@ -1,13 +1,13 @@
-"""The ways to run a layer or a network that are set side by side, as candidates to be timed.
+"""The ways to run a layer or a network that are compared, as candidates to be timed.
 
-bare       the layer and its bias, no activation: what cannot be saved
-eager      γ(φ(α(z + b) + β) + δ), one torch operation after the other
-folded     γ multiplied into weight and bias, and a stock activation; where that is exact
-inplace    folded, the activation in place: one saved tensor, as InPlace-ABN has it
-compiled   torch.compile of eager
-reference  this library in plain PyTorch: φ′ from the output, op by op
-fused      this library, its own choice of backend and engine; "fused NAME" insists on an engine
-fused chain  the layers of a chain as one node (conv_chain); of a net, convert(model, chain=True)
+bare         the layer and its bias without an activation: a lower bound of the time
+eager        γ(φ(α(z + b) + β) + δ), one torch operation after the other
+folded       γ multiplied into weight and bias, then a stock activation; only where this is exact
+inplace      folded with the activation in place: one saved tensor, as in InPlace-ABN
+compiled     torch.compile of eager
+reference    this library in plain PyTorch, which takes φ′ from the output
+fused        this library with its own choice of backend and engine; "fused NAME" names the engine
+fused chain  the layers of a chain as one node (conv_chain); for a net, convert(model, chain=True)
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from fusedshape.reference import own_weight
 from fusedshape.spec import ActSpec
 from fusedshape.timing import Candidate
 
-#: Relative error of gradients that other branches at the kinks between layers explain.
+#: Relative error of gradients that is explained by layers on the other side of a kink.
 EITHER_BRANCH = 0.01
 
 Mode = Literal["forward", "backward", "step"]
 Leaves = dict[str, Tensor]
-#: Leaves, by name, to the output.
+#: A function from the leaves, by name, to the output.
 Form = Callable[..., Tensor]
 Activate = Callable[[Tensor], Tensor]
-#: Providers that torch.compile makes, and the mode they pass to it.
+#: Providers made by torch.compile, and the mode that they pass to it.
 COMPILED = {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -76,7 +76,7 @@ class How:
 
 
 def stock(z: Tensor, spec: ActSpec) -> Tensor:
-    """What one writes without this library; operations that do nothing are left out."""
+    """The activation as one writes it without this library, without operations that do nothing."""
     if spec.input_scale != 1:
         z = spec.input_scale * z
     if spec.input_shift != 0:
@@ -89,16 +89,16 @@ def stock(z: Tensor, spec: ActSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to compute, and everyone who computes it.
+    """One thing to compute, and all candidates that compute it.
 
     Attributes:
-        candidates: by name.
-        truth: the tensors of `Candidate.check` in float64; None where nothing is to be checked.
-        dtype: of the tensors; decides which matmul ceiling counts.
-        bytes: that have to be moved, whoever moves more.
-        flops: of the convolutions and products.
-        leaves: tensors that live anyway and count for no one's memory.
-        tolerance: relative error allowed at least.
+        candidates: the candidates by name.
+        truth: makes the tensors of `Candidate.check` in float64; None if nothing is checked.
+        dtype: dtype of the tensors; decides which measured matmul rate is the ceiling.
+        bytes: bytes that any implementation has to move.
+        flops: FLOPs of convolutions and products.
+        leaves: inputs and parameters, which do not count as memory of a candidate.
+        tolerance: a relative error up to this is always allowed.
     """
 
     candidates: dict[str, Candidate]
@@ -112,18 +112,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Work:
-    """A layer, or several, to be run in every form.
+    """One or several layers that are run in every form.
 
     Attributes:
         spec: the activation.
         leaves: the tensors to differentiate by, by name.
-        compose: given an activation z → y, the form that runs the plain layers with it.
-        fused: this library's forms.
+        compose: makes, from an activation z → y, the form that runs the plain layers with it.
+        fused: the forms of this library, by name.
         traffic: bytes and FLOPs of the forward and of the backward pass.
         folds: whether γ can be multiplied into the leaf of that name.
-        layers: with a product in them, in a row. The gradient that comes into a single one is zero
-            where its pre-activation is within rounding of a kink; between several, either branch
-            may be taken.
+        layers: number of layers with a product. For a single one, the incoming gradient is zero
+            where rounding decides on which side of a kink the pre-activation is; with several,
+            candidates may take different sides.
     """
 
     spec: ActSpec
@@ -135,7 +135,7 @@ class Work:
     layers: int = 1
 
     def problem(self, how: How) -> Problem:
-        """Every provider that there is for this work."""
+        """The problem, with a candidate from every provider."""
         spec, leaves, mode = self.spec, self.leaves, how.mode
         bare, eager = self.compose(lambda z: z), self.compose(lambda z: stock(z, spec))
         with torch.no_grad():
@@ -185,10 +185,9 @@ class Work:
 
 
 def _undecided(z: Tensor, spec: ActSpec) -> Tensor:
-    """Where z is so near a kink that the rounding of its sum decides on which side it is.
+    """Where z is so near a kink that the rounding of the product decides on which side it is.
 
-    Only products are sums; what comes out of them in 16 bits has rounded weights behind it, and
-    float32 on a GPU may be tf32.
+    The margin allows for rounded weights in 16 bits, and for tf32 where a GPU computes float32.
     """
     u = spec.input_scale * z.float() + spec.input_shift
     rounding = torch.finfo(z.dtype).eps
@@ -247,17 +246,17 @@ def randn_like(x: Tensor, seed: int) -> Tensor:
 
 
 def asked(op: Callable[..., Any], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Providers of this library for `op`, with the arguments that ask for them."""
+    """Providers of this library for `op`, with the arguments that select them."""
     found: dict[str, dict[str, Any]] = {"fused": {}, "reference": {"backend": "reference"}}
     if "engine" in inspect.signature(op).parameters:
-        # On the CPU "native" does not serve every case.
+        # Engine "native" cannot run every case on the CPU.
         engines = ("aten", "triton") if device.type == "cuda" else ("aten",)
         found |= {f"fused {engine}": {"engine": engine} for engine in engines}
     return found
 
 
 def pointwise(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
-    """Bias and activation of a tensor that is there already."""
+    """Bias and activation of a given tensor."""
     x = how.randn(*shape).requires_grad_()
     view = (-1, *[1] * (x.ndim - 2))
 
@@ -281,7 +280,7 @@ def pointwise(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
 
 
 def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, how: How) -> Problem:
-    """Errors of the activation alone, or of a 1×1 convolution that a residual joins before it.
+    """Errors of the activation alone, or of a 1×1 convolution with a residual added before it.
 
     Args:
         spec: the activation.
@@ -316,9 +315,10 @@ def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, how: Ho
 
 
 def _in_both_forms(forms: Mapping[str, Form], leaves: Leaves, grad: Tensor) -> Problem:
-    """This library's form and eager's, whose errors are reported and not limited.
+    """This library's form and the eager one, whose errors are reported without a limit.
 
-    In the tails eager's are as large as the numbers themselves; tests hold ours to be no larger.
+    In the tails the errors of the eager form are as large as the numbers themselves; tests demand
+    that ours are no larger.
     """
     found = {
         name: _candidate(form, leaves, grad, "step", claims=name == "fused")
@@ -342,7 +342,7 @@ def convolution(spec: ActSpec, shape: Sequence[int], batch: int, how: How) -> Pr
         how: how it is built and run.
     """
     cin, cout, k, stride, size = shape
-    # A network's input wants no gradient.
+    # The first layer of a network needs no gradient of its input.
     x = how.randn(batch, cin, size, size).requires_grad_(cin != 3)
     geometry: dict[str, Any] = {"stride": stride, "padding": k // 2}
 
@@ -441,7 +441,7 @@ def chain(spec: ActSpec, depth: int, shape: Sequence[int], how: How) -> Problem:
 
 @dataclass
 class _Net:
-    """A model in one form, run forward and backward to the gradients of its parameters."""
+    """A model in one form, whose backward pass computes the gradients of all parameters."""
 
     model: nn.Module
     x: Tensor
@@ -457,11 +457,11 @@ class _Net:
     def check(self) -> Leaves:
         y = self.forward()
         found = {"y": y.detach()}
-        # One by one: among all weights, a bias whose gradient is missing would not be noticed.
+        # By parameter: a norm over all of them would hide the missing gradient of a bias.
         for (name, _), gradient in zip(
             self.model.named_parameters(), self.backward(y), strict=True
         ):
-            name = name.removeprefix("_orig_mod.")  # torch.compile's
+            name = name.removeprefix("_orig_mod.")  # the prefix that torch.compile adds
             found[f"d{name}"] = gradient * self.scale.get(name, 1.0)
         return found
 
@@ -479,11 +479,11 @@ class _Stock(nn.Module):
 
 
 def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) -> Problem:
-    """A whole net of plain layers and nn.ReLU, shaped by TAT, to the gradients of its parameters.
+    """A net of plain layers and nn.ReLU, shaped by TAT, with the gradients of all parameters.
 
     Args:
         build: makes the net.
-        shape: of its input.
+        shape: shape of its input.
         how: how it is built and run; whole nets replay CUDA graphs under max-autotune.
     """
     plain = build()
@@ -513,7 +513,7 @@ def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) 
             folded, scale = fold(plain, spec, inplace)
             nets[name] = _Net(place(folded), x, grad, scale)
     for name in how.compiled:
-        # Whole nets are run as their users run them, CUDA graphs included.
+        # Nets are compiled as users would compile them, with CUDA graphs.
         how_compiled = COMPILED[name].removesuffix("-no-cudagraphs")
         compiled_model = cast(nn.Module, torch.compile(eager, mode=how_compiled))
         nets[name] = _Net(compiled_model, x, grad)
@@ -534,7 +534,7 @@ def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) 
 def fold(
     plain: nn.Sequential, spec: ActSpec, inplace: bool = False
 ) -> tuple[nn.Module, dict[str, float]]:
-    """A copy of a net with γ in the layer before each activation, and stock activations.
+    """A copy of a net with γ multiplied into the layer before each activation.
 
     Returns:
         The net, and by how much each parameter was multiplied.
@@ -577,7 +577,7 @@ def _arithmetic(dtype: torch.dtype) -> roofline.Arithmetic:
 
 
 def _conv_traffic(layer: roofline.Problem, dgrad: bool) -> tuple[Traffic, Traffic]:
-    """Of a perfectly fused layer: 2 passes forward; backward, 3 of dgrad and 2 of wgrad."""
+    """Traffic of a perfectly fused layer: 2 passes forward; backward 3 of dgrad and 2 of wgrad."""
     wgrad = traffic(layer, "conv_wgrad")
     if not dgrad:
         return traffic(layer, "conv_act"), wgrad

@@ -1,4 +1,4 @@
-"""The file of one benchmark run: its schema, checked whenever it is written or read."""
+"""The record of a benchmark run: its file, and the schema that is checked on read and write."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ KIND = "fusedshape bench"
 #: Rises when a reader of the old form would misread the new one. Files of schema 1, which
 #: `fusedshape bench compare` meets when it measures older revisions, have no checksum.
 SCHEMA = 2
-#: What became of a row, or of one candidate in it.
+#: The states of a row, and of a candidate in it.
 STATES = ("ok", "wrong", "out of memory", "failed", "skipped")
-#: 20th, 50th and 80th percentile; null where a record from before schema 1 kept the median alone.
+#: 20th, 50th and 80th percentile; the outer ones are null where only the median was recorded.
 _PERCENTILES = [(float, None), float, (float, None)]
 
 _CANDIDATE = {
@@ -119,7 +119,7 @@ def new(suite: str, device: torch.device, seed: int) -> Record:
 
 
 def accelerator(device: torch.device) -> dict[str, Any]:
-    """What only a GPU has: driver, CUDA, cuDNN, multiprocessors, memory; empty for a CPU."""
+    """Facts about a GPU: driver, CUDA, cuDNN, multiprocessors, memory; empty for a CPU."""
     if device.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties(device)
@@ -139,7 +139,7 @@ def accelerator(device: torch.device) -> dict[str, Any]:
 
 
 def _line_of(path: Path) -> str | None:
-    """The only line of a file that may be missing."""
+    """The text of a one-line file, or None if there is no such file."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -161,10 +161,10 @@ def save(path: Path, record: Record) -> None:
 
 
 def demand_writable(path: Path) -> None:
-    """Find out whether `save` can write a file, before there is anything to lose.
+    """Check that `save` can write a file, before the run begins.
 
     Raises:
-        OSError: it cannot; names `path`.
+        OSError: it cannot be written; names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -196,7 +196,7 @@ def load(path: str | Path) -> Record:
         way = "install the fusedshape that wrote it" if _newer(schema) else "run its suite again"
         raise RecordError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {way}")
     content = record if schema == 1 else {k: v for k, v in record.items() if k != CHECKSUM}
-    # What is wrong with the form is said first, as it says more.
+    # An error of the schema names the place, so it goes before that of the checksum.
     try:
         check(content)
     except RecordError as error:
@@ -211,10 +211,10 @@ def load(path: str | Path) -> Record:
 
 
 def check(record: Record) -> None:
-    """Raise RecordError unless a record is what the schema says, and claims nothing unchecked.
+    """Raise RecordError unless a record fits the schema and claims nothing that was not checked.
 
-    Beyond types: no case twice, no time that is not positive or of a candidate that is not "ok", no
-    ratio that names one.
+    Besides the types: each case is there once, times are positive, and no time or ratio belongs to
+    a candidate that is not "ok".
     """
     try:
         expect(record, _RECORD, "record")
@@ -250,7 +250,7 @@ def rows(record: Record, group: str, **parameters: Any) -> Iterator[Row]:
 
 
 def _text(record: Record) -> str:
-    """JSON with a line for every row, so that two records can be held against each other."""
+    """JSON with one line for each row, so that a diff of two records can be read."""
 
     def dump(value: Any) -> str:
         if isinstance(value, list) and value:

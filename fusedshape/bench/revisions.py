@@ -1,4 +1,4 @@
-"""Two git revisions, measured in turns, each in a worktree and in processes of its own."""
+"""Measures git revisions in turns, each in its own worktree and its own processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fusedshape.bench import records
 from fusedshape.bench.records import Record
 from fusedshape.interrupts import terminable
 
-#: Runs of each revision, in the order A B B A A B …; as many as a verdict of `compare` takes.
+#: Runs of each revision, in the order A B B A A B …; a verdict of `compare` needs that many.
 RUNS = 4
 
 
@@ -24,15 +24,15 @@ def measure(
     pattern: str,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[list[Record]]:
-    """The records of a suite run at each revision, in turns.
+    """Run a suite at each revision, in turns, and return the records of each.
 
-    What tuning has found, which may be there for one of them only, does not count.
+    Tuning is off, because its results may be there for one revision only.
 
     Args:
-        revisions: names that git knows, of the repository in the current folder.
+        revisions: names of revisions of the repository in the current folder.
         suite: name of a suite that all revisions have.
-        pattern: shell pattern of the cases' names.
-        say: told what is being done.
+        pattern: shell pattern of the names of cases.
+        say: called with a line for each run.
 
     Raises:
         ValueError: git knows no such revision, or it has no `fusedshape bench`.
@@ -80,8 +80,8 @@ def _worktrees(commits: Sequence[str], folder: Path) -> Iterator[list[Path]]:
 
 
 def _fusedshape(tree: Path, *arguments: str) -> str:
-    """Run a command of a tree's library; the last line that it said."""
-    # The path comes before whatever version is installed.
+    """Run the command of a worktree's library and return the last line of its stderr."""
+    # PYTHONPATH goes before a version that is installed.
     environment = {**os.environ, "PYTHONPATH": str(tree), "FUSEDSHAPE_TUNING": "off"}
     with subprocess.Popen(
         [sys.executable, "-m", "fusedshape", *arguments],
@@ -94,11 +94,11 @@ def _fusedshape(tree: Path, *arguments: str) -> str:
         try:
             said = process.communicate()[1].strip()
         except BaseException:
-            # It must not outlive its tree.
+            # The process must end before its worktree is removed.
             process.kill()
             process.wait()
             raise
-    # 1: a case was wrong or failed, which its row says.
+    # Exit code 1 says that a case was wrong or failed; its row says why.
     if process.returncode not in (0, 1):
         raise RuntimeError(f"fusedshape {' '.join(arguments)} in {tree}: {said}")
     return (said.splitlines() or [""])[-1]

@@ -1,4 +1,4 @@
-"""Runs a suite: checks against float64, then times, writing the record after every row."""
+"""Runs a suite: checks every candidate against float64, times it, and writes the record."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from fusedshape.timing import (
     saved_bytes,
 )
 
-#: A candidate may err this many times as much as eager PyTorch in the same dtype, and one unit in
-#: the last place in any case.
+#: The error of a candidate may be this many times that of eager PyTorch in the same dtype. One unit
+#: in the last place is always allowed.
 SLACK = 4.0
-#: Eager itself has gone wrong beyond this relative error.
+#: Beyond this relative error eager PyTorch itself is taken to be wrong.
 GROSS = 0.5
-#: Part of a suite's time that checks before the first timing may take; all others are checked when
-#: they are timed.
+#: Share of a suite's time for checks before the first timing. Cases that do not fit into it are
+#: checked when they are timed.
 CHECKS_FIRST = 0.3
-#: Seeds are below this.
+#: Seeds are smaller than this.
 SEEDS = 2**32
 #: The largest fitted exponent that still counts as linear growth.
 LINEAR = 1.15
@@ -57,11 +57,11 @@ class NoDeviceError(ValueError):
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU answers nothing any more in this process, as after an illegal access of a kernel."""
+    """The GPU cannot be used by this process any more, as after an illegal memory access."""
 
 
 class OccupiedError(RuntimeError):
-    """Somebody else writes the record's file."""
+    """Another process writes to the file of the record."""
 
 
 def run_suite(
@@ -76,29 +76,31 @@ def run_suite(
 ) -> Record:
     """Run the cases of a suite and return their record.
 
-    Each case: every provider's values and gradients against float64, what autograd saves, and times
-    taken in turns. A provider that fails its check, or runs out of memory, is not timed, and no
-    ratio names it. SIGINT and SIGTERM stop the run between two rows.
+    For each case, values and gradients of every provider are checked against float64, the memory
+    that autograd saves is counted, and providers are timed in turns. A provider that fails its
+    check or runs out of memory is not timed, and no ratio names it. SIGINT and SIGTERM stop the run
+    between two rows.
 
     Args:
         suite: a `Suite`, or the name of one: smoke, cpu, solver, scaling, gpu-quick or gpu.
-        pattern: shell pattern of the cases' names.
-        out: file to write the record to, whole, after every row.
-        seed: of all random numbers, 0 … 2³² − 1.
-        limit: seconds, instead of the suite's; no case begins that would probably end later.
-        resume: keep what `out` has of an earlier run of the same code, and run what is missing.
-        progress: show a bar, or on what is no terminal a line for each case.
+        pattern: shell pattern of the names of cases.
+        out: file of the record, which is written whole after every row.
+        seed: seed of all random numbers, 0 … 2³² − 1.
+        limit: limit in seconds in place of the suite's; no case begins that would probably end
+            later.
+        resume: keep the rows that an earlier run of the same code left in `out`, and run the rest.
+        progress: show a progress bar, or a line for each case if stderr is no terminal.
 
     Returns:
         The record, as `records.load` reads it.
 
     Raises:
-        ValueError: an unknown suite, no case matches, a seed out of its range, or a record of
-            something else to go on with; or no time.
-        OSError: `out` cannot be written, which is found out first.
-        NoDeviceError: a suite for a GPU, and there is none.
-        DeviceLostError: a case broke the GPU's context; `resume` goes on without it.
-        OccupiedError: another run writes to `out`; what it wrote is left alone.
+        ValueError: an unknown suite, a pattern that matches no case, a seed out of range, a limit
+            that is not positive, or a record in `out` that another run made.
+        OSError: `out` cannot be written; this is checked before the first case.
+        NoDeviceError: the suite needs a GPU, and there is none.
+        DeviceLostError: a case broke the GPU's context; `resume` skips that case.
+        OccupiedError: another process writes to `out`; its file is left as it is.
         KeyboardInterrupt: interrupted or terminated; the finished rows are in `out`.
     """
     if isinstance(suite, str):
@@ -127,7 +129,7 @@ def run_suite(
 
 
 class _Run:
-    """A record in the making."""
+    """A run in progress, with its record."""
 
     def __init__(
         self, suite: Suite, cases: Sequence[Case], record: Record, out: Path | None, progress: bool
@@ -143,15 +145,15 @@ class _Run:
         self.clock = clock_for(self.device)
         self.graphs = GraphClock(self.device) if self.device.type == "cuda" else None
         self.start = time.monotonic()
-        #: Seconds of visits so far, by group and whether they were timed.
+        #: Seconds of each visit so far, by group and by whether it was timed.
         self.costs: dict[tuple[str, bool], list[float]] = {}
 
     def finish(self) -> Record:
-        """Run what there is time for, and is not in the record yet."""
+        """Run the cases that the record lacks, as far as time allows."""
         if self.out is not None:
             records.demand_writable(self.out)
             sweep(self.out.parent)
-        # Of products only: some dtypes have slow ones on a CPU.
+        # Only dtypes of cases with products: on a CPU, products of some dtypes are very slow.
         products = ("conv_act", "linear_act", "chain", "net")
         dtypes = {c.parameters["dtype"] for c in self.cases if c.group in products}
         self.record["ceilings"] = self.record["ceilings"] or ceilings(
@@ -183,7 +185,7 @@ class _Run:
         return time.monotonic() - self.start
 
     def is_late(self, case: Case, timed: bool, checking: bool) -> bool:
-        """Whether a visit would probably end too late, going by those of its group so far."""
+        """Whether a visit would probably end too late, judging by earlier ones of its group."""
         seen = self.costs.get((case.group, timed), [0.0])
         end = self.elapsed() + statistics.fmean(seen)
         return end > self.suite.limit * (CHECKS_FIRST if checking else 1.0)
@@ -193,7 +195,7 @@ class _Run:
             print(line, file=sys.stderr, flush=True)
 
     def demand_device(self, case: Case) -> None:
-        """Stop where all that follows would fail, whatever its own merit."""
+        """Raise if the GPU is lost, because every later case would fail."""
         if self.device.type != "cuda":
             return
         try:
@@ -216,7 +218,7 @@ class _Run:
         self.left = _stamp(self.out)
 
     def visit(self, case: Case, timed: bool) -> Row:
-        """The row of one case; whatever goes wrong in it is said there."""
+        """The row of one case, which also says what went wrong."""
         row = _row(case, "ok")
         begin = self.elapsed()
         if self.suite.compiled:
@@ -231,7 +233,7 @@ class _Run:
         finally:
             problem = None  # type: ignore[assignment]
             if self.graphs is not None:
-                with suppress(RuntimeError):  # a lost device, of which the row tells
+                with suppress(RuntimeError):  # the device is lost, and the row says so
                     self.graphs.clear()
                     gc.collect()
                     torch.cuda.empty_cache()
@@ -240,13 +242,13 @@ class _Run:
 
 
 def measure(row: Row, problem: Problem, run: Any, timed: bool) -> None:
-    """Fill a row: checks, memory, and if `timed` times.
+    """Fill a row with errors, memory and, if `timed`, times.
 
     Args:
-        row: an empty one.
+        row: an empty row.
         problem: what to run.
-        run: `_Run`, for its suite, clocks, device and ceilings.
-        timed: whether to time; otherwise compiled candidates are left for later.
+        run: the `_Run`, whose suite, clocks, device and ceilings are used.
+        timed: whether to time; if not, compiled candidates are left for the timed visit.
     """
     candidates = {name: c for name, c in problem.candidates.items() if timed or not c.compiled}
     results: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in candidates}
@@ -269,7 +271,7 @@ def measure(row: Row, problem: Problem, run: Any, timed: bool) -> None:
         if run.graphs is not None and problem.leaves:
             timings(row, problem, run.graphs, run.suite, "graph_")
         _rates(row, problem, run.record["ceilings"])
-    # An engine that was insisted on may be unable to run a layer, but not compute something else.
+    # An engine that was named may be unable to run a layer, but it must not be wrong.
     claimed = [
         results[name]
         for name, c in candidates.items()
@@ -283,7 +285,7 @@ def measure(row: Row, problem: Problem, run: Any, timed: bool) -> None:
 def check(
     problem: Problem, candidates: Mapping[str, Candidate], results: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Hold every candidate against float64, eager first; note errors and who is wrong."""
+    """Compare every candidate with float64, eager first; note errors and wrong candidates."""
     if problem.truth is None:
         return
     truth = problem.truth()
@@ -315,7 +317,7 @@ def errors(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, 
     """Relative root-mean-square error of each tensor.
 
     Raises:
-        RuntimeError: other tensors, or other shapes, than the truth has.
+        RuntimeError: names or shapes of the tensors differ from those of the truth.
 
     Example:
         >>> errors({"y": torch.tensor([3.0, 4.0])}, {"y": torch.tensor([3.0, 5.0])})["y"] < 0.2
@@ -336,7 +338,7 @@ def errors(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, 
 
 
 def timings(row: Row, problem: Problem, clock: Clock, suite: Suite, prefix: str) -> None:
-    """Time all good candidates in turns; one that fails leaves, and the others start again."""
+    """Time all good candidates in turns; if one fails, the others start again without it."""
     results = row["candidates"]
     dropped: set[str] = set()
     while True:
@@ -356,7 +358,7 @@ def timings(row: Row, problem: Problem, clock: Clock, suite: Suite, prefix: str)
         except Exception as error:
             culprit = next(name for name in names if problem.candidates[name] is watch.at)
             if prefix:
-                # What cannot be captured is right and has been timed; it only has no graph.
+                # A candidate that cannot be captured as a graph is right and was timed without one.
                 results[culprit][f"{prefix}why"] = _first_line(error)
                 dropped.add(culprit)
             else:
@@ -375,7 +377,8 @@ def ratios(
 ) -> dict[str, list[float]]:
     """Percentiles of paired ratios: other/own for every candidate of ours, and own/bare.
 
-    For "fused", what is insisted on is another one: fused aten/fused is what the choice is worth.
+    For "fused", engines that are named count as others: fused aten/fused says what the choice of
+    the engine gains.
     """
     found = {}
     for own in (name for name in times if candidates[name].claims):
@@ -388,9 +391,9 @@ def ratios(
 
 
 def fits(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """How each series grows: the exponent k of size^k through its three largest sizes.
+    """How each series grows: the exponent k of size^k, fitted to its three largest sizes.
 
-    Three, because what does not grow covers what does where the sizes are small.
+    At small sizes, costs that do not grow hide those that do.
     """
     series: dict[str, list[Row]] = {}
     for row in rows:
@@ -438,7 +441,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 class _Watch:
-    """A clock that knows whom it is timing."""
+    """A clock that remembers which candidate it times."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -465,7 +468,7 @@ def _good(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _rates(row: Row, problem: Problem, ceiling: Mapping[str, float]) -> None:
-    """GB/s and TFLOP/s of each candidate, and what part of the measured ceilings they are."""
+    """GB/s and TFLOP/s of each candidate, and their share of the measured ceilings."""
     matmul = ceiling.get(f"matmul {str(problem.dtype)[6:]} TFLOP/s")
     for result in row["candidates"].values():
         ms = result.get("graph_ms", result.get("ms"))
@@ -482,7 +485,7 @@ def _rates(row: Row, problem: Problem, ceiling: Mapping[str, float]) -> None:
 
 @contextmanager
 def _noting(result: dict[str, Any]) -> Iterator[None]:
-    """An error in the body becomes the candidate's state."""
+    """Turn an error in the body into the state of the candidate."""
     try:
         yield
     except Exception as error:
@@ -502,7 +505,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _resumed(new: Record, out: Path) -> Record:
-    """The record to go on with: what is in the file, if the same code wrote it here."""
+    """The record to continue: that of the file, if the same code wrote it on this machine."""
     if not out.exists():
         return new
     old = records.load(out)
@@ -517,7 +520,7 @@ def _resumed(new: Record, out: Path) -> Record:
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
-    """The key, and what differs below it."""
+    """Name a key of the record, and what differs below it."""
     if not isinstance(new, dict):
         return key
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -525,7 +528,7 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
-    """What changes whenever a file is written; None where there is none."""
+    """A value that changes whenever the file is written; None if there is no file."""
     try:
         found = None if path is None else path.stat()
     except OSError:
@@ -534,7 +537,7 @@ def _stamp(path: Path | None) -> tuple[int, int] | None:
 
 
 def _is_done(case: Case, row: Row | None) -> bool:
-    """Whether an earlier run has finished a case, or failed in it."""
+    """Whether an earlier run has finished a case, or has failed in it."""
     if row is None or row["status"] == "skipped":
         return False
     timed = any("ms" in candidate for candidate in row["candidates"].values())

@@ -11,17 +11,17 @@ from fusedshape.bench.cases import CASES, Case
 
 @dataclass(frozen=True)
 class Suite:
-    """A selection of the cases, and how they are run.
+    """A selection of cases, and how they are run.
 
     Attributes:
         name: as `--suite` takes it.
-        about: one line.
+        about: one line of help.
         device: "cpu" or "cuda".
         limit: seconds after which no further case begins.
         budget: seconds of timing for each case.
-        least: rounds at least.
-        most: rounds at most.
-        check_first: hold all cases against float64 before the first is timed.
+        least: minimum number of rounds.
+        most: maximum number of rounds.
+        check_first: check all cases against float64 before the first is timed.
         compiled: names of `providers.COMPILED` that are run.
     """
 
@@ -36,10 +36,10 @@ class Suite:
     compiled: tuple[str, ...] = ()
 
     def cases(self, pattern: str = "*") -> list[Case]:
-        """Its cases whose name matches a shell pattern, the most important first.
+        """The cases whose names match a shell pattern, the most important first.
 
         Raises:
-            ValueError: none does.
+            ValueError: no name matches.
         """
         own = [case for case in CASES if self.name in case.suites]
         found = [case for case in own if fnmatch.fnmatchcase(case.name, pattern)]

@@ -1,4 +1,4 @@
-"""Records as tables for a terminal, with the machine over them."""
+"""Records as tables for a terminal, with the machine above them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from fusedshape.bench.records import Record, Row
 from fusedshape.machine import headline
 
-#: Order of the columns of ratios.
+#: The order of the columns of ratios.
 OTHERS = (
     *("eager", "folded", "inplace", "compiled", "compiled max-autotune", "reference", "dks"),
     *("fused aten", "fused triton", "fused chain"),
@@ -64,7 +64,7 @@ def _report(record: Record) -> Iterator[str]:
 
 
 def _group(group: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Median milliseconds of ours, its parts of the ceilings, memory, errors, and ratios to it."""
+    """Median milliseconds of ours, shares of the ceilings, memory, errors, and ratios to ours."""
     owns = list(dict.fromkeys(name for row in rows for name in row["candidates"] if is_ours(name)))
     others = [
         name for name in OTHERS if any(f"{name}/{own}" in r["ratios"] for r in rows for own in owns)
@@ -100,7 +100,7 @@ def _group(group: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def troubles(record: Record) -> Iterator[str]:
-    """Lines for the rows, and the candidates, that are not ok."""
+    """A line for each row and each candidate that is not ok."""
     skipped = [row for row in record["rows"] if row["status"] == "skipped"]
     if skipped:
         names = ", ".join(row["case"] for row in skipped[:3]) + (" …" if skipped[3:] else "")
@@ -114,7 +114,7 @@ def troubles(record: Record) -> Iterator[str]:
 
 
 def columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table; the first column to the left, all others to the right."""
+    """Lines of a table whose first column is aligned left and all others right."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     for line in (head, *body):
         first, *rest = (
@@ -125,7 +125,7 @@ def columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def is_ours(name: str) -> bool:
-    """Whether a candidate is this library's, whose speed-up is reported."""
+    """Whether a candidate runs this library, so that its speed-up is reported."""
     return name == "fused" or name.startswith("fused ")
 
 
@@ -150,7 +150,7 @@ def _error(found: dict[str, float] | None) -> str:
 
 
 def ratio(percentiles: Sequence[Any] | None) -> str:
-    """Median, and the 20th and 80th percentile where they are known."""
+    """The median, with the 20th and 80th percentile if they are known."""
     if percentiles is None:
         return ""
     low, middle, high = percentiles

@@ -1,4 +1,4 @@
-"""`fusedshape diagnose`: theory against measurement of a model, as text, JSON and figure."""
+"""`fusedshape diagnose`: compare a model with theory, as text, JSON and figure."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _data(model: nn.Module, args: argparse.Namespace) -> Tensor | Iterable[Any]:
 
 
 def _fitting(model: nn.Module) -> tuple[int, ...]:
-    """A shape that the first layer with weights takes."""
+    """A shape that fits the first layer with weights."""
     appended = 0
     for module in model.modules():
         if isinstance(module, PerLocationNorm):

@@ -1,4 +1,4 @@
-"""Files: read within limits and checked, written whole or not at all, the path in every message."""
+"""Files: read within limits and checked, written whole or not at all. Messages name the path."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checkpoints: torch's own format, with a digest of the file in the comment at its end.
 
-torch.load reads such a file as any other. A zip archive may end with a comment; ours is the SHA-256
-of all bytes before it, so that no change of a bit goes unseen.
+torch.load reads such a file like any other. A zip archive may end with a comment; here it is the
+SHA-256 of all bytes before it, so that a change of any bit is detected.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def save_checkpoint(path: Path, state: dict[str, Any], kind: str, schema: int) -
         path: the file; the old one stays as it was if anything fails.
         state: what `torch.load(weights_only=True)` can read.
         kind: what the file is, such as "fusedshape train".
-        schema: rises when a reader of the old form would misread the new one.
+        schema: version of the form; rises when an old reader would misread the new form.
 
     Raises:
-        OSError: the file cannot be written; names `path`, the reason, and what room there is.
+        OSError: the file cannot be written; names `path`, the reason, and the room on the disk.
     """
     buffer = io.BytesIO()
     torch.save({"kind": kind, "schema": schema, **state}, buffer)
-    # The end of a zip archive: the length of its comment, and the comment.
+    # A zip archive ends with the length of its comment and the comment.
     body, length = buffer.getbuffer()[:-2], struct.pack("<H", _LENGTH)
     digest = hashlib.sha256(body)
     digest.update(length)
@@ -49,14 +49,14 @@ def save_checkpoint(path: Path, state: dict[str, Any], kind: str, schema: int) -
 def load_checkpoint(path: Path, kind: str, schema: int, limit: int) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, on the CPU; nothing in the file can run code.
 
-    A file without a digest, of an older version or saved by other hands, is held to the checksums
-    that zip keeps of every tensor, and a warning is logged.
+    A file without a digest comes from an older version or another program. It is checked against
+    the checksums that zip keeps of every tensor, and a warning is logged.
 
     Args:
         path: the file.
-        kind: as it was written.
-        schema: the newest that the caller can read.
-        limit: bytes the file may have, and all that is packed in it.
+        kind: the kind that was written.
+        schema: the newest version that the caller can read.
+        limit: maximum size of the file, and of its content, in bytes.
 
     Returns:
         The state, without kind and schema.
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path, kind: str, schema: int, limit: int) -> dict[str,
         raise ContentError(f"{path} {problem}")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # What a foreign file does to the unpickler is anyone's guess.
+    # A foreign file can make the unpickler raise anything.
     except Exception as error:
         first = str(error).strip().split("\n")[0][:120]
         raise ContentError(
@@ -103,7 +103,7 @@ def _is_signed(content: bytes) -> bool:
 
 
 def _problem(content: bytes, limit: int) -> str | None:
-    """What is wrong with the file's bytes, before anything is made of them."""
+    """What is wrong with the bytes of the file; checked before torch reads them."""
     if not content:
         return "is empty"
     if _is_signed(content):
@@ -115,11 +115,11 @@ def _problem(content: bytes, limit: int) -> str | None:
             if archive.comment and not _is_signed(content):
                 return "is damaged: its checksum cannot be read"
             entries = archive.infolist()
-            # torch packs nothing; what is packed, or overlaps, might fill the memory.
+            # torch compresses nothing; compressed or overlapping entries might fill the memory.
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             if packed or sum(entry.file_size for entry in entries) > min(limit, len(content)):
                 return "is no checkpoint: it is packed as none of torch's files is"
             damaged = None if _is_signed(content) else archive.testzip()
-    except Exception as error:  # zipfile lets several kinds pass
+    except Exception as error:  # zipfile raises errors of several kinds
         return f"is no checkpoint that can be read ({type(error).__name__}: {error})"
     return damaged and f"is damaged: the checksum of {damaged!r} in it is not that of its content"

@@ -1,4 +1,4 @@
-"""A checksum in JSON data itself, so that a number that was damaged or edited is found out."""
+"""A checksum inside JSON data, so that damaged or edited numbers are detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes: a file read within a limit, and a file replaced in one piece."""
+"""Bytes: reading a file within a limit, and replacing a file in one piece."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _KINDS = {
 
 
 class ContentError(ValueError):
-    """A file, or a text, whose content cannot be used; the message begins with where it is from."""
+    """The content of a file or text cannot be used; the message begins with its source."""
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int, *, own: bool = False) -> bytes:
-    """The content of a regular file. Never waits for a pipe or a device.
+    """Read a regular file; pipes and devices, which might block, are refused.
 
     Args:
         path: the file.
-        limit: bytes it may have.
+        limit: maximum size in bytes.
         own: demand that it belongs to this user or to root, and that nobody else may write it.
 
     Raises:
@@ -41,7 +41,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int, *, own: bool = False) -
         raise ContentError(f"{path!r} is no path: it has a null character")
     _demand_regular(os.stat(path), path)
     try:
-        # What has become a pipe in the meantime does not block.
+        # O_NONBLOCK, in case the file has become a pipe in the meantime.
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             found = os.fstat(file.fileno())
             _demand_regular(found, path)
@@ -58,27 +58,27 @@ def read_bytes(path: str | os.PathLike[str], limit: int, *, own: bool = False) -
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview, sync: bool = True) -> None:
-    """Replace a file in one piece by these parts, one after the other; see `replacing`."""
+    """Replace a file in one piece by the concatenation of these parts; see `replacing`."""
     with replacing(path, sum(map(len, parts)), sync=sync) as file, file.open("wb") as opened:
         opened.writelines(parts)
 
 
 @contextmanager
 def replacing(path: Path, size: int | None = None, *, sync: bool = True) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` in one piece when the body ends.
+    """Yield a temporary file, which replaces `path` in one piece when the body ends.
 
-    Whoever reads `path` sees the old file or the new one, also when the process is killed or the
-    machine stops. If the body fails, the old file stays and nothing is left beside it; what a
-    killed process leaves, `sweep` removes.
+    Readers of `path` see the old file or the new one, even if the process is killed or the machine
+    stops. If the body fails, the old file stays and the temporary file is removed. `sweep` removes
+    the temporary files of killed processes.
 
     Args:
-        path: the file to replace; need not exist.
-        size: bytes that the body will write, for the message; None if unknown.
-        sync: wait for the disk. Without it the file may be damaged where the machine stops, which
-            will do for what carries a checksum and can be made anew.
+        path: the file to replace; it need not exist.
+        size: number of bytes that the body will write, for messages; None if unknown.
+        sync: wait for the disk. Otherwise the file may be damaged if the machine stops, which is
+            acceptable for files that carry a checksum and can be made again.
 
     Raises:
-        OSError: the file cannot be written; names `path`, the reason, and what room there is.
+        OSError: the file cannot be written; names `path`, the reason, and the room on the disk.
     """
     temporary = temporary_beside(path)
     made = False
@@ -91,7 +91,9 @@ def replacing(path: Path, size: int | None = None, *, sync: bool = True) -> Iter
             _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
         if sync:
-            with suppress(OSError):  # not every file system can; the file itself is safe
+            with suppress(
+                OSError
+            ):  # not every file system can sync a folder; the file itself is safe
                 _sync(path.parent, os.O_RDONLY)
     except OSError as error:
         raise _cannot_write(error, path, size) from None
@@ -102,7 +104,7 @@ def replacing(path: Path, size: int | None = None, *, sync: bool = True) -> Iter
 
 
 def demand_replaceable(path: Path) -> None:
-    """Raise OSError where `path` is a folder, a device, or whatever else is no regular file."""
+    """Raise OSError if `path` is a folder, a device, or anything but a regular file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -124,7 +126,7 @@ def _demand_regular(found: os.stat_result, path: str) -> None:
 
 
 def _sync(path: Path, flags: int) -> None:
-    """Have the disk hold what was written."""
+    """Wait until the disk holds what was written."""
     handle = os.open(path, flags)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Pictures of matplotlib, written in one piece."""
+"""Figures of matplotlib, written in one piece."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def save_figure(figure: Any, path: str | Path, **options: Any) -> None:
 
     Args:
         figure: a matplotlib Figure.
-        path: the file; without a suffix it gets that of PNG.
+        path: the file; without a suffix it becomes a PNG.
         **options: of `Figure.savefig`.
 
     Raises:

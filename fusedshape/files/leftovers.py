@@ -1,4 +1,4 @@
-"""Temporary files: names that tell their writer, and the removal of what killed writers left."""
+"""Temporary files: their names tell the writer, and those of killed writers are removed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 logger = logging.getLogger("fusedshape.files")
 
-#: Seconds after which a file of an unknown writer, as of another machine, counts as left.
+#: A file whose writer is unknown, as on another machine, counts as abandoned after these seconds.
 DAY = 86400.0
 _NAME = re.compile(r"\.fusedshape-([0-9a-f]{8})-(\d+)-(\d+)-\d+\.tmp$")
 _COUNT = itertools.count()
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name, new at every call, for a file that is to take the place of `path`.
+    """A new name at every call for a file that will replace `path`.
 
-    It carries machine, process id and start time of the process, by which `sweep` knows whether
-    its writer lives.
+    The name contains the machine, the process id and the start time of the process, from which
+    `sweep` learns whether the writer is alive.
     """
     pid = os.getpid()
     tag = f"{_machine_tag()}-{pid}-{_start_of(pid) or 0}-{next(_COUNT)}"
@@ -35,14 +35,14 @@ def temporary_beside(path: Path) -> Path:
 def sweep(folder: Path) -> list[Path]:
     """Remove the temporary files that killed processes of this user left in a folder.
 
-    A file stays if somebody else owns it, if its writer lives, or if the writer was a process of
-    another machine (or of another container) and wrote within the last day. Never raises.
+    A file stays if another user owns it, if its writer is alive, or if the writer was a process of
+    another machine or container and wrote within the last day. Never raises.
 
     Args:
-        folder: where to look; need not exist.
+        folder: folder to look in; it need not exist.
 
     Returns:
-        What was removed.
+        The files that were removed.
     """
     removed = []
     try:
@@ -79,7 +79,7 @@ def _is_mine(found: os.stat_result) -> bool:
 
 
 def _lives(pid: int, start: int) -> bool:
-    """Whether the process that began at `start` (0 if unknown) still runs."""
+    """Whether the process that started at `start` (0 if unknown) is still running."""
     now = _start_of(pid)
     if now is not None and start:
         return now == start
@@ -93,10 +93,10 @@ def _lives(pid: int, start: int) -> bool:
 
 
 def _start_of(pid: int) -> int | None:
-    """Clock ticks from the machine's start to the process's; None where nothing tells them."""
+    """Clock ticks from the start of the machine to that of the process; None if unknown."""
     try:
         line = Path(f"/proc/{pid}/stat").read_bytes()
-        # The program's name, in parentheses, may hold anything.
+        # The name of the program, in parentheses, may contain anything.
         return int(line.rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
@@ -104,7 +104,7 @@ def _start_of(pid: int) -> int | None:
 
 @functools.cache
 def _machine_tag() -> str:
-    """Tells apart the machines, starts of one machine, and containers that may share a folder."""
+    """A tag that differs between machines, boots and containers, which may share a folder."""
     parts = [platform.node()]
     for source in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         try:

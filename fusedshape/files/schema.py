@@ -1,4 +1,4 @@
-"""Shapes of data: what a file should hold, and the place where it does not."""
+"""Shapes of data: what a file should contain, and the place where it differs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fusedshape.files.disk import ContentError
 
 
 def expect(value: Any, shape: Any, where: str) -> None:
-    """Hold `value` against a shape.
+    """Compare `value` with a shape.
 
-    A shape is a type (`float` takes whole numbers too, and neither NaN nor infinity), None, a tuple
+    A shape is a type (`float` accepts whole numbers, but neither NaN nor infinity), None, a tuple
     of alternatives (shapes or strings), a dict of fields ("key?" may be missing; the key ... stands
-    for all that are not named), or a list ([shape, ...] for any length).
+    for all keys that are not named), or a list ([shape, ...] for any length).
 
     Args:
-        value: data as JSON or a checkpoint has it.
-        shape: what it should be.
-        where: what to call it in messages.
+        value: data of JSON or of a checkpoint.
+        shape: the shape that it should have.
+        where: name of the value in messages.
 
     Raises:
-        ContentError: it is something else; the message names the place in `value`.
+        ContentError: it has another shape; the message names the place in `value`.
 
     Example:
         >>> expect({"epochs": [{"loss": 0.5}]}, {"epochs": [{"loss": float}, ...]}, "result")
@@ -85,7 +85,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def quoted(value: Any) -> str:
-    """A value as a message quotes it: on one line, short however long or deep it is.
+    """A value as messages quote it: on one line, and short even if it is long or deep.
 
     Example:
         >>> quoted([[[[1]]]])

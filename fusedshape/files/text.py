@@ -1,4 +1,4 @@
-"""JSON: one reader that believes nothing, and one writer."""
+"""JSON: one strict reader and one writer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from fusedshape.files.disk import ContentError, read_bytes, write_bytes
 from fusedshape.files.schema import quoted
 
-#: Bytes of a file, and lists and objects within each other.
+#: Maximum size of a file in bytes, and maximum nesting of lists and objects.
 SIZE, DEPTH = 64 << 20, 64
-#: Integers are below this, so that each has a float.
+#: Integers are smaller than this, so that each can be converted to a float.
 _INTEGER = 2**1023
 _OUTSIDE_STRINGS = bytes(set(range(256)) - set(b'"[]{}'))
 _MARKS = {
@@ -31,11 +31,11 @@ def read_json(path: str | os.PathLike[str], *, limit: int = SIZE, own: bool = Fa
 
     Args:
         path: a regular file.
-        limit: bytes it may have.
-        own: as of `fusedshape.files.read_bytes`.
+        limit: maximum size in bytes.
+        own: as for `fusedshape.files.read_bytes`.
 
     Raises:
-        ContentError: it is no JSON, or no file to read from; names `path`.
+        ContentError: it is no JSON, or no regular file; names `path`.
         OSError: it cannot be read; names `path`.
     """
     return parse_json(read_bytes(path, limit, own=own), os.fspath(path))
@@ -44,16 +44,16 @@ def read_json(path: str | os.PathLike[str], *, limit: int = SIZE, own: bool = Fa
 def parse_json(text: str | bytes, source: str) -> Any:
     """The data of a JSON text.
 
-    What Python's json lets pass and nobody means is refused: NaN and infinity (1e999 too), a key
-    that is there twice, integers that no float holds, and nesting deeper than 64.
+    Things that Python's json accepts and nobody intends are refused: NaN and infinity (also as
+    1e999), a key that occurs twice, integers too large for a float, and nesting deeper than 64.
 
     Args:
         text: JSON in UTF-8 without a byte order mark.
-        source: where it is from, for messages: a path.
+        source: source of the text for messages, such as a path.
 
     Raises:
         ContentError: it is something else; the message begins with `source`.
-        TypeError: `text` is no text.
+        TypeError: `text` is neither str nor bytes.
 
     Example:
         >>> parse_json('{"a": [1]}', "example")
@@ -90,7 +90,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ContentError(f"{source} is not JSON ({error})") from None
     except ContentError as error:
         raise ContentError(f"{source} cannot be read as JSON: {error}") from None
-    except RecursionError:  # of a caller that is itself deep
+    except RecursionError:  # the stack of the caller is deep
         raise ContentError(f"{source} cannot be read as JSON: too deep from here") from None
 
 
@@ -100,7 +100,7 @@ def write_json(path: Path, data: Any, *, sync: bool = True) -> None:
     Args:
         path: the file.
         data: JSON data; NaN and infinity are refused.
-        sync: as of `fusedshape.files.replacing`.
+        sync: as for `fusedshape.files.replacing`.
 
     Raises:
         ValueError: a number that JSON does not know.
@@ -119,10 +119,10 @@ def write_text(path: Path, text: str, *, sync: bool = True) -> None:
 
 
 def _depth(content: bytes) -> int:
-    """How deep lists and objects nest, or the first number beyond the limit; without recursion."""
+    """The nesting of lists and objects, or the first number beyond the limit; no recursion."""
     if content.count(b"[") + content.count(b"{") <= DEPTH:
         return 0
-    # What is escaped goes first, so that the quotes that stay are the ends of strings.
+    # Remove what is escaped, so that all quotes left are ends of strings.
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = b"".join(plain.translate(None, _OUTSIDE_STRINGS).split(b'"')[::2])
     depth = 0
@@ -147,7 +147,7 @@ def _parsed(text: str) -> Any:
         if len(found) < len(pairs):
             ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
             raise ContentError(f"the key {quoted(twice)} is there twice")
-        if strange:  # and if it is in this object, its key can be told
+        if strange:  # if the number is in this object, the message names its key
             for key, value in pairs:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ContentError(f"{key}={value}, which is no number of JSON's")
@@ -166,7 +166,7 @@ def _parsed(text: str) -> Any:
 
 
 def _integer(text: str) -> int:
-    # Before int(), which refuses thousands of digits in words of its own.
+    # Check before int(), which refuses thousands of digits with a message of its own.
     if len(text) > 310 or not -_INTEGER <= int(text) < _INTEGER:
         raise ContentError(f"the integer {quoted(text)} is out of range")
     return int(text)

@@ -1,8 +1,9 @@
-"""Who may have put a file there: nothing that others can write is loaded or believed.
+"""Who may have written a file: files that other users can write are not loaded.
 
-The rule is ssh's: a file, and every folder and link on the way to it, belongs to this user or to
-root, and nobody else may write it. A folder that all may write but where nobody may rename what is
-another's, as /tmp, will do for what lies below it. A group may write if it has no other members.
+The rule is that of ssh: a file, and every folder and link on the way to it, must belong to this
+user or to root, and nobody else may write it. A folder like /tmp, which all users may write but
+where nobody may rename files of others, is accepted on the way. A group may have write access if it
+has no other members.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Links on one path, as in Linux.
+#: Maximum number of links on one path, as in Linux.
 _LINKS = 40
 
 
 def distrust(path: Path, below: Path | None = None) -> str | None:
-    """Why what is at `path` may be another user's work; None if it cannot be.
+    """Say why another user may have written what is at `path`; None if nobody can have.
 
-    What does not exist yet is judged by the folders that do. Without users, as on Windows, nothing
-    is said.
+    A path that does not exist yet is judged by its folders that exist. On systems without users,
+    such as Windows, the answer is None.
 
     Args:
         path: a file or folder.
-        below: a folder that is trusted, such as that of a program that runs already; what lies
-            above it is not looked at, unless a link leads out of it.
+        below: a folder that is trusted, such as that of a running program. Folders above it are
+            not checked, unless a link leads out of it.
 
     Returns:
         A sentence that names the path and what is wrong with it, or None.
@@ -49,10 +50,10 @@ def distrust(path: Path, below: Path | None = None) -> str | None:
 
 
 def user_cache() -> Path | None:
-    """The folder for what this user can compute anew: ``$XDG_CACHE_HOME``, else ``~/.cache``.
+    """The cache folder of this user: ``$XDG_CACHE_HOME``, else ``~/.cache``.
 
-    A relative ``$XDG_CACHE_HOME`` does not count, as its specification says. None for a user who
-    has no home.
+    A relative ``$XDG_CACHE_HOME`` is ignored, as its specification says. The result is None for a
+    user without a home.
     """
     named = os.environ.get("XDG_CACHE_HOME")
     if named and os.path.isabs(named):
@@ -62,13 +63,13 @@ def user_cache() -> Path | None:
 
 
 def stranger(found: os.stat_result) -> str | None:
-    """What makes a file another's, given what `os.stat` says of it; None if it is ours."""
+    """Say why a file may be another user's, given its `os.stat`; None if it is ours."""
     if os.name != "posix":
         return None
     me = os.geteuid()
     if found.st_uid not in (0, me):
         return f"belongs to user {found.st_uid}, not to you ({me}) or root"
-    if stat.S_ISLNK(found.st_mode):  # whose mode says nothing
+    if stat.S_ISLNK(found.st_mode):  # the mode of a link means nothing
         return None
     sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
     if found.st_mode & stat.S_IWOTH and not sticky:
@@ -79,7 +80,7 @@ def stranger(found: os.stat_result) -> str | None:
 
 
 def _passed(path: Path, below: Path | None) -> Iterator[tuple[str, os.stat_result]]:
-    """Every folder and link on the way to a path, and what is there, from the top down."""
+    """Every folder and link on the way to a path, and the path itself, from the top down."""
     names = list(reversed(path.parts[1:]))
     here, links = "/", 0
     if below is not None and below in path.parents:
@@ -89,7 +90,7 @@ def _passed(path: Path, below: Path | None) -> Iterator[tuple[str, os.stat_resul
         yield here, os.lstat(here)
     while names:
         name = names.pop()
-        if name == "..":  # of a link's target
+        if name == "..":  # only in the target of a link
             here = os.path.dirname(here)
             continue
         place = os.path.join(here, name)
@@ -108,7 +109,7 @@ def _passed(path: Path, below: Path | None) -> Iterator[tuple[str, os.stat_resul
             names += reversed(target.parts[1:])
         else:
             names += reversed(target.parts)
-            # A link may lead out of what is trusted without looking.
+            # A link may lead out of the trusted folder.
             for parent in reversed(Path(here).parents):
                 yield str(parent), os.lstat(parent)
 

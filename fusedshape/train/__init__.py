@@ -1,4 +1,4 @@
-"""Training: a configuration, in-memory data, a loop that resumes, plots, and the demo."""
+"""Training: configuration, data in memory, a loop that resumes, plots, the demo and the sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run's checkpoint: what it holds, and what is checked before a run goes on with it."""
+"""The checkpoint of a training run, and the checks before a run resumes from it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from fusedshape.train.config import TrainConfig
 Result = dict[str, Any]
 
 KIND = "fusedshape train"
-#: Rises when a reader of the old form would misread the new one; 0 had no number and no checksum.
+#: Rises when a reader of the old form would misread the new one. Files of schema 0 have neither
+#: this number nor a checksum.
 SCHEMA = 1
 WAY_OUT = "remove that file to start anew, or choose another folder"
 
-#: What a result says of each epoch; null where the loss was not finite.
+#: What a result records of each epoch; null if the loss was not finite.
 EPOCH = {
     "train_loss": (float, None),
     "test_loss": (float, None),
@@ -40,22 +41,22 @@ _STATE = {
     "optimiser": {"state": dict, "param_groups": [dict]},
     "rng": Tensor,
 }
-#: What an optimiser keeps of each parameter; a scalar, or as large as the parameter.
+#: What an optimiser keeps for each parameter: scalars, or tensors of its shape.
 _SLOTS = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
 
 def keep(path: Path, result: Result, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """Write all that `resume` needs, in one piece.
+    """Write everything that `resume` needs, in one piece.
 
     Args:
         path: the file.
-        result: what the run has so far.
+        result: the result so far.
         model: the network.
         optimiser: its optimiser.
 
     Raises:
-        OSError: the file cannot be written; names `path`, the reason, what room there is, and
-            what is left.
+        OSError: the file cannot be written; names `path`, the reason, the room on the disk, and
+            which checkpoint is left.
     """
     state = {
         "result": result,
@@ -82,13 +83,13 @@ def keep(path: Path, result: Result, model: nn.Module, optimiser: torch.optim.Op
 def resume(
     path: Path, config: TrainConfig, model: nn.Module, optimiser: torch.optim.Optimizer
 ) -> Result:
-    """Take up what `keep` wrote; all of it is checked before any of it is taken.
+    """Load what `keep` wrote into model and optimiser, after checking all of it.
 
     Args:
         path: the file.
-        config: of this run.
-        model: as `config` builds it.
-        optimiser: of the model.
+        config: configuration of this run.
+        model: the model that `config` builds.
+        optimiser: optimiser of the model.
 
     Returns:
         The result so far.
@@ -100,7 +101,7 @@ def resume(
     values = model.state_dict().values()
     tensors = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
     try:
-        # Weights, two moments, and room for names and epochs.
+        # The limit: weights, two moments, and room for names and epochs.
         state = load_checkpoint(path, KIND, SCHEMA, 4 * tensors + (64 << 20))
         shape = _STATE | ({"cuda_rng": Tensor} if _on_gpu(config) else {"cuda_rng?": Tensor})
         try:
@@ -136,7 +137,7 @@ def _check_config(theirs: Mapping[str, Any], config: TrainConfig) -> None:
     default = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     mine = config.to_dict()
     names = sorted(map(str, {*mine, *theirs}))
-    # A field that is younger than the file had its default.
+    # A field that is newer than the file had its default value.
     other = [n for n in names if n not in mine or mine[n] != theirs.get(n, default[n])]
     if other:
         raise ContentError(
@@ -188,7 +189,7 @@ def _check_optimiser(
     for key in ("params", "lr"):
         if key not in group:
             raise ContentError(f"optimiser.param_groups[0] lacks {key!r}")
-    # The rate is set anew at every step. A key of another torch is torch's to see to.
+    # The learning rate is set at every step. Keys of another version of torch are left to torch.
     strange = [k for k in own if k in group and k != "lr" and not _same(group[k], own[k])]
     if strange:
         key = strange[0]
@@ -215,7 +216,7 @@ def _check_optimiser(
 
 def _slots(slots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in slots.items():
-        # Without momentum, or before the first step.
+        # SGD stores None without momentum and before the first step.
         if not (name == "momentum_buffer" and value is None):
             yield name, value
 

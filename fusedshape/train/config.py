@@ -1,4 +1,4 @@
-"""TrainConfig: everything that decides a training run, checked, and its JSON file."""
+"""`TrainConfig`: everything that determines a training run, its checks, and its JSON file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fusedshape.theory import METHODS, TARGETS, Recipe
 from fusedshape.theory.recipes import recipe_of
 from fusedshape.validate import real
 
-#: Bytes of a configuration's file.
+#: Maximum size of a configuration's file in bytes.
 SIZE = 1 << 20
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "method": (*METHODS, None),
@@ -52,10 +52,10 @@ class TrainConfig:
             called with in_channels and num_classes and returns a plain nn.Module.
         data: "digits", or "pkg.module:factory" of a `Data`.
         depth: nonlinear layers; needed by the built-in models and passed on to `convert`.
-        width: of the built-in models.
+        width: channels or features of a layer of the built-in models.
         pln: put `fusedshape.nn.PerLocationNorm` before the model, which adds an input channel.
         method: "TAT", "DKS", "EOC", or None to leave the model's own activations.
-        activation: of the converted model.
+        activation: activation of the converted model.
         zeta: target of DKS; None takes the method's default, as for the other targets.
         q_slope: target of DKS.
         eta: target of TAT with relu and leaky_relu.
@@ -71,13 +71,13 @@ class TrainConfig:
         schedule: "onecycle" (cosine from lr/25 up to lr over the first 30 % of the steps, and
             down to lr/250 000) or "constant".
         optimiser: "adam" or "sgd" (Nesterov).
-        momentum: of "sgd".
+        momentum: momentum of "sgd".
         weight_decay: L2 for "sgd", decoupled for "adam".
-        label_smoothing: of the cross entropy in training.
-        seed: decides weights and the order of examples.
+        label_smoothing: label smoothing of the cross entropy in training.
+        seed: determines weights and the order of examples.
         device: "cpu", "cuda", "cuda:1", …
         threads: CPU threads; None leaves torch's setting.
-        channels_last: memory format of models with 2-d convolutions.
+        channels_last: whether models with 2-d convolutions are laid out channels last.
         amp: "bfloat16" for autocast, or None.
 
     Raises:
@@ -169,14 +169,14 @@ class TrainConfig:
             )
 
     def _aims(self) -> dict[str, Any]:
-        """What of a recipe is not left to its defaults."""
+        """The arguments of the recipe that are not left to their defaults."""
         given = {name: getattr(self, name) for name in TARGETS}
         given = {name: value for name, value in given.items() if value is not None}
         return given | ({"clamp": True} if self.clamp else {})
 
     @property
     def recipe(self) -> Recipe | None:
-        """What the model is converted by; None for method None.
+        """The recipe by which the model is converted; None for method None.
 
         Example:
             >>> TrainConfig(depth=30, eta=0.8).recipe

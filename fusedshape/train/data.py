@@ -20,7 +20,7 @@ class Data:
         num_classes: number of classes.
 
     Raises:
-        ValueError: shapes or labels that do not fit each other.
+        ValueError: shapes or labels do not fit each other.
 
     Example:
         >>> x, y = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
@@ -64,8 +64,8 @@ class Data:
 def digits() -> Data:
     """Handwritten digits of scikit-learn: 1797 grey images of 8×8, ten classes.
 
-    1437 to train and 360 to test, stratified, always the same; standardised by the mean and
-    standard deviation of all training pixels.
+    1437 are for training and 360 for testing. The split is stratified and always the same. Pixels
+    are standardised by the mean and standard deviation of all training pixels.
 
     Returns:
         Data with float32 x of shape (N, 1, 8, 8).

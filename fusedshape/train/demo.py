@@ -1,4 +1,4 @@
-"""The demo (one deep net, shaped against ReLU) and the sweep behind the README's evidence."""
+"""The demo, which trains a deep net with and without shaping, and the sweep over many nets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("fusedshape.train")
 
 Say = Callable[[str], None]
 
-#: label → what differs from TrainConfig's defaults. ReLU's √2 is its edge of chaos.
+#: The fields of TrainConfig that an arm sets. A gain of √2 is the edge of chaos of ReLU.
 ARMS: dict[str, dict[str, Any]] = {
     "TAT leaky_relu": {"method": "TAT", "activation": "leaky_relu"},
     "DKS softplus": {"method": "DKS", "activation": "softplus"},
@@ -53,7 +53,7 @@ DEPTHS = (300, 100, 30)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (0, 1, 2)
 
-#: A sweep's row; of the columns, depth, lr and seed repeat what the configuration says.
+#: A row of a sweep. The columns depth, lr and seed repeat fields of the configuration.
 _ROW = {
     "arm": tuple(ARMS),
     "purpose": ("rate", "full"),
@@ -78,7 +78,7 @@ class Demo:
         depth: nonlinear layers.
         width: channels.
         epochs: passes over the data for TAT.
-        seed: decides weights and the order of examples.
+        seed: determines weights and the order of examples.
         threads: CPU threads; None leaves torch's setting.
         eta: target of TAT; None takes the method's default.
         clamp: take the nearest eta that can be reached where that one cannot.
@@ -93,7 +93,7 @@ class Demo:
     clamp: bool = False
 
     def configs(self) -> dict[str, TrainConfig]:
-        """Arm → what is trained: TAT, and ReLU for a quarter of the epochs.
+        """The configuration of each arm: TAT, and ReLU for a quarter of the epochs.
 
         Raises:
             ValueError, TypeError: as `TrainConfig`.
@@ -118,11 +118,11 @@ class Demo:
 def run_demo(
     out_dir: str | Path, demo: Demo = Demo(), *, progress: Say | None = None
 ) -> dict[str, Any]:
-    """Train a deep vanilla convolutional net on digits twice: TAT, and ReLU for contrast.
+    """Train a deep vanilla convolutional net on digits twice: with TAT, and with ReLU.
 
-    Both nets have the same layers, data, optimiser and learning rate. ReLU's weights are scaled
-    orthogonal × √2, the best start known for it, and it gets a quarter of the epochs. Writes
-    `demo.json` and `demo.png`.
+    Both nets have the same layers, data, optimiser and learning rate. The ReLU net starts from
+    orthogonal weights times √2, the best initialisation known for it, and trains for a quarter of
+    the epochs. Writes `demo.json` and `demo.png`.
 
     Args:
         out_dir: folder, made if missing.
@@ -212,19 +212,16 @@ class Sweep:
 
 
 def run_sweep(
-    out_path: str | Path,
-    plan: Sweep = Sweep(),
-    *,
-    jobs: int = 2,
-    progress: Say | None = None,
+    out_path: str | Path, plan: Sweep = Sweep(), *, jobs: int = 2, progress: Say | None = None
 ) -> dict[str, Any]:
     """Train every arm at every depth with several seeds, each at the best of a few learning rates.
 
-    The rate is chosen per arm and depth on the first seed, by the lowest final training loss: runs
-    of a quarter of the epochs leave the best two rates, full runs decide between them, and the
-    other seeds follow at that rate. A run is added to the file when it ends,
-    and one that is there already is not repeated, so an interrupted sweep goes on. Worker processes
-    have one thread each. Plots lie beside the file, one per depth and one of accuracy by depth.
+    The learning rate of each arm and depth is chosen on the first seed, by the lowest final
+    training loss: runs of a quarter of the epochs select the best two rates, and full runs decide
+    between them. The other seeds use that rate. A run is added to the file when it ends, and runs
+    that are in the file are not repeated, so that an interrupted sweep resumes. Worker processes
+    have one thread each. Plots are written beside the file, one for each depth and one of accuracy
+    by depth.
 
     Args:
         out_path: JSON file.
@@ -252,7 +249,7 @@ def run_sweep(
     say(headline(data["headers"][-1]))
 
     def train(purpose: str, wanted: Mapping[TrainConfig, str]) -> dict[str, list[Result]]:
-        """Arm → rows of these configurations, trained or found in the file."""
+        """The rows of these configurations by arm, trained or found in the file."""
         done = [TrainConfig.from_dict(row["config"]) for row in rows if row["purpose"] == purpose]
         for config, result in _train_all([c for c in wanted if c not in done], jobs):
             row = _row(wanted[config], purpose, result) | {"header": header}
@@ -294,7 +291,7 @@ def run_sweep(
 
 
 def best_rates(rows: Sequence[Result]) -> list[float]:
-    """Learning rates by final training loss, the lowest first; diverged ones last."""
+    """Learning rates sorted by final training loss; those of diverged runs come last."""
 
     def loss(row: Result) -> float:
         return math.inf if row["final_train_loss"] is None else row["final_train_loss"]
@@ -303,7 +300,7 @@ def best_rates(rows: Sequence[Result]) -> list[float]:
 
 
 def final_runs(data: Mapping[str, Any]) -> dict[int, dict[str, list[Result]]]:
-    """Depth → arm → the full runs of a sweep at the arm's learning rate, one per seed.
+    """The full runs of a sweep, by depth and arm, at the learning rate that was chosen.
 
     Args:
         data: what `run_sweep` returns.
@@ -320,7 +317,7 @@ def final_runs(data: Mapping[str, Any]) -> dict[int, dict[str, list[Result]]]:
 
 
 def plot_sweep(data: Mapping[str, Any], path: str | Path) -> None:
-    """Plots of a sweep beside its file: curves of each depth, and accuracy by depth.
+    """Draw the plots of a sweep: training curves for each depth, and accuracy by depth.
 
     Args:
         data: what `run_sweep` returns.
@@ -348,7 +345,7 @@ def plot_sweep(data: Mapping[str, Any], path: str | Path) -> None:
 
 
 def summary(data: Mapping[str, Any]) -> str:
-    """Table of a sweep's full runs: mean and range of the final test accuracy over seeds.
+    """A table of the full runs: mean and range of the final test accuracy over seeds.
 
     Args:
         data: what `run_sweep` returns.
@@ -370,12 +367,12 @@ def summary(data: Mapping[str, Any]) -> str:
 
 
 def _train_all(configs: Sequence[TrainConfig], jobs: int) -> Iterator[tuple[TrainConfig, Result]]:
-    """Results as they come in."""
+    """Train, and yield each result as soon as it is there."""
     if jobs == 1 or len(configs) < 2:
         for config in configs:
             yield config, fit(config)
         return
-    # spawn: a forked child of a process with OpenMP threads may hang
+    # "spawn", because a forked child of a process with OpenMP threads may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_die_on_interrupt)
     try:

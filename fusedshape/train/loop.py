@@ -29,14 +29,14 @@ from fusedshape.train.data import Data, digits
 from fusedshape.train.plot import plot_curves
 from fusedshape.validate import find_device, instance
 
-WARM_UP = 0.3  # share of the steps
-START, END = 1 / 25, 1 / 250_000  # of the peak learning rate
-CHECK_EVERY = 16  # steps between looks at the loss, each of which makes a GPU wait
+WARM_UP = 0.3  # share of the steps in which the learning rate rises
+START, END = 1 / 25, 1 / 250_000  # first and last learning rate, relative to the peak
+CHECK_EVERY = 16  # steps between checks of the loss, because each check makes the GPU wait
 EVAL_BATCH = 512
 
 
 def run(config: TrainConfig, out_dir: str | Path) -> Result:
-    """Train as configured, into a folder; go on where an earlier run of the same stopped.
+    """Train as configured into a folder, and resume an earlier run of the same configuration.
 
     Writes `result.json` and `checkpoint.pt` after every epoch, each in one piece, and `curves.png`
     at the end if matplotlib is there. An interrupt (Ctrl-C) keeps the finished epochs.
@@ -52,8 +52,8 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
 
     Raises:
         ValueError: the folder holds a run of another configuration or a damaged checkpoint, the
-            device is not there, torchrun has started several processes, and whatever `convert`
-            raises.
+            device does not exist, torchrun has started several processes, or `convert` refuses the
+            model.
         OSError: a file cannot be read or written; the last checkpoint stays as it was.
 
     Example:
@@ -76,10 +76,10 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
 
 
 def demand_one_process() -> None:
-    """Look at what torchrun sets: train runs in one process.
+    """Raise if torchrun has started several processes, because training runs in one.
 
     Raises:
-        ValueError: several processes, or a variable that says nothing.
+        ValueError: several processes, or a variable of torchrun that is no number.
 
     Example:
         >>> demand_one_process()
@@ -96,7 +96,7 @@ def demand_one_process() -> None:
 
 
 def _variable(name: str, low: int, high: float) -> int | None:
-    """A whole number in the environment; None where it is not set."""
+    """A whole number from the environment; None if the variable is not set."""
     text = os.environ.get(name)
     if text is None:
         return None
@@ -118,7 +118,7 @@ def fit(
     on_epoch: Callable[[Result], None] | None = None,
     bar: bool = False,
 ) -> Result:
-    """Train as configured and return the result; `run` is this with files.
+    """Train as configured and return the result; `run` adds the files.
 
     Args:
         config: what to train.
@@ -134,7 +134,8 @@ def fit(
     """
     device = find_device(config.device)
     with _threads(config.threads), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # For dropout and factories; undone by fork_rng. torch.manual_seed would seed all GPUs.
+        # For dropout and factories; fork_rng restores the generators. torch.manual_seed would
+        # also seed all other GPUs.
         torch.default_generator.manual_seed(config.seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
@@ -182,17 +183,17 @@ def fit(
 
 
 def build(config: TrainConfig, data: Data) -> nn.Module:
-    """The network as configured: plain, converted, initialised, PLN before it.
+    """Build the network as configured: converted, initialised, with PLN before it.
 
     Args:
         config: what to build.
-        data: its shapes decide the sizes of the input and of the head.
+        data: its shapes determine the sizes of the input and of the head.
 
     Returns:
         A module (N, C, *spatial) → (N, num_classes) on the CPU.
 
     Raises:
-        ValueError: whatever `convert` and `init_module_` raise.
+        ValueError: `convert` or `init_module_` refuses the model.
         TypeError: the factory returns no module.
         RuntimeError: the factory raised something.
     """
@@ -219,7 +220,7 @@ def build(config: TrainConfig, data: Data) -> nn.Module:
 
 
 def load_data(config: TrainConfig) -> Data:
-    """The data as configured.
+    """Load the data as configured.
 
     Raises:
         ImportError: "digits" without scikit-learn.
@@ -242,7 +243,7 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig) -> tup
         model: the network.
         x: (N, C, *spatial), on the model's device.
         y: (N,) labels.
-        config: for autocast and memory format.
+        config: configures autocast and memory format.
 
     Returns:
         (loss, accuracy).
@@ -261,9 +262,9 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Learning rate of one step.
 
     Args:
-        config: peak and schedule.
+        config: configures peak and schedule.
         step: 0 … steps − 1.
-        steps: all steps of the run.
+        steps: number of steps of the run.
 
     Returns:
         The rate.
@@ -290,9 +291,9 @@ def _train_epoch(
     x: Tensor,
     y: Tensor,
 ) -> float:
-    """One pass; returns the mean loss, or the first sum that is not finite."""
+    """Train for one epoch; return the mean loss, or the first sum of losses that is not finite."""
     model.train()
-    # A generator per epoch, so that a resumed run sees the same order.
+    # Each epoch has its own generator, so that a resumed run sees the same order.
     generator = torch.Generator().manual_seed(2**32 * (epoch + 1) + config.seed)
     order = torch.randperm(len(x), generator=generator).to(x.device)
     batches = order.split(config.batch_size)
@@ -314,7 +315,7 @@ def _train_epoch(
 
 
 def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    # fused: hundreds of small tensors in one call, which at depth 300 is felt
+    # One call for all tensors: at depth 300 there are hundreds of small ones.
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimiser == "sgd":
         momentum = config.momentum

@@ -11,19 +11,19 @@ from fusedshape.files import save_figure
 
 Result = Mapping[str, Any]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, then two greys.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, and two greys.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.45", "0.15")
 
 
 def plot_curves(results: Mapping[str, Sequence[Result]], path: str | Path, title: str = "") -> None:
-    """Training loss and test accuracy by epoch; a line per run, a colour per label.
+    """Plot training loss and test accuracy by epoch, with a line per run and a colour per label.
 
-    The loss axis ends at twice the middle run's first loss: a spike leaves the picture.
+    The loss axis ends at twice the first loss of the middle run, so spikes are cut off.
 
     Args:
         results: label → results of `fusedshape.train.run`, for example one per seed.
-        path: file; its suffix decides the format.
-        title: over the figure.
+        path: file; its suffix determines the format.
+        title: title of the figure.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -107,7 +107,7 @@ def labels_apart(heights: Sequence[float], gap: float = 0.06) -> list[float]:
     found: list[float] = []
     for height in heights:
         found.append(min(height, found[-1] - gap) if found else height)
-    for i in range(len(found) - 1, -1, -1):  # those at the bottom push the others up
+    for i in range(len(found) - 1, -1, -1):  # labels at the bottom push the others up
         found[i] = max(found[i], found[i + 1] + gap if i + 1 < len(found) else 0.02)
     return found
 

@@ -1,4 +1,4 @@
-"""`fusedshape tune`: measure a model's fused layers, say what was chosen and what it won."""
+"""`fusedshape tune`: measure a model's fused layers, and say what was chosen and what it gains."""
 
 from __future__ import annotations
 
@@ -76,14 +76,15 @@ def declare(commands: Commands) -> None:
 
 
 class Row(NamedTuple):
-    """One direction of one layer's call.
+    """One direction of one call of a layer.
 
     Attributes:
         layer: the module's name.
         direction: as in `fusedshape.tuning.measuring.measure`.
         problem: the layer and its input.
-        record: what was found; None where "aten" is the only candidate.
-        result: of the measurement; None where the cache had it; without a record, who cannot run.
+        record: what was found; None if "aten" is the only candidate.
+        result: result of the measurement; None if the cache had it. Without a record it says which
+            engines cannot run.
     """
 
     layer: str
@@ -113,7 +114,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         rows.extend(tune(layers, device, force=args.force, dry_run=args.dry_run))
     finally:
-        # Also after Ctrl-C: what is measured is kept, and shown.
+        # What was measured is kept and shown after Ctrl-C, too.
         kept = chooser.cache_of(device).writable
         if rows:
             print(json.dumps(_as_json(rows), indent=1) if args.json else text(rows, kept))
@@ -136,15 +137,15 @@ def tune(
     clock: Clock | None = None,
     progress: bool = True,
 ) -> Iterator[Row]:
-    """Measure what the cache does not have, and keep it there.
+    """Measure what the cache lacks, and store it there.
 
     Args:
         layers: as `fused_layers` finds them.
-        device: where they are.
-        force: measure what the cache has, too.
+        device: device of the layers.
+        force: measure also what the cache has.
         dry_run: measure nothing.
-        clock: of the device; None makes one.
-        progress: whether to show a bar on stderr, if that is a terminal.
+        clock: clock of the device; None makes one.
+        progress: whether to show a progress bar if stderr is a terminal.
 
     Yields:
         A row for each direction of each layer, in order.
@@ -180,7 +181,7 @@ def _bar(cases: list[Any], progress: bool) -> Iterable[Any]:
 
 
 def text(rows: Sequence[Row], kept: bool = True) -> str:
-    """A table of what was chosen, what it won, and what was left out.
+    """A table of what was chosen, what it gains, and what was left out.
 
     Args:
         rows: as `tune` yields them.
