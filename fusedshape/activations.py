@@ -91,12 +91,12 @@ class Activation:
 
 
 def _exp_neg(u: Tensor) -> Tensor:
-    # Clamped, so that the branch `where` discards can never turn into 0·inf in autograd.
+    # Clamped, so that autograd never multiplies 0 by inf in the branch that `where` discards.
     return u.clamp(max=0).exp()
 
 
-# Steps by torch's own backwards, whose derivative is zeros: that of a comparison is None, and then
-# a gradient penalty leaves biases without a gradient.
+# Written with torch's own backward functions, whose derivative is zeros. A comparison has none, so
+# that a gradient penalty would leave biases without a gradient.
 def _relu_d1_from_output(v: Tensor, a: float) -> Tensor:
     return torch.ops.aten.threshold_backward.default(torch.ones_like(v), v, 0)
 
@@ -106,12 +106,12 @@ def _leaky_d1(u: Tensor, a: float) -> Tensor:
 
 
 def _undefined(u: Tensor) -> Tensor:
-    # 0, and NaN at ±inf, where torch's own backward works out inf·0.
+    # 0, but NaN at ±inf, where torch's own backward computes inf·0.
     return u.detach() - u.detach()
 
 
 def _softplus(u: Tensor, a: float) -> Tensor:
-    # F.softplus is linear beyond its threshold, an error of 2e-9 that the solver would see.
+    # F.softplus is linear beyond its threshold, an error of 2e-9 that the solver would notice.
     return torch.logaddexp(u, torch.zeros_like(u))
 
 
@@ -121,7 +121,7 @@ def _softplus_exported(u: Tensor, a: float) -> Tensor:
 
 def _asinh_exported(u: Tensor, a: float) -> Tensor:
     s = u.abs()
-    t = s.clamp(max=1e9)  # beyond, the square may overflow, and the root is s
+    t = s.clamp(max=1e9)  # beyond that, the square may overflow, and the root equals s
     return u.sign() * (
         (t + (t.square() + 1).sqrt()).log() + (s / t.clamp(min=1)).clamp(min=1).log()
     )
@@ -147,7 +147,7 @@ def _swish_d2(u: Tensor, a: float) -> Tensor:
 
 
 def _bounded(u: Tensor) -> Tensor:
-    # tanh has reached its limit at 64, where no power overflows; ±inf makes the NaN torch's does.
+    # At ±64 tanh has reached its limits, and no power overflows. ±inf stays: NaN as in torch.
     return torch.where(u.isinf(), u, u.clamp(-64, 64))
 
 
@@ -189,19 +189,19 @@ def _normal_pdf(u: Tensor) -> Tensor:
 
 
 def _far(u: Tensor) -> Tensor:
-    # Where √(u² + 1) is |u|, and u² does not overflow.
+    # At ±2⁶⁰, √(u² + 1) equals |u|, and u² does not overflow.
     return u.clamp(-(2.0**60), 2.0**60)
 
 
 def _bentid(u: Tensor, a: float) -> Tensor:
-    # √(u² + 1) − 1 as u²/(1 + √(u² + 1)), without cancellation; far out it is |u|.
+    # √(u² + 1) − 1 is written as u²/(1 + √(u² + 1)), which does not cancel; for large u it is |u|.
     square = u.masked_fill(u.abs() > 2.0**60, 0.0).square()
     near = u + 0.5 * square / (1 + (square + 1).sqrt())
     return torch.where(u.abs() > 2.0**60, torch.where(u < 0, 0.5 * u, 1.5 * u), near)
 
 
 def _of_prelu(weight: Any) -> dict[str, Any] | None:
-    # One slope for all channels; others are no ActSpec's.
+    # An ActSpec has one slope, so that of all channels must be the same.
     if not isinstance(weight, Tensor) or weight.min() != weight.max():
         return None
     return {"negative_slope": weight.flatten()[0].item()}
@@ -285,7 +285,7 @@ _ROWS = (
                 lambda beta: {"input_scale": beta, "output_scale": 1 / beta},
             ),
         ),
-        # Beyond its threshold torch takes u itself: at 40 that is less than float64 resolves.
+        # Beyond its threshold torch returns u itself; at 40 float64 cannot tell the difference.
         module=lambda a: nn.Softplus(threshold=40.0),
         function=lambda u, a: F.softplus(u),
     ),
@@ -480,7 +480,7 @@ TORCH_NAMES: tuple[TorchName, ...] = (
 
 
 def get_activation(name: str, who: str = "get_activation") -> Activation:
-    """Look a row of the table up by name.
+    """Look up a row of the table by its name.
 
     Args:
         name: one of the keys of `ACTIVATIONS`.

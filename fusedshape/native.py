@@ -1,7 +1,6 @@
 """Finds, builds and loads csrc: the CPU kernels on torch's stable C++ ABI.
 
-Nothing is compiled by an import: `load` takes the library that `build` left, and remembers why
-there is none.
+Importing compiles nothing: `load` loads the library that `build` made, or remembers why it cannot.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _FLAGS = (
 # The rows' names make the enumeration of ids, so that the two can never differ.
 _DEFINITIONS = (f"-DFS_ACTIVATIONS={','.join(ACTIVATIONS)}",)
 _DIGEST_SIZE = hashlib.sha256().digest_size
-#: Bytes that a library may have.
+#: Larger files, in bytes, are no library of ours and are not read.
 _LIMIT = 256 << 20
 
 _loaded = False
@@ -54,7 +53,7 @@ def _sources() -> Path:
 
 @functools.cache
 def _cpu_info() -> dict[str, str]:
-    """What the kernel says of the first CPU; empty where it says nothing."""
+    """The fields of the first CPU in /proc/cpuinfo; empty where there is no such file."""
     try:
         first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
     except OSError:
@@ -108,9 +107,9 @@ def _directories() -> tuple[Path, Path]:
 
 
 def _distrust(path: Path) -> str | None:
-    """Why a library, or its folder, may be somebody else's work; None if it cannot be.
+    """Why others may have written a library or its folder; None if they cannot have.
 
-    Above the package nothing is looked at: who can write there can change this very file.
+    Folders above the package are not checked: whoever can write there can change this file, too.
     """
     package, _ = _directories()
     inside = package == path or package in path.parents
@@ -145,7 +144,7 @@ def library_path() -> Path:
 
 
 def _refused() -> str | None:
-    """Why a library that is there is passed over; None if none is there, or it is ours."""
+    """Why an existing library is not loaded; None if there is none, or it can be trusted."""
     for directory in _directories():
         path = directory / _file_name()
         reason = _distrust(path) if os.path.isfile(path) else None
@@ -229,7 +228,7 @@ def _run(command: list[str], verbose: bool) -> None:
 
 
 def _finished(command: list[str]) -> tuple[int, str]:
-    """Run the compiler; its exit status and what it said. Interrupted, it clears up and is gone."""
+    """Run the compiler; return its exit status and output. If interrupted, end it cleanly."""
     with subprocess.Popen(
         command,
         cwd=_sources(),
@@ -242,7 +241,7 @@ def _finished(command: list[str]) -> tuple[int, str]:
         try:
             said = process.communicate()[0]
         except BaseException:
-            # g++ is a driver of several programs, each of which has files to remove.
+            # g++ starts several programs, each of which must remove its temporary files.
             with suppress(ProcessLookupError):
                 if os.name == "posix":
                     os.killpg(process.pid, signal.SIGTERM)
@@ -253,9 +252,9 @@ def _finished(command: list[str]) -> tuple[int, str]:
 
 
 def _problem(path: Path) -> str | None:
-    """Why the library at `path` cannot be loaded; None if nothing speaks against it.
+    """Why the library at `path` cannot be loaded; None if it probably can.
 
-    The digest at its end is looked at first, since dlopen dies on some damaged files.
+    The digest at its end is checked before dlopen, which crashes on some damaged files.
     """
     try:
         content = read_bytes(path, _LIMIT)

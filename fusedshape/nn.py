@@ -1,7 +1,7 @@
 """Modules: drop-ins whose parameters and state_dict keys are the plain ones'."""
 
-# No annotations from __future__ here: torch.fx writes a forward's own into its code, and what it
-# is to import by strings it cannot pickle.
+# Without `from __future__ import annotations`: torch.fx copies a forward's annotations into its
+# code, and cannot pickle that where they are strings.
 import functools
 import inspect
 import math
@@ -32,7 +32,7 @@ def _check_how(who: str, spec: ActSpec, backend: str, engine: str = "auto") -> N
 def _check_locations(x: Any) -> None:
     """Raise unless a tensor is floating and of shape (N, C, *spatial).
 
-    By `type`, because a symbol passes for a tensor by isinstance and has no shape to be asked for.
+    This goes by `type`: isinstance takes a tracer's symbol for a tensor, but it has no shape.
     """
     if issubclass(type(x), Tensor) and (x.ndim < 2 or not x.is_floating_point()):
         raise ValueError(
@@ -42,7 +42,7 @@ def _check_locations(x: Any) -> None:
 
 
 def _check_input(who: str, name: str, x: Any) -> None:
-    """Raise unless x is a tensor, or stands for one, as what torch.fx traces with."""
+    """Raise unless x is a tensor or stands for one, as torch.fx's proxies do."""
     if not isinstance(x, Tensor) and not hasattr(x, "__torch_function__"):
         raise TypeError(f"{who}: {name} must be a tensor, got {shown(x)}")
 
@@ -55,7 +55,7 @@ class ShapedActivation(nn.Module):
         backend: as in `fusedshape.ops.shaped_act`.
 
     Attributes:
-        engine: of the layer that `fusedshape.fuse` may make of it and the layer before.
+        engine: the engine of the layer if `fusedshape.fuse` fuses this with the layer before.
 
     Example:
         >>> act = ShapedActivation(ActSpec("tanh", output_scale=2.0))
@@ -96,13 +96,13 @@ _IDENTITY = ActSpec("leaky_relu", negative_slope=1.0)
 
 
 class _Shaped(FusedLayer):
-    """What the shaped twins of nn.Conv*d and nn.Linear share."""
+    """Base of the shaped twins of nn.Conv*d and nn.Linear."""
 
     weight: Tensor
     bias: Tensor | None
     spec: ActSpec
     backend: Backend
-    engine: Engine = "auto"  # also that of modules pickled before there were engines
+    engine: Engine = "auto"  # for modules that were pickled before there were engines
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class _Shaped(FusedLayer):
         return plain
 
     def pre_activation(self, x: Tensor) -> Tensor:
-        """What the activation is applied to, x ⋆ W + b, by the layer's own engine.
+        """Compute x ⋆ W + b, to which the activation is applied, with the layer's own engine.
 
         Example:
             >>> layer = ShapedLinear(4, 2, spec=ActSpec("relu"))
@@ -202,8 +202,8 @@ class _Shaped(FusedLayer):
     def reset_parameters(self) -> None:
         """Draw weights as the constants assume them: scaled uniform orthogonal, biases zero.
 
-        Convolutions take the Delta form, but for even kernels, which have no centre. As in torch,
-        nothing is drawn on the meta device: call it again after ``to_empty``.
+        Convolutions take the Delta form, except those with even kernels, which have no centre. As
+        in torch, nothing is drawn on the meta device: call this again after ``to_empty``.
         """
         if self.weight.is_meta:
             return
@@ -217,7 +217,7 @@ class _Shaped(FusedLayer):
 
 @functools.cache
 def _undrawn(plain: Any) -> Any:
-    """A plain layer's class whose constructor makes parameters and draws no numbers for them."""
+    """Make a subclass of a plain layer whose constructor leaves its parameters undrawn."""
     return type(plain.__name__, (plain,), {"reset_parameters": lambda self: None})
 
 
@@ -264,8 +264,8 @@ class ShapedConv2d(_ShapedConv):
 
     Takes nn.Conv2d's arguments, and `spec`, `backend` and `engine` by name. Parameters, keys and
     attributes are nn.Conv2d's; weights start scaled uniform orthogonal in Delta form, biases zero.
-    It is no nn.Conv2d by class, because its output is not x ⋆ W + b: tools that look for plain
-    convolutions, for adapters or for curvature, skip or refuse it.
+    It is not a subclass of nn.Conv2d, because its output is not x ⋆ W + b: tools that look for
+    plain convolutions, for adapters or for curvature, skip or refuse it.
 
     Args:
         spec: the constants.
@@ -321,9 +321,9 @@ SHAPED: Mapping[type[nn.Module], type[_Shaped]] = {
 
 
 def place() -> nn.Identity:
-    """What stands where an activation stood that a layer has taken in.
+    """Make the placeholder for an activation that has been fused into a layer.
 
-    It does nothing, as any nn.Identity; it tells `fusedshape.unfuse` where to put the activation.
+    It does nothing, like any nn.Identity; it tells `fusedshape.unfuse` where to put the activation.
     """
     found = nn.Identity()
     vars(found)["is_place"] = True
@@ -331,7 +331,7 @@ def place() -> nn.Identity:
 
 
 def is_place(module: object) -> bool:
-    """Whether a module is one of `place`.
+    """Whether a module was made by `place`.
 
     Example:
         >>> is_place(place()), is_place(nn.Identity())
@@ -343,17 +343,17 @@ def is_place(module: object) -> bool:
 class ShapedChain(nn.Sequential):
     r"""nn.Sequential that runs each row of shaped layers in it as one autograd node.
 
-    The numbers are nn.Sequential's, and so are the parameters and the state_dict keys. A row is
-    what `fusedshape.ops.conv_chain` can take: ShapedConv1d/2d/3d of one kind or ShapedLinear, one
-    after the other, with nothing but nn.Identity in between. Whatever else stands here is called as
-    nn.Sequential calls it, and ends the row before it: so do shaped layers that carry hooks, are
-    compiled by themselves, are of a subclass, or pad other than with zeros on both sides alike
-    (`why_not_chained` tells). No hook is ever skipped.
+    Results, parameters and state_dict keys are those of nn.Sequential. A row is what
+    `fusedshape.ops.conv_chain` can take: ShapedConv1d/2d/3d of one kind or ShapedLinear, one after
+    the other, with nothing but nn.Identity in between. Any other module is called as nn.Sequential
+    calls it, and ends the row before it. So does a shaped layer that carries hooks, is compiled by
+    itself, is of a subclass, or pads other than with zeros on both sides alike (`why_not_chained`
+    says which). No hook is ever skipped.
 
     Args:
         modules: as nn.Sequential's: modules, or one OrderedDict of them.
-        max_length: layers of one node at most. A node's gradients arrive together; with
-            DistributedDataParallel, shorter nodes let it send them while backward goes on.
+        max_length: most layers of one node. The gradients of a node arrive together, so shorter
+            nodes let DistributedDataParallel send some while backward continues.
 
     Raises:
         ValueError: max_length below 1.
@@ -373,7 +373,7 @@ class ShapedChain(nn.Sequential):
         self.max_length = _checked_length(max_length)
 
     def forward(self, x: Any) -> Any:
-        """What nn.Sequential's forward takes and gives."""
+        """As nn.Sequential's forward."""
         if not isinstance(x, Tensor):  # torch.fx traces with something else
             return super().forward(x)
         for row in chain_rows(self._modules):
@@ -405,9 +405,9 @@ def _checked_length(max_length: int | None) -> int | None:
 
 
 def chain_rows(children: Mapping[str, nn.Module | None]) -> list[list[str]]:
-    """The names of an nn.Sequential's children, those that a `ShapedChain` runs together in a list.
+    """Names of an nn.Sequential's children; those that a `ShapedChain` runs together in one list.
 
-    Others are in a list by themselves, and idle ones in none.
+    Any other child is in a list by itself, and an nn.Identity that nobody watches in none.
 
     Example:
         >>> spec = ActSpec("relu")
@@ -489,10 +489,10 @@ _GEOMETRY = ("stride", "padding", "dilation", "groups")
 class NormalizedSum(WeightedSum):
     r"""Normalised sum of branches, y = Σ wᵢ·uᵢ with Σ wᵢ² = 1: keeps q = 1 where branches join.
 
-    The module to write instead of ``x + f(x)``, for which see `shortcut`. At initialisation
-    q(y) = Σ wᵢ²·q(uᵢ), for independent branches. A branch of weight 0 takes no part, so that its
-    inf and nan do not either. No parameters. In bfloat16 and float16 each branch costs at most one
-    rounding of the result's precision, as in ``a + b``; torch.compile rounds once.
+    Use it in place of ``x + f(x)``; see `shortcut`. At initialisation q(y) = Σ wᵢ²·q(uᵢ), for
+    independent branches. A branch of weight 0 is left out, with its inf and nan. It has no
+    parameters. In bfloat16 and float16 each branch costs at most one rounding of the result's
+    precision, as in ``a + b``; torch.compile rounds once.
 
     Args:
         weights: one number for each branch, of either sign.
@@ -552,7 +552,7 @@ class NormalizedSum(WeightedSum):
         return cls((weight, math.sqrt((1 - weight) * (1 + weight))))
 
     def forward(self, *branches: Tensor) -> Tensor:
-        """As many tensors of one shape as there are weights → a new tensor of that shape."""
+        """One tensor for each weight, all of one shape → a new tensor of that shape."""
         if len(branches) != len(self.weights):
             raise ValueError(
                 f"NormalizedSum: got {len(branches)} branches for {len(self.weights)} weights"
@@ -622,7 +622,7 @@ class PerLocationNorm(LocationNorm):
         """x: `(N, C, *spatial)` → `(N, C + 1, *spatial)`, or `(N, C, *spatial)` with "off"."""
         _check_input("PerLocationNorm", "x", x)
         _check_locations(x)
-        # In float32 or better, without a branch on the dtype that torch.fx could not follow.
+        # In float32 or better, and without a branch on the dtype, which torch.fx cannot follow.
         dtype = x.dtype
         x = x.to(torch.promote_types(dtype, torch.float32))
         if self.homog_mode != "off":

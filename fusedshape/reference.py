@@ -1,7 +1,7 @@
 """The eager oracle: every op as plain PyTorch, for any dtype, device and transform.
 
-It is the truth that tests compare against (in float64), the path taken where no kernel is to be had
-or a torch.func transform is active, and a provider in the benchmarks.
+Tests compare against it in float64. It also computes wherever no kernel is available or a
+torch.func transform is active, and the benchmarks time it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 def add_scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Compute a + scale · b and round once.
 
-    On the CPU, torch.add rounds its alpha to the tensors' dtype. In half precision that is another
-    scale than backward applies, so float32 is computed in.
+    On the CPU, torch.add rounds its alpha to the tensors' dtype. In half precision, backward would
+    then apply another scale than forward, so this computes in float32.
     """
     if has_torch_function_variadic(a, b):  # proxies have no dtype
         return handle_torch_function(add_scaled, (a, b), a, b, scale)
@@ -39,18 +39,19 @@ def add_scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def product_bias(
     bias: Tensor | None, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What of a layer's bias its product x ⋆ W takes, in x's dtype, and what is added after it.
+    """Split a layer's bias: what its product x ⋆ W takes, in x's dtype, and what is added later.
 
-    In half precision, a product that is rounded before the bias is added has lost what is left
-    where the two nearly cancel: the side of a kink, or where φ does not saturate. torch's own
-    layers round once, but for convolutions on accelerators. A float32 bias keeps its digits.
+    Where the product and the bias nearly cancel in half precision, rounding the product first loses
+    the difference, and with it the side of a kink or the place where φ does not saturate. So the
+    product takes the bias before it is rounded, as in torch's own layers, except for convolutions
+    on accelerators. What a float32 bias has beyond x's dtype is added later.
     """
     once = x.is_cpu or weight.ndim == 2
     if bias is None or not is_half(x.dtype) or not once:
         return None, bias
     if bias.dtype == x.dtype:
         return bias, None
-    most = torch.finfo(x.dtype).max / 2  # what float16 cannot hold is added after the product
+    most = torch.finfo(x.dtype).max / 2  # what float16 cannot hold is added later
     own = bias.clamp(-most, most).to(x.dtype)
     return own, bias - own
 
@@ -69,9 +70,9 @@ def _with_bias(x: Tensor, bias: Tensor | None, dim: int) -> Tensor:
 def bias_act(
     x: Tensor, bias: Tensor | None, spec: ActSpec, dim: int = 1, phi: Phi | None = None
 ) -> Tensor:
-    """γ(φ(α(x + b) + β) + δ), with b along `dim`; float32 or better inside, rounded once.
+    """Compute γ(φ(α(x + b) + β) + δ) in float32 or better, with b along `dim`, and round once.
 
-    `phi` is φ in other operators than the table's.
+    `phi` replaces the table's φ, for exporters that do not know its operators.
     """
     u = spec.input_scale * _with_bias(x, bias, dim) + spec.input_shift
     v = (phi or get_activation(spec.activation).value)(u, spec.negative_slope)
@@ -79,13 +80,14 @@ def bias_act(
 
 
 def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in `dtype`."""
-    # Where an autograd node returns what `to` hands through, torch 2.11 compiles gradients of zero.
+    """Convert y to `dtype`."""
+    # Not by `to` alone: if an autograd node returns a tensor that `to` left unchanged, torch 2.11
+    # compiles gradients of zero.
     return y if y.dtype == dtype else y.to(dtype)
 
 
 def own_weight(residual_weight: float) -> float:
-    """√(1 − w²): what a layer weighs in a normalised sum with a residual of weight w."""
+    """√(1 − w²): the layer's own weight in a normalised sum with a residual of weight w."""
     return math.sqrt((1 - residual_weight) * (1 + residual_weight))
 
 
@@ -97,7 +99,7 @@ def residual_act(
     spec: ActSpec,
     dim: int,
 ) -> Tensor:
-    """φ̂(√(1 − w²)(x + b) + w r); without residual `bias_act`."""
+    """Compute φ̂(√(1 − w²)(x + b) + w r), or φ̂(x + b) if there is no residual."""
     if residual is None:
         return bias_act(x, bias, spec, dim)
     return shaped_act(joined(x, bias, residual, residual_weight, dim), spec).to(x.dtype)
@@ -106,13 +108,13 @@ def residual_act(
 def joined(
     x: Tensor, bias: Tensor | None, residual: Tensor, residual_weight: float, dim: int
 ) -> Tensor:
-    """√(1 − w²)(x + b) + w r, in float32 or better."""
+    """Compute √(1 − w²)(x + b) + w r, in float32 or better."""
     u = own_weight(residual_weight) * _with_bias(x, bias, dim)
     return u + residual_weight * residual.to(u.dtype)
 
 
 def shaped_act(x: Tensor, spec: ActSpec) -> Tensor:
-    """γ(φ(αx + β) + δ), elementwise."""
+    """Compute γ(φ(αx + β) + δ), elementwise."""
     return bias_act(x, None, spec)
 
 
@@ -124,7 +126,7 @@ def act_grad(
     dim: int,
     from_output: bool | None = None,
 ) -> Tensor:
-    """Gradient with respect to x + b, from the tensor that `spec` saves; differentiable again.
+    """Compute the gradient of x + b from the tensor that `spec` saves; differentiable again.
 
     Args:
         grad: gradient with respect to the output.
@@ -132,7 +134,7 @@ def act_grad(
         bias: used only where the input is saved.
         spec: the constants.
         dim: the channel dimension.
-        from_output: what `saved` is; None for what `spec` saves in saved's dtype.
+        from_output: whether `saved` is the output; None: whatever `spec` saves in saved's dtype.
 
     Returns:
         Tensor of grad's dtype, with saved's shape and strides.
@@ -145,7 +147,7 @@ def act_grad(
     else:
         u = spec.input_scale * _with_bias(saved, bias, dim) + spec.input_shift
         slope = get_activation(spec.activation).d1(u, spec.negative_slope)
-    # slope first, so that the result takes the strides of what was saved, not the gradient's
+    # The slope comes first, so that the result has the strides of `saved`, not those of `grad`.
     return (slope * (spec.input_scale * spec.output_scale) * grad.to(slope.dtype)).to(grad.dtype)
 
 

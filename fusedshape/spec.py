@@ -39,7 +39,7 @@ class ActSpec:
         ValueError: unknown activation, a constant that is not finite, a zero scale, or a
             negative_slope given to an activation that has none.
         TypeError: a constant that is not a number, or a tensor that requires grad: the constants
-            are fixed, and would be cut off from it.
+            are fixed, so no gradient would reach it.
 
     Example:
         >>> spec = ActSpec("leaky_relu", negative_slope=0.3, output_scale=1.35)
@@ -103,7 +103,7 @@ class ActSpec:
         return self.readable
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
-        # torch.fx takes no object as an argument: its code says how to make this one.
+        # torch.fx cannot keep an object in a graph, so the graph calls what makes it.
         return tracer.create_node("call_function", from_text, (self.text,), {})
 
     @property
@@ -163,9 +163,10 @@ class ActSpec:
 def saves_output(spec: ActSpec, dtype: torch.dtype) -> bool:
     """Whether backward of a layer in `dtype` works from its output; if not, from its input.
 
-    An output in half precision is off by up to 2⁻⁹ (bfloat16) or 2⁻¹² (float16) of itself. Where φ
-    saturates, and where δ moves a kink away from 0, φ′ cannot be read off that. It can be where it
-    depends on nothing but the sign of φ and δ = 0, since rounding keeps signs: relu, leaky_relu.
+    Rounding to half precision moves an output by up to 2⁻⁹ (bfloat16) or 2⁻¹² (float16) of itself.
+    φ′ cannot be read off such an output where φ saturates, or where δ has moved a kink away from 0.
+    For relu and leaky_relu with δ = 0 it can be, since φ′ depends on the sign alone, and rounding
+    keeps signs.
 
     Args:
         spec: the constants.
@@ -178,7 +179,7 @@ def saves_output(spec: ActSpec, dtype: torch.dtype) -> bool:
         >>> saves_output(tanh, torch.float32)
         True
     """
-    # A function of two attributes: Dynamo calls no method of the specs that `static` makes.
+    # Not a method: Dynamo cannot call methods of the specs that `static` makes.
     return spec.readable_in_half if is_half(dtype) else spec.readable
 
 
@@ -188,17 +189,17 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 def static(spec: ActSpec) -> ActSpec:
-    """The same spec, in a form that torch.compile holds constant.
+    """Return the same spec in a form that torch.compile takes as a constant.
 
-    Dynamo makes an input of every float that it has seen with two values, and its autograd.Function
-    support fails on those. A string it compares and keeps, so the spec is rebuilt from one.
+    Once Dynamo has seen a float with two values, it makes an input of it, which its support of
+    autograd.Function cannot handle. It keeps strings as constants, so the spec is made from one.
     """
     return from_text(spec.text) if torch.compiler.is_compiling() else spec
 
 
 @constant_for_dynamo
 def from_text(text: str) -> ActSpec:
-    """The spec whose `ActSpec.text` is given.
+    """Make the spec whose `ActSpec.text` is given.
 
     Example:
         >>> from_text(ActSpec("relu", output_scale=2.0).text).output_scale
@@ -209,7 +210,7 @@ def from_text(text: str) -> ActSpec:
 
 
 def from_torch(name: str, options: Mapping[str, Any]) -> ActSpec | None:
-    """The spec that computes what one of torch's activations does.
+    """Make the spec that computes what one of torch's activations does.
 
     Args:
         name: what torch calls the function, or a key of `ACTIVATIONS`.
