@@ -28,6 +28,8 @@ SUBMODULES = ("convert", "diagnose", "init", "models", "theory", "train", "tunin
 #: What public functions take or return, documented where it is defined.
 VALUES = (
     "fusedshape.activations.Activation",
+    "fusedshape.explain.Explanation",
+    "fusedshape.explain.Row",
     "fusedshape.shortcuts.ShortcutReport",
     "fusedshape.tap.Tapped",
 )
