@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fusedshape.activations import ACTIVATIONS
-from fusedshape.files import distrust, read_bytes, replacing, sweep, user_cache
+from fusedshape.files import distrust, read_bytes, remove_leftovers, replacing, user_cache
 
 logger = logging.getLogger("fusedshape.native")
 
@@ -184,7 +184,7 @@ def build(verbose: bool = False, force: bool = False) -> Path:
     reason = _distrust(path.parent)
     if reason is not None:
         raise PermissionError(f"{reason}; nothing is built where others may write")
-    sweep(path.parent)
+    remove_leftovers(path.parent)
     with replacing(path) as temporary:
         _run(_command(temporary), verbose)
         content = temporary.read_bytes()

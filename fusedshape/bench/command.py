@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _told_of(files: Sequence[Path]) -> Iterator[None]:
+def _naming(files: Sequence[Path]) -> Iterator[None]:
     """Turn an error of a table or a plot into one that names the files."""
     try:
         yield
@@ -135,7 +135,7 @@ def _told_of(files: Sequence[Path]) -> Iterator[None]:
 
 
 def _show(args: argparse.Namespace) -> None:
-    with _told_of([args.record]):
+    with _naming([args.record]):
         print(text.report(records.load(args.record)))
 
 
@@ -149,7 +149,7 @@ def _compare(args: argparse.Namespace) -> None:
     else:
         found = [records.load(file) for file in args.files]
         before, after = found[:half], found[half:]
-    with _told_of(args.files):
+    with _naming(args.files):
         print(compare.report(before, after))
 
 
@@ -163,6 +163,6 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    with _told_of([args.record]):
+    with _naming([args.record]):
         for path in plot.plot(records.load(args.record), args.out or args.record.with_suffix("")):
             print(path)

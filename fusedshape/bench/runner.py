@@ -23,7 +23,7 @@ from fusedshape.bench.cases import Case, Setting
 from fusedshape.bench.providers import Problem
 from fusedshape.bench.records import Record, Row
 from fusedshape.bench.suites import SUITES, Suite
-from fusedshape.files import sweep
+from fusedshape.files import remove_leftovers
 from fusedshape.interrupts import terminable
 from fusedshape.timing import (
     Candidate,
@@ -152,7 +152,7 @@ class _Run:
         """Run the cases that the record lacks, as far as time allows."""
         if self.out is not None:
             records.demand_writable(self.out)
-            sweep(self.out.parent)
+            remove_leftovers(self.out.parent)
         # Only dtypes of cases with products: on a CPU, products of some dtypes are very slow.
         products = ("conv_act", "linear_act", "chain", "net")
         dtypes = {c.parameters["dtype"] for c in self.cases if c.group in products}

@@ -12,7 +12,7 @@ from fusedshape.files.disk import (
     write_bytes,
 )
 from fusedshape.files.figure import save_figure
-from fusedshape.files.leftovers import sweep
+from fusedshape.files.leftovers import remove_leftovers
 from fusedshape.files.schema import expect, quoted
 from fusedshape.files.text import parse_json, read_json, write_json, write_text
 from fusedshape.files.trust import distrust, user_cache
@@ -28,10 +28,10 @@ __all__ = [
     "quoted",
     "read_bytes",
     "read_json",
+    "remove_leftovers",
     "replacing",
     "save_checkpoint",
     "save_figure",
-    "sweep",
     "user_cache",
     "with_checksum",
     "without_checksum",

@@ -68,8 +68,8 @@ def replacing(path: Path, size: int | None = None, *, sync: bool = True) -> Iter
     """Yield a temporary file, which replaces `path` in one piece when the body ends.
 
     Readers of `path` see the old file or the new one, even if the process is killed or the machine
-    stops. If the body fails, the old file stays and the temporary file is removed. `sweep` removes
-    the temporary files of killed processes.
+    stops. If the body fails, the old file stays and the temporary file is removed. Those of killed
+    processes are left to `remove_leftovers`.
 
     Args:
         path: the file to replace; it need not exist.

@@ -25,14 +25,14 @@ def temporary_beside(path: Path) -> Path:
     """A new name at every call for a file that will replace `path`.
 
     The name contains the machine, the process id and the start time of the process, from which
-    `sweep` learns whether the writer is alive.
+    `remove_leftovers` learns whether the writer is alive.
     """
     pid = os.getpid()
     tag = f"{_machine_tag()}-{pid}-{_start_of(pid) or 0}-{next(_COUNT)}"
     return path.with_name(f"{path.name[:40]}.fusedshape-{tag}.tmp")
 
 
-def sweep(folder: Path) -> list[Path]:
+def remove_leftovers(folder: Path) -> list[Path]:
     """Remove the temporary files that killed processes of this user left in a folder.
 
     A file stays if another user owns it, if its writer is alive, or if the writer was a process of

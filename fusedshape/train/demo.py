@@ -20,7 +20,7 @@ from fusedshape.files import (
     ContentError,
     expect,
     read_json,
-    sweep,
+    remove_leftovers,
     with_checksum,
     without_checksum,
     write_json,
@@ -141,7 +141,7 @@ def run_demo(
     configs = demo.configs()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    remove_leftovers(out)
     header = provenance()
     say(
         f"{demo.depth} layers of {demo.width} channels, no normalisation, no skip connections, on "
@@ -241,7 +241,7 @@ def run_sweep(
     integer("train sweep", "jobs", jobs, 1)
     demand_one_process()
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
+    remove_leftovers(path.parent)
     data = _read_sweep(path)
     rows: list[Result] = data["rows"]
     data["headers"].append(provenance() | {"jobs": jobs})

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedshape.convert import convert
-from fusedshape.files import quoted, sweep, write_json
+from fusedshape.files import quoted, remove_leftovers, write_json
 from fusedshape.init import init_module_
 from fusedshape.kinds import kind_of
 from fusedshape.loading import make, make_model
@@ -63,7 +63,7 @@ def run(config: TrainConfig, out_dir: str | Path) -> Result:
     demand_one_process()
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
+    remove_leftovers(out)
 
     def save(result: Result) -> None:
         write_json(out / "result.json", result)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fusedshape import native
-from fusedshape.files import distrust, read_json, sweep, user_cache, write_json
+from fusedshape.files import distrust, read_json, remove_leftovers, user_cache, write_json
 from fusedshape.ops.engines.triton import HAS_TRITON, INTERPRET
 
 logger = logging.getLogger("fusedshape.tuning")
@@ -162,7 +162,7 @@ class Cache:
         if not self._swept:
             self._swept = True
             for folder in self.folder.parent.glob("*"):
-                sweep(folder)
+                remove_leftovers(folder)
 
     def count(self) -> int:
         """How many records can be used; none where nobody may look."""

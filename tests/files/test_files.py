@@ -351,10 +351,10 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             assert process.stdout.readline() == "ready\n"
             until = time.monotonic() + rng.uniform(0.1, 0.3)
             while time.monotonic() < until or not path.exists():
-                assert files.sweep(tmp_path) == []  # nothing of a live process
+                assert files.remove_leftovers(tmp_path) == []  # nothing of a live process
             process.kill()
         assert set(files.read_json(path)) == {"n", "filler"}
-        left += len(files.sweep(tmp_path))
+        left += len(files.remove_leftovers(tmp_path))
         assert os.listdir(tmp_path) == ["a.json"]
         if kills > 1 and left:  # a kill between two writes leaves nothing
             break
@@ -388,7 +388,7 @@ def test_sweeping_takes_what_is_dead_or_old(tmp_path: Path) -> None:
     ]
     if start:  # a process of that number lives, but began at another time
         gone.append(leave(tmp_path, f"{here}-{me}-{start + 1}"))
-    assert set(files.sweep(tmp_path)) == set(gone)
+    assert set(files.remove_leftovers(tmp_path)) == set(gone)
     assert sorted(tmp_path.iterdir()) == sorted(stay)
 
 
@@ -396,13 +396,13 @@ def test_sweeping_takes_what_is_dead_or_old(tmp_path: Path) -> None:
 def test_sweeping_leaves_another_users(tmp_path: Path) -> None:
     path = leave(tmp_path, f"{leftovers._machine_tag()}-{2**22 + 1}-5", age=1e6)
     os.chown(path, 12345, -1)
-    assert files.sweep(tmp_path) == []
+    assert files.remove_leftovers(tmp_path) == []
     os.chown(path, 0, -1)
-    assert files.sweep(tmp_path) == [path]
+    assert files.remove_leftovers(tmp_path) == [path]
 
 
 def test_sweeping_nowhere() -> None:
-    assert files.sweep(Path("/no/such/folder")) == []
+    assert files.remove_leftovers(Path("/no/such/folder")) == []
 
 
 # ------------------------------------------------------------------ checkpoints of any kind

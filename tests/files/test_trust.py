@@ -368,6 +368,6 @@ def test_a_stopped_build_leaves_nothing(tmp_path: Path) -> None:
         if how != signal.SIGKILL:
             assert not list(folder.iterdir())
     assert len(list(folder.iterdir())) == 1
-    from fusedshape.files import sweep
+    from fusedshape.files import remove_leftovers
 
-    assert len(sweep(folder)) == 1
+    assert len(remove_leftovers(folder)) == 1
