@@ -513,6 +513,11 @@ ENTRIES: dict[str, Entry] = {
         lambda: {"model": nn.Sequential(ShapedLinear(3, 3, spec=RELU))},
         {"model": nothing},
     ),
+    "explain": Entry(
+        lambda model: fusedshape.explain(model, torch.zeros(1, 3)),
+        lambda: {"model": nn.Sequential(ShapedLinear(3, 3, spec=RELU))},
+        {"model": nothing},
+    ),
 }
 FIELDS = inspect.signature(train.TrainConfig).parameters
 ENTRIES |= {
