@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -66,9 +67,8 @@ def suo_(
         >>> suo_(torch.empty(8, 2, 3, 3)).count_nonzero((0, 1)).tolist()
         [[0, 0, 0], [0, 16, 0], [0, 0, 0]]
     """
-    gain = _check("suo_", weight, groups, transposed, gain, generator)
-    centre = _centre("suo_", weight, _strides("suo_", weight, stride, transposed))
-    return _fill_centre("suo_", weight, centre, groups, transposed, gain, True, generator)
+    filling = _Filling("suo_", weight, groups, transposed, stride, gain, generator)
+    return _fill_centre(filling, keep_q=True)
 
 
 def suo_full_(
@@ -109,15 +109,12 @@ def suo_full_(
         >>> torch.allclose(w @ w.T, torch.eye(4), atol=1e-5)
         True
     """
-    gain = _check("suo_full_", weight, groups, transposed, gain, generator)
-    strides = _strides("suo_full_", weight, stride, transposed)
+    filling = _Filling("suo_full_", weight, groups, transposed, stride, gain, generator)
     with torch.no_grad():
-        for group in _groups("suo_full_", weight, groups, transposed):
-            for taps in phases(strides):
-                part = group[(_ALL, _ALL, *taps)]
-                out, fan_in = part.shape[0], part[0].numel()
-                scale = gain * max(math.sqrt(out / fan_in), 1.0)
-                part.copy_((_haar(out, fan_in, weight, generator) * scale).reshape(part.shape))
+        for part in filling.parts():
+            out, fan_in = part.shape[0], part[0].numel()
+            scale = filling.gain * max(math.sqrt(out / fan_in), 1.0)
+            part.copy_((filling.orthogonal(out, fan_in) * scale).reshape(part.shape))
     return weight
 
 
@@ -156,10 +153,8 @@ def delta_orthogonal_(
         >>> torch.allclose(w.T @ w, torch.eye(2), atol=1e-5)
         True
     """
-    gain = _check("delta_orthogonal_", weight, groups, transposed, gain, generator)
-    name = "delta_orthogonal_"
-    centre = _centre(name, weight, [1] * (weight.ndim - 2))
-    return _fill_centre(name, weight, centre, groups, transposed, gain, False, generator)
+    filling = _Filling("delta_orthogonal_", weight, groups, transposed, 1, gain, generator)
+    return _fill_centre(filling, keep_q=False)
 
 
 def gaussian_(
@@ -196,14 +191,11 @@ def gaussian_(
         >>> round(float(w.var() * 64 * 9), 2)
         1.0
     """
-    gain = _check("gaussian_", weight, groups, transposed, gain, generator)
-    strides = _strides("gaussian_", weight, stride, transposed)
+    filling = _Filling("gaussian_", weight, groups, transposed, stride, gain, generator)
     with torch.no_grad():
-        for group in _groups("gaussian_", weight, groups, transposed):
-            for taps in phases(strides):
-                part = group[(_ALL, _ALL, *taps)]
-                noise = _normal(part.shape, weight, generator)
-                part.copy_(noise * (gain / math.sqrt(part[0].numel())))
+        for part in filling.parts():
+            noise = _normal(part.shape, weight, generator)
+            part.copy_(noise * (filling.gain / math.sqrt(part[0].numel())))
     return weight
 
 
@@ -299,14 +291,10 @@ def check_init(
                 f"init_module_: a transposed convolution of stride {layer.stride} and dilation "
                 f"{layer.dilation} cannot reach all its outputs alike; use stride 1 or dilation 1"
             )
-    name, weight = f"{method}_", layer.weight
-    _check(name, weight, groups, transposed, gain, None)
-    strides = [1] * (weight.ndim - 2)
-    if method != "delta_orthogonal":
-        strides = list(_strides(name, weight, stride, transposed))
+    own_stride = 1 if method == "delta_orthogonal" else stride
+    filling = _Filling(f"{method}_", layer.weight, groups, transposed, own_stride, gain, None)
     if method in ("suo", "delta_orthogonal"):
-        _centre(name, weight, strides)
-    next(_groups(name, weight, groups, transposed), None)
+        filling.centre()
 
 
 def _geometry(layer: Any) -> tuple[int, bool, tuple[int, ...]]:
@@ -316,100 +304,103 @@ def _geometry(layer: Any) -> tuple[int, bool, tuple[int, ...]]:
     return kind.groups(layer), kind.transposed, kind.phases(layer) or (1,)
 
 
-def _fill_centre(
-    name: str,
-    weight: Tensor,
-    centre: Taps,
-    groups: int,
-    transposed: bool,
-    gain: float,
-    scaled: bool,
-    generator: Generator | None,
-) -> Tensor:
-    """Orthogonal matrices at the centre, zeros elsewhere; `scaled` to keep q instead of norms."""
-    with torch.no_grad():
-        weight.zero_()
-        for group in _groups(name, weight, groups, transposed):
-            out, fan_in = group.shape[:2]
-            scale = gain * max(math.sqrt(out / fan_in), 1.0) if scaled else gain
-            w = _haar(out, fan_in, weight, generator) * scale
-            group[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
-    return weight
+@dataclass(frozen=True, eq=False)
+class _Filling:
+    """A weight that is to be filled, and how: arguments of the initialisers, checked.
 
+    Attributes:
+        name: the initialiser, for messages.
+        weight: the weight.
+        groups: groups of its layer.
+        transposed: whether its layer is transposed.
+        stride: stride of a transposed layer; any other layer's becomes 1. A tuple once it is made.
+        gain: factor on the weight.
+        generator: source of randomness; None takes torch's default.
+    """
 
-def _haar(rows: int, cols: int, like: Tensor, generator: Generator | None) -> Tensor:
-    """Haar-uniform matrix of orthonormal rows or columns, whichever are fewer."""
-    tall = _normal((max(rows, cols), min(rows, cols)), like, generator)
-    q, r = torch.linalg.qr(tall)
-    # QR alone is not uniform. With a positive diagonal of R it is unique, and then Q is Haar.
-    q = q * torch.where(r.diagonal() < 0, -1.0, torch.ones_like(r.diagonal()))
-    return q if rows >= cols else q.T
+    name: str
+    weight: Tensor
+    groups: int
+    transposed: bool
+    stride: int | Sequence[int]
+    gain: float
+    generator: Generator | None
 
-
-def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
-    """Draws from N(0, 1) on `like`'s device, in float64 if `like` is, else in float32."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    device = like.device if generator is None else generator.device
-    return torch.randn(tuple(shape), dtype=dtype, device=device, generator=generator).to(
-        like.device
-    )
-
-
-def _groups(name: str, weight: Tensor, groups: int, transposed: bool) -> Iterator[Tensor]:
-    """Views of the groups, each (out, in, *kernel); none if the weight has no elements."""
-    if weight.shape[0] % groups:
-        raise ValueError(
-            f"{name}: groups={groups} does not divide the {weight.shape[0]} "
-            f"{'input' if transposed else 'output'} channels of weight {tuple(weight.shape)}"
-        )
-    if weight.numel():
-        yield from matrices(weight, groups, transposed)
-
-
-def _centre(name: str, weight: Tensor, strides: Sequence[int]) -> Taps:
-    """The taps of the Delta form: the centre one, or as many around it as the stride is."""
-    kernel = weight.shape[2:]
-    for k, s in zip(kernel, strides, strict=True):
-        if s == 1 and k % 2 == 0:
+    def __post_init__(self) -> None:
+        name, weight = self.name, self.weight
+        _check_weight(name, weight)
+        integer(name, "groups", self.groups, 1)
+        flag(name, "transposed", self.transposed)
+        instance(name, "generator", self.generator, Generator, optional=True)
+        if not math.isfinite(real(name, "gain", self.gain)):
+            raise ValueError(f"{name}: gain={self.gain} must be finite")
+        object.__setattr__(self, "gain", float(self.gain))
+        object.__setattr__(self, "stride", self._strides())
+        if weight.shape[0] % self.groups:
             raise ValueError(
-                f"{name}: kernel {tuple(kernel)} has no centre tap; use an odd kernel, or "
-                "suo_full_ (method 'suo_full'), which fills every tap"
+                f"{name}: groups={self.groups} does not divide the {weight.shape[0]} "
+                f"{'input' if self.transposed else 'output'} channels of weight "
+                f"{tuple(weight.shape)}"
             )
-    starts = [(k - s + 1) // 2 for k, s in zip(kernel, strides, strict=True)]
-    return tuple(slice(a, a + s) for a, s in zip(starts, strides, strict=True))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """One stride for each spatial dimension; 1 unless the layer is transposed."""
+        assert isinstance(self.stride, tuple)
+        return self.stride
+
+    def matrices(self) -> Iterator[Tensor]:
+        """Views of the groups, each (out, in, *kernel); none if the weight has no elements."""
+        if self.weight.numel():
+            yield from matrices(self.weight, self.groups, self.transposed)
+
+    def parts(self) -> Iterator[Tensor]:
+        """Views of the groups' taps that feed the same outputs: all of them, or one phase."""
+        for group in self.matrices():
+            for taps in phases(self.strides):
+                yield group[(_ALL, _ALL, *taps)]
+
+    def centre(self) -> Taps:
+        """The taps of the Delta form: the centre one, or as many around it as the stride is."""
+        kernel = self.weight.shape[2:]
+        for k, s in zip(kernel, self.strides, strict=True):
+            if s == 1 and k % 2 == 0:
+                raise ValueError(
+                    f"{self.name}: kernel {tuple(kernel)} has no centre tap; use an odd kernel, or "
+                    "suo_full_ (method 'suo_full'), which fills every tap"
+                )
+        starts = [(k - s + 1) // 2 for k, s in zip(kernel, self.strides, strict=True)]
+        return tuple(slice(a, a + s) for a, s in zip(starts, self.strides, strict=True))
+
+    def orthogonal(self, rows: int, cols: int) -> Tensor:
+        """Draw a Haar-uniform matrix of orthonormal rows or columns, whichever are fewer."""
+        tall = _normal((max(rows, cols), min(rows, cols)), self.weight, self.generator)
+        q, r = torch.linalg.qr(tall)
+        # QR alone is not uniform. With a positive diagonal of R it is unique, and then Q is Haar.
+        q = q * torch.where(r.diagonal() < 0, -1.0, torch.ones_like(r.diagonal()))
+        return q if rows >= cols else q.T
+
+    def _strides(self) -> tuple[int, ...]:
+        kernel, stride = self.weight.shape[2:], self.stride
+        given = stride if isinstance(stride, (tuple, list)) else [stride] * len(kernel)
+        if isinstance(stride, (tuple, list)) and not stride:
+            raise ValueError(f"{self.name}: stride={stride!r} is empty")
+        strides = tuple(integer(self.name, "stride", s, 1, 2**31) for s in given)
+        if not self.transposed:
+            return (1,) * len(kernel)
+        if len(strides) != len(kernel):
+            raise ValueError(f"{self.name}: stride={stride!r} does not fit kernel {tuple(kernel)}")
+        if any(k < s for k, s in zip(kernel, strides, strict=True)):
+            raise ValueError(
+                f"{self.name}: a transposed convolution of kernel {tuple(kernel)} and stride "
+                f"{strides} leaves outputs that no input reaches; make the kernel at least as "
+                "large as the stride"
+            )
+        return strides
 
 
-def _strides(
-    name: str, weight: Tensor, stride: int | Sequence[int], transposed: bool
-) -> Sequence[int]:
-    """One stride for each spatial dimension; 1 unless the layer is transposed."""
-    kernel = weight.shape[2:]
-    given = stride if isinstance(stride, (tuple, list)) else [stride] * len(kernel)
-    if isinstance(stride, (tuple, list)) and not stride:
-        raise ValueError(f"{name}: stride={stride!r} is empty")
-    strides = [integer(name, "stride", s, 1, 2**31) for s in given]
-    if not transposed:
-        return [1] * len(kernel)
-    if len(strides) != len(kernel):
-        raise ValueError(f"{name}: stride={stride!r} does not fit kernel {tuple(kernel)}")
-    if any(k < s for k, s in zip(kernel, strides, strict=True)):
-        raise ValueError(
-            f"{name}: a transposed convolution of kernel {tuple(kernel)} and stride "
-            f"{tuple(strides)} leaves outputs that no input reaches; make the kernel at least as "
-            "large as the stride"
-        )
-    return strides
-
-
-def _check(
-    name: str,
-    weight: Tensor,
-    groups: int,
-    transposed: bool,
-    gain: float,
-    generator: Generator | None,
-) -> float:
-    """Raise unless weight can be filled; return the gain."""
+def _check_weight(name: str, weight: Tensor) -> None:
+    """Raise unless a weight can be filled."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: weight must be a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:
@@ -423,9 +414,24 @@ def _check(
         raise ValueError(
             f"{name}: weight has shape {tuple(weight.shape)}; needs (out, in) or (out, in, *kernel)"
         )
-    integer(name, "groups", groups, 1)
-    flag(name, "transposed", transposed)
-    instance(name, "generator", generator, Generator, optional=True)
-    if not math.isfinite(real(name, "gain", gain)):
-        raise ValueError(f"{name}: gain={gain} must be finite")
-    return float(gain)
+
+
+def _fill_centre(filling: _Filling, keep_q: bool) -> Tensor:
+    """Put orthogonal matrices at the centre and zeros elsewhere; they keep q, or else norms."""
+    centre = filling.centre()
+    with torch.no_grad():
+        filling.weight.zero_()
+        for group in filling.matrices():
+            out, fan_in = group.shape[:2]
+            scale = filling.gain * (max(math.sqrt(out / fan_in), 1.0) if keep_q else 1.0)
+            w = filling.orthogonal(out, fan_in) * scale
+            group[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+    return filling.weight
+
+
+def _normal(shape: Sequence[int], like: Tensor, generator: Generator | None) -> Tensor:
+    """Draws from N(0, 1) on `like`'s device, in float64 if `like` is, else in float32."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    device = like.device if generator is None else generator.device
+    drawn = torch.randn(tuple(shape), dtype=dtype, device=device, generator=generator)
+    return drawn.to(like.device)

@@ -71,7 +71,7 @@ class Fusion:
 
 def read_fusion(calls: Calls, rules: Rules) -> Fusion:
     """Find the layer before each activation, and decide by rules which of them are fused."""
-    paths = _Paths(calls)
+    paths = _Paths(calls, {site.node: site for site in calls.sites})
     matches = {site: paths.layer_before(site) for site in calls.sites}
     layers = dict.fromkeys(match.layer for match in matches.values() if match.layer is not None)
     takers = {layer: paths.takers(layer) for layer in layers}
@@ -175,9 +175,15 @@ def _merged(calls: Calls, matches: Matches, live: frozenset[nn.Module]) -> froze
 
 @dataclass(frozen=True)
 class _Paths:
-    """Where values come from and go to, past identities and in and out of modules."""
+    """Where values come from and go to, past identities and in and out of modules.
+
+    Attributes:
+        calls: the model's calls.
+        by_node: the activations' calls by their nodes.
+    """
 
     calls: Calls
+    by_node: Mapping[fx.Node, Site]
 
     def layer_before(self, site: Site) -> Match:
         """The layer whose output an activation's call takes, or why there is none."""
@@ -194,11 +200,10 @@ class _Paths:
 
     def takers(self, layer: nn.Module) -> list[Site | None]:
         """The activations' calls that take a layer's output; None for whatever else takes it."""
-        by_node = {site.node: site for site in self.calls.sites}
         found: list[Site | None] = []
         for call in self.calls.calls[layer]:
             for user, value in self._users(*call):
-                site = None if user is None else by_node.get(user)
+                site = None if user is None else self.by_node.get(user)
                 found.append(site if site is not None and site.input is value else None)
         return found
 
