@@ -1,7 +1,8 @@
-// Scalar functions that the compiler turns into vectors: float32 without branches, calls or tables.
+// Scalar functions for float without branches, calls or tables, so that the compiler can vectorise
+// the loops that call them.
 //
-// Errors are a few units in the last place of the result, also near zeros and in tails. NaN goes
-// through. The double overloads are libm's.
+// Errors are a few units in the last place of the result, near zeros and in tails too. NaN gives NaN.
+// The overloads for double call libm.
 #pragma once
 
 #include <cmath>
@@ -28,7 +29,7 @@ FS_INLINE float pow2(int32_t n) { return from_bits((n + 127) << 23); }
 
 FS_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
-// Comparisons are written so that NaN keeps x.
+// max(x, low) and min(x, high), compared so that a NaN x is returned.
 template <class A>
 FS_INLINE A at_least(A x, A low) { return x < low ? low : x; }
 template <class A>
@@ -45,10 +46,10 @@ FS_INLINE float polynomial(float x, float c, C... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
-// Adding 1.5·2²³ rounds to an integer and leaves it in the low bits.
+// Adding 1.5·2²³ rounds a float to an integer, which is then in its low bits.
 constexpr float kRound = 0x1.8p23f;
 
-// exp(x) = 2ⁿ(1 + q) for x ≤ 0.
+// n and q of exp(x) = 2ⁿ(1 + q), for x ≤ 0.
 struct Exp {
   int32_t n;
   float q;
@@ -57,14 +58,14 @@ struct Exp {
 FS_INLINE Exp reduce_exp(float x) {
   const float z = x * 0x1.715476p0f + kRound;
   const float n = z - kRound;
-  float r = x - n * 0x1.62e4p-1f;  // ln 2 in two parts; the first times n is exact
+  float r = x - n * 0x1.62e4p-1f;  // ln 2 is subtracted in two parts, the first of which is exact
   r = r - n * 0x1.7f7d1cp-20f;
   const float p = polynomial(r, 0.5f, 0x1.555556p-3f, 0x1.5554f6p-5f, 0x1.111004p-7f,
                              0x1.6d3cecp-10f, 0x1.a242f6p-13f);
   return {bits(z) - bits(kRound), r + r * r * p};
 }
 
-// x ≤ 0; denormal results included.
+// exp(x) for x ≤ 0, down to denormal results.
 FS_INLINE float exp_neg(float x) {
   const Exp e = reduce_exp(at_least(x, -104.0f));
   const int32_t half = e.n >> 1;
@@ -72,14 +73,15 @@ FS_INLINE float exp_neg(float x) {
   return (s * e.q + s) * pow2(e.n - half);
 }
 
-// x ≤ 0.
+// exp(x) - 1 for x ≤ 0.
 FS_INLINE float expm1_neg(float x) {
-  const Exp e = reduce_exp(at_least(x, -17.5f));  // rounds to -1 from here on
+  const Exp e = reduce_exp(at_least(x, -17.5f));  // below, the result rounds to -1
   const float s = pow2(e.n);
   return s * e.q + (s - 1.0f);
 }
 
-// 0 ≤ a ≤ 2⁶¹. Scaling by 2⁻ᵏ commutes with adding 1, so that nothing is lost for small a.
+// log(1 + a) for 0 ≤ a ≤ 2⁶¹, as k ln 2 + log(1 + f) with 1 + a = 2ᵏ(1 + f). f is computed from a, not
+// from the rounded 1 + a, so that a small a keeps its digits.
 FS_INLINE float log1p_pos(float a) {
   const int32_t k = (bits(1.0f + a) - bits(0.75f)) >> 23;
   const float s = pow2(-k);
@@ -118,7 +120,7 @@ FS_INLINE float atan(float x) {
   return std::copysign(high + (t + (t * p + low)), x);
 }
 
-// exp(-c·u²); the rounding error of u² is carried along, or the tail would lose every digit.
+// exp(-c·u²). The rounding error of u² is taken into account; in the tail it would cost every digit.
 FS_INLINE float exp_neg_square(float u, float c) {
   const float a = at_most(abs(u), 20.0f);
   const float square = a * a;
@@ -126,7 +128,8 @@ FS_INLINE float exp_neg_square(float u, float c) {
   return exp_neg(-c * square) * (1.0f - c * error);
 }
 
-// erfc(z) for z ≥ 0, given exp(-z²): (1 + 2z) exp(z²) erfc(z) is a polynomial in (z - 4)/(z + 4).
+// erfc(z) for z ≥ 0, given exp(-z²). A polynomial in (z - 4)/(z + 4) stands for
+// (1 + 2z) exp(z²) erfc(z).
 FS_INLINE float erfc_pos(float z, float exp_neg_z2) {
   z = at_most(z, 11.0f);
   const float t = (z - 4.0f) / (z + 4.0f);
@@ -145,13 +148,13 @@ FS_INLINE float erf(float x) {
   return ax < 0.85f ? x + x * p : large;
 }
 
-// Normal distribution: P(X ≤ u), given exp(-u²/2).
+// P(X ≤ u) of the standard normal distribution, given exp(-u²/2).
 FS_INLINE float normal_cdf(float u, float exp_neg_half_u2) {
   const float tail = 0.5f * erfc_pos(0x1.6a09e6p-1f * abs(u), exp_neg_half_u2);
   return u > 0.0f ? 1.0f - tail : tail;
 }
 
-// Beyond this the three parts of π/2 no longer suffice.
+// For larger arguments the three parts of π/2 in sin_shifted are not exact enough.
 constexpr float kPeriodicLimit = 0x1p16f;
 
 // sin(x + quarter·π/2) for |x| ≤ kPeriodicLimit.

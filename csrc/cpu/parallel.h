@@ -9,11 +9,11 @@
 
 namespace fusedshape {
 
-constexpr int64_t kGrain = 16384;  // numbers that are worth a thread
+constexpr int64_t kGrain = 16384;  // numbers from which on a thread of their own pays
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(i) for i in [0, count), where each is worth `size` numbers.
+// Calls f(i) for all i in [0, count), each as much work as `size` numbers.
 template <class F>
 void parallel(int64_t count, int64_t size, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / size);
@@ -23,7 +23,7 @@ void parallel(int64_t count, int64_t size, const F& f) {
     }
   };
   if (count <= grain) {
-    run(0, count);  // without the price of a fork
+    run(0, count);  // on this thread
   } else {
     torch::stable::parallel_for(0, count, grain, run);
   }

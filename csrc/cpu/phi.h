@@ -24,8 +24,8 @@ struct Phi {
 
 struct Defaults {
   static constexpr bool from_output = false;      // has d1_from_output
-  static constexpr bool periodic = false;         // value and d1 need |u| ≤ kPeriodicLimit
-  static constexpr bool periodic_output = false;  // so does d1_from_output
+  static constexpr bool periodic = false;         // value and d1 take |u| ≤ kPeriodicLimit in float
+  static constexpr bool periodic_output = false;  // d1_from_output does
 };
 
 struct FromOutput : Defaults {
@@ -40,13 +40,13 @@ struct FromOutput : Defaults {
 #define FS_D1_FROM_OUTPUT \
   template <class A> static FS_INLINE A d1_from_output(A v, [[maybe_unused]] A a)
 
-// Puts u where nothing has overflown yet, and φ or φ′ has reached its limit.
+// Moves u to where φ or φ′ has reached its limit, and nothing overflows yet.
 template <class A>
 FS_INLINE A clamp(A u, A limit) {
   return math::at_most(math::at_least(u, -limit), limit);
 }
 
-// 0, and NaN at ±inf, where torch's own backward works out inf·0.
+// 0, but NaN at ±inf, where torch's own backward computes inf·0.
 template <class A>
 FS_INLINE A undefined(A u) {
   return u - u;
@@ -67,7 +67,7 @@ FS_PHI(leaky_relu, FromOutput) {
 FS_PHI(tanh, FromOutput) {
   FS_VALUE { return math::tanh(u); }
   FS_D1 {
-    // sech² from exp, since 1 - tanh² cancels in the tails
+    // sech² is computed from exp, because 1 - tanh² cancels in the tails.
     const A e = math::exp_neg(-2 * math::abs(u));
     const A r = 1 / (1 + e);
     return 4 * e * r * r;
@@ -81,7 +81,7 @@ FS_INLINE A logistic(A u) {
   return (u < 0 ? e : A(1)) / (1 + e);
 }
 
-// The logistic function of u, and of -u.
+// The logistic function of u and of -u, each exact in its tail.
 template <class A>
 struct Logistic {
   A positive, negative;
@@ -171,7 +171,7 @@ FS_PHI(swish, Defaults) {
   }
 };
 
-// gelu: (1 + tanh w)/2 is the logistic function of 2w, which does not cancel for negative u
+// (1 + tanh w)/2 is written as the logistic function of 2w, which does not cancel for negative u.
 FS_PHI(gelu, Defaults) {
   static constexpr double k = 1.5957691216057307117597842397375;  // 2 √(2/π)
   static constexpr double cubic = 0.044715;
@@ -205,7 +205,7 @@ FS_PHI(erf, Defaults) {
   FS_D1 { return A(1.1283791670955125738961589031215) * math::exp_neg_square(u, A(1)); }
 };
 
-// bentid: (√(u² + 1) - 1)/2 as u²/(1 + √(u² + 1))/2, which keeps its digits for small u
+// (√(u² + 1) - 1)/2 is written as u²/(1 + √(u² + 1))/2, which keeps its digits for small u.
 FS_PHI(bentid, Defaults) {
   FS_VALUE {
     const A w = clamp(u, A(0x1p60));

@@ -1,4 +1,4 @@
-// The loops over φ, φ′ and φ′ from the output, one per activation and type.
+// The loops over φ, φ′ and φ′ from the output, one for each activation and type.
 #include "rows.h"
 
 #include <array>
@@ -10,13 +10,14 @@
 namespace fusedshape {
 namespace {
 
-// Applies f to u where float32's range reduction holds, else to u in double.
+// f(u), in double where u is too large for the range reduction in float.
 template <class F>
 float anywhere(float u, F f) {
   const bool near = math::abs(u) <= math::kPeriodicLimit;
   return near ? f(u) : static_cast<float>(f(static_cast<double>(u)));
 }
 
+// Whether any of n arguments is so large.
 template <class F>
 bool any_far(int64_t n, F argument) {
   int far = 0;
@@ -27,7 +28,7 @@ bool any_far(int64_t n, F argument) {
   return far;
 }
 
-// loop(phi) with phi(i) = f(argument(i)), evaluated safely if f is periodic.
+// Calls loop(phi) with phi(i) = f(argument(i)). If f is periodic, large arguments go by `anywhere`.
 template <bool periodic, class A, class Argument, class F, class Loop>
 FS_INLINE void with_phi(int64_t n, Argument argument, F f, Loop loop) {
   if constexpr (periodic && std::is_same_v<A, float>) {
@@ -57,7 +58,7 @@ void value(const A* x, const A* b, A* y, int64_t n, const Constants<A>& constant
       });
 }
 
-// dx = grad · chain · φ′, with φ′ = slope(i), and its sums.
+// dx[i] = grad[i] · chain · slope(i), which is added to the sums too; slope(i) is φ′.
 template <Along along, class A, class Slope>
 FS_INLINE void write_grad(const A* grad, A* dx, A* sums, int64_t n, A chain, Slope slope) {
   if constexpr (along == Along::run) {

@@ -1,4 +1,4 @@
-// Rows of stored numbers to and from the type they are computed in, rounding to nearest even.
+// Converts rows of stored numbers to and from the type they are computed in, rounding to nearest even.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -20,7 +20,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type in which a stored type is computed.
+// The type in which numbers of a stored type are computed.
 template <class T>
 struct Opmath {
   using type = float;
@@ -48,7 +48,7 @@ inline void store(const float* x, BFloat16* y, int64_t n) {
   }
 }
 
-// GCC 12 knows these conversions one at a time only.
+// With intrinsics, because GCC 12 does not vectorise these conversions.
 inline void load(const Float16* x, float* y, int64_t n) {
   int64_t i = 0;
 #ifdef __F16C__

@@ -1,4 +1,4 @@
-// A few blocks of memory that nobody uses at the moment.
+// Keeps a few blocks of memory that are not in use, for the next calls.
 #include "workspace.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -14,7 +14,7 @@ namespace fusedshape {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kKept = 64 << 20;  // bytes in all
+constexpr int64_t kKept = 64 << 20;  // bytes that are kept at most
 
 struct Block {
   float* data;
@@ -27,8 +27,8 @@ struct Pool {
   int64_t bytes = 0;
 };
 
-// Never destroyed: threads may outlive main. A process that forks while another thread holds the lock
-// would leave it locked in its child for ever.
+// The pool is never destroyed, because threads may outlive main. The lock is taken around a fork:
+// otherwise, if another thread held it, it would stay locked in the child forever.
 Pool& pool() {
   static Pool* const it = [] {
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); },
@@ -38,7 +38,7 @@ Pool& pool() {
   return *it;
 }
 
-// The smallest block that holds `bytes` and is not much larger; null if there is none.
+// Takes the smallest block of at least `bytes` and at most twice that; null if there is none.
 Block take(int64_t bytes) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);

@@ -1,4 +1,5 @@
-// Memory that kernels need for a while, kept from call to call: new pages cost more than the work.
+// Scratch memory for kernels. It is kept from call to call, because new pages cost more time than the
+// work on them.
 #pragma once
 
 #include <cstdint>
