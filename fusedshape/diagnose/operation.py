@@ -185,16 +185,9 @@ class Operation:
             A function of a (3, pairs, *locations) kernel, None if the view cannot be followed; and
             the dimension of the channels.
         """
-        was = self.x.shape
-        places = [d for d in range(1, len(was)) if d != dim]
         if self.kind in TURNS:
-            order = self._order(len(was))
-            if order[0] != 0 or was[0] != batch:
-                return None, usual_dim(len(now))
-            before = [was[d] for d in places]
-            turn = [2 + places.index(d) for d in order[1:] if d != dim]
-            turned = lambda k: k.reshape(*k.shape[:2], *before).permute(0, 1, *turn)  # noqa: E731
-            return turned, order.index(dim)
+            return self._turned(dim, batch)
+        was = self.x.shape
         # Other views keep the order of elements in memory.
         if dim == len(was) - 1 and now[-1] == was[-1]:
             return lambda k: k, len(now) - 1
@@ -203,6 +196,21 @@ class Operation:
         if list(now) == [batch, math.prod(was[1:])] and was[0] == batch:
             return lambda k: k.reshape(*k.shape[:2], -1).mean(2), 1
         return None, usual_dim(len(now))
+
+    def _turned(self, dim: int, batch: int) -> tuple[Move | None, int]:
+        """`moved` for a view that reorders dimensions."""
+        was = self.x.shape
+        order = self._order(len(was))
+        if order[0] != 0 or was[0] != batch:
+            return None, usual_dim(len(was))
+        places = [d for d in range(1, len(was)) if d != dim]
+        before = [was[d] for d in places]
+        turn = [2 + places.index(d) for d in order[1:] if d != dim]
+
+        def move(kernel: Tensor) -> Tensor:
+            return kernel.reshape(*kernel.shape[:2], *before).permute(0, 1, *turn)
+
+        return move, order.index(dim)
 
     def _order(self, ndim: int) -> list[int]:
         """The order into which a turn brings the dimensions of x."""

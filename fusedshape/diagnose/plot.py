@@ -25,39 +25,12 @@ def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
             "plots need matplotlib; install it with: pip install 'fusedshape[plot]'"
         ) from error
     rows = diagnosis.layers
-    x = list(range(len(rows)))
     figure: Any = Figure(figsize=(9, 9), layout="constrained")
     figure.suptitle(title or diagnosis.verdict, fontsize=10, wrap=True)
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
-    _band(top, x, [r.q_quantiles for r in rows])
-    top.plot(x, [r.q_measured for r in rows], color="C0", label="measured, 5…95 % and mean")
-    _theory(top, x, [_known(r.q, r.op) for r in rows])
-    width = [
-        (r.q * math.exp(-2 * r.q_spread), r.q * math.exp(2 * r.q_spread))
-        if r.q_spread > 0
-        else (math.nan, math.nan)
-        for r in rows
-    ]
-    for side, label in ((0, "theory ± 2σ of finite width"), (1, None)):
-        top.plot(x, [w[side] for w in width], color="k", lw=0.8, ls=":", label=label)
-    shown = [q for r in rows for q in (*r.q_quantiles, r.q) if q > 0]
-    shown += [q for pair in width for q in pair if q > 0]
-    top.set(yscale="log", ylabel="q, mean square over channels")
-    if shown:
-        top.set_ylim(max(min(shown), 1e-12) / 1.5, min(max(shown), 1e12) * 1.5)
-    _band(middle, x, [r.c_quantiles for r in rows])
-    middle.plot(x, [r.c_measured for r in rows], color="C0")
-    _theory(middle, x, [_known(r.c, r.op) for r in rows])
-    middle.set(ylabel="c, cosine of two inputs", ylim=(-1.05 if _negative(rows) else -0.05, 1.05))
-    bottom.plot(x, [r.sensitivity_measured for r in rows], color="C0", label="measured")
-    _theory(bottom, x, [r.sensitivity for r in rows], "theory, product of C'(1)")
-    nonlinear = [i for i, r in enumerate(rows) if not math.isnan(r.slope)]
-    slopes = [rows[i].slope for i in nonlinear]
-    bottom.plot(nonlinear, slopes, ".", color="C1", ms=4, label="C'(1) of the layer")
-    apart = [s for r in rows for s in (r.sensitivity, r.sensitivity_measured, r.slope) if s > 0]
-    bottom.set(yscale="log", ylabel="sensitivity")
-    if apart:
-        bottom.set_ylim(max(min(apart), 1e-12) / 3, min(max(apart), 1e12) * 3)
+    _draw_q(top, rows)
+    _draw_c(middle, rows)
+    _draw_sensitivity(bottom, rows)
     _name_layers(bottom, rows)
     for axes in (top, middle, bottom):
         axes.grid(alpha=0.3)
@@ -70,6 +43,50 @@ def plot(diagnosis: Diagnosis, path: str | Path, title: str = "") -> None:
     top.legend(fontsize=8)
     bottom.legend(fontsize=8)
     save_figure(figure, path, dpi=150)
+
+
+def _draw_q(axes: Any, rows: Sequence[Layer]) -> None:
+    x = range(len(rows))
+    _band(axes, x, [r.q_quantiles for r in rows])
+    axes.plot(x, [r.q_measured for r in rows], color="C0", label="measured, 5…95 % and mean")
+    _theory(axes, x, [_known(r.q, r.op) for r in rows])
+    width = [
+        (r.q * math.exp(-2 * r.q_spread), r.q * math.exp(2 * r.q_spread))
+        if r.q_spread > 0
+        else (math.nan, math.nan)
+        for r in rows
+    ]
+    for side, label in ((0, "theory ± 2σ of finite width"), (1, None)):
+        axes.plot(x, [w[side] for w in width], color="k", lw=0.8, ls=":", label=label)
+    axes.set(yscale="log", ylabel="q, mean square over channels")
+    shown = [q for r in rows for q in (*r.q_quantiles, r.q)]
+    _limit(axes, [*shown, *(q for pair in width for q in pair)], 1.5)
+
+
+def _draw_c(axes: Any, rows: Sequence[Layer]) -> None:
+    x = range(len(rows))
+    _band(axes, x, [r.c_quantiles for r in rows])
+    axes.plot(x, [r.c_measured for r in rows], color="C0")
+    _theory(axes, x, [_known(r.c, r.op) for r in rows])
+    axes.set(ylabel="c, cosine of two inputs", ylim=(-1.05 if _negative(rows) else -0.05, 1.05))
+
+
+def _draw_sensitivity(axes: Any, rows: Sequence[Layer]) -> None:
+    x = range(len(rows))
+    axes.plot(x, [r.sensitivity_measured for r in rows], color="C0", label="measured")
+    _theory(axes, x, [r.sensitivity for r in rows], "theory, product of C'(1)")
+    nonlinear = [i for i, r in enumerate(rows) if not math.isnan(r.slope)]
+    slopes = [rows[i].slope for i in nonlinear]
+    axes.plot(nonlinear, slopes, ".", color="C1", ms=4, label="C'(1) of the layer")
+    axes.set(yscale="log", ylabel="sensitivity")
+    _limit(axes, [s for r in rows for s in (r.sensitivity, r.sensitivity_measured, r.slope)], 3)
+
+
+def _limit(axes: Any, values: Sequence[float], margin: float) -> None:
+    """Let a logarithmic axis show the positive values, those within reason."""
+    shown = [value for value in values if value > 0]
+    if shown:
+        axes.set_ylim(max(min(shown), 1e-12) / margin, min(max(shown), 1e12) * margin)
 
 
 def _name_layers(axes: Any, rows: Sequence[Layer]) -> None:
@@ -100,7 +117,7 @@ def _negative(rows: Any) -> bool:
     return any(r.c_quantiles[0] < -0.05 for r in rows)
 
 
-def _band(axes: Any, x: list[int], quantiles: list[tuple[float, ...]]) -> None:
+def _band(axes: Any, x: Sequence[int], quantiles: list[tuple[float, ...]]) -> None:
     for low, high, alpha in ((0, -1, 0.15), (1, -2, 0.25)):
         axes.fill_between(
             x,
@@ -112,5 +129,5 @@ def _band(axes: Any, x: list[int], quantiles: list[tuple[float, ...]]) -> None:
         )
 
 
-def _theory(axes: Any, x: list[int], y: list[float], label: str = "theory") -> None:
+def _theory(axes: Any, x: Sequence[int], y: list[float], label: str = "theory") -> None:
     axes.plot(x, y, color="k", lw=1.2, ls="--", label=label)

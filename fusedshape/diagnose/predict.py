@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,40 +134,62 @@ def predict(steps: Sequence[Step], weights: Contract, partings: Sequence[float])
     for number, step in enumerate(steps):
         before = [found[i] for i in step.inputs]
         here = measured(step)
-        kernels = [f.kernel for f in before]
-        made = None if step.op in RESTARTS else apply(step, kernels, weights)
+        made = None
+        if step.op not in RESTARTS:
+            made = apply(step, [f.kernel for f in before], weights)
         if made is None or not _fits(made, here):
-            own = math.nan if step.op == "dropout" else partings[number]
-            apart = _mean([f.parting for f in before], 1.0) if math.isnan(own) else own
-            f = Forecast(here, parting=apart, distant=_distant(before, here))
-            if step.op not in ("input", "norm") and before:
-                f.drift, f.drift_spread = _mixed(before, [1 / len(before)] * len(before))
-            found.append(f)
+            parting = math.nan if step.op == "dropout" else partings[number]
+            found.append(_restarted(step, before, here, parting))
             actual.append(here)
             continue
-        near = apply(step, [actual[i] for i in step.inputs], weights)
-        f = Forecast(made, near)
-        f.distant = apply(step, [g.distant for g in before], weights, only_mean=True)
-        f.spread = _spread(step, [g.spread for g in before], kernels, made)
-        unseen = [
-            (0.0, 0.0) if steps[i].value is not None else g.near_spread
-            for i, g in zip(step.inputs, before, strict=True)
-        ]
-        f.near_spread = _spread(step, unseen, [actual[i] for i in step.inputs], near)
-        f.parting = before[0].parting
-        if step.phi is not None:
-            f.slope = step.phi.slope(summary(kernels[0])[0])
-            f.parting *= f.slope
-        elif step.affine is not None and step.affine.bias and weights.bias:
-            # A constant that both inputs share raises their cosine.
-            f.parting *= 1 - weights.bias / summary(made)[0]
-        elif len(before) > 1:
-            shares = _shares(step, kernels)
-            f.parting = sum(s * g.parting for s, g in zip(shares, before, strict=True))
-        f.drift, f.drift_spread = _drift(step, before, kernels, summary(made)[0], weights)
+        taken = [_Taken(found[i], actual[i], steps[i].value is not None) for i in step.inputs]
+        f = _continued(step, taken, made, weights)
         found.append(f)
-        actual.append(near if here is None else here)
+        actual.append(f.near if here is None else here)
     return found
+
+
+class _Taken(NamedTuple):
+    """What is known about an input of a step."""
+
+    forecast: Forecast
+    actual: Tensor | None  # its kernel as measured, else as predicted from the step before
+    is_measured: bool
+
+
+def _restarted(
+    step: Step, before: Sequence[Forecast], here: Tensor | None, parting: float
+) -> Forecast:
+    """The forecast of a step at which prediction starts again."""
+    if math.isnan(parting):
+        parting = _mean([f.parting for f in before], 1.0)
+    f = Forecast(here, parting=parting, distant=_distant(before, here))
+    if step.op not in ("input", "norm") and before:
+        f.drift, f.drift_spread = _mixed(before, [1 / len(before)] * len(before))
+    return f
+
+
+def _continued(step: Step, taken: Sequence[_Taken], made: Tensor, weights: Contract) -> Forecast:
+    """The forecast of a step whose kernel follows from its inputs' kernels."""
+    before, actual = [t.forecast for t in taken], [t.actual for t in taken]
+    kernels = [f.kernel for f in before]
+    f = Forecast(made, apply(step, actual, weights))
+    f.distant = apply(step, [g.distant for g in before], weights, only_mean=True)
+    f.spread = _spread(step, [g.spread for g in before], kernels, made)
+    unseen = [(0.0, 0.0) if t.is_measured else t.forecast.near_spread for t in taken]
+    f.near_spread = _spread(step, unseen, actual, f.near)
+    f.parting = before[0].parting
+    if step.phi is not None:
+        f.slope = step.phi.slope(summary(kernels[0])[0])
+        f.parting *= f.slope
+    elif step.affine is not None and step.affine.bias and weights.bias:
+        # A constant that both inputs share raises their cosine.
+        f.parting *= 1 - weights.bias / summary(made)[0]
+    elif len(before) > 1:
+        shares = _shares(step, kernels)
+        f.parting = sum(s * g.parting for s, g in zip(shares, before, strict=True))
+    f.drift, f.drift_spread = _drift(step, before, kernels, summary(made)[0], weights)
+    return f
 
 
 def apply(

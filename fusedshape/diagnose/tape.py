@@ -430,17 +430,9 @@ class Tape(TorchDispatchMode):
         """Elementwise functions: parts of an activation, if all arguments come from one step."""
         if not op.is_pointwise:
             return None
-        untracked = [t for t in op.tensors if self._get(t) is None]
-        if self._is_random(untracked):
-            return self._restart("dropout", op, "noise" if op.name == "add" else "dropout")
-        others = [t for t in untracked if t.numel() != 1 and t not in self._constant]
-        if op.name == "add" and len(others) == 1 and len(op.tracked) == 1:
-            return self._shifted(op.x, others[0])
-        if others and op.name == "mul" and _is_dropout(self._stack):
-            return self._restart("dropout", op, "dropout")
-        if others:
-            why = f"{op.name} with a tensor that is no layer's weight"
-            return self._restart("unknown", op, note=why)
+        other = self._with_others(op)
+        if other is not None:
+            return other
         for t in op.tracked:
             self._settle(t)
             if len(self._known(t).terms) > 1:
@@ -451,6 +443,21 @@ class Tape(TorchDispatchMode):
             return self._restart("unknown", op, note=why)
         terms = ((signals[0].terms[0][0], 1.0),)
         return self._deferred(replace(signals[0], expr=self._applied(op), terms=terms), op.name)
+
+    def _with_others(self, op: Operation) -> Record | None:
+        """An elementwise function that also takes tensors which do not depend on the input."""
+        untracked = [t for t in op.tensors if self._get(t) is None]
+        if self._is_random(untracked):
+            return self._restart("dropout", op, "noise" if op.name == "add" else "dropout")
+        others = [t for t in untracked if t.numel() != 1 and t not in self._constant]
+        if not others:
+            return None
+        if op.name == "add" and len(others) == 1 and len(op.tracked) == 1:
+            return self._shifted(op.x, others[0])
+        if op.name == "mul" and _is_dropout(self._stack):
+            return self._restart("dropout", op, "dropout")
+        why = f"{op.name} with a tensor that is no layer's weight"
+        return self._restart("unknown", op, note=why)
 
     def _applied(self, op: Operation) -> Expr:
         """The expression of an elementwise operation."""

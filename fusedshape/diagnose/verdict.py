@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fusedshape.diagnose.layers import Affine
+from fusedshape.diagnose.layers import Affine, Phi
 from fusedshape.diagnose.measure import Stats
 from fusedshape.diagnose.predict import SIGMAS, Contract
 from fusedshape.diagnose.report import Finding, Layer
@@ -349,38 +349,11 @@ def _activation(case: Case, i: int, is_unmixed: bool) -> _Found:
 def _global(case: Case) -> _Found:
     """Findings that follow from theory alone."""
     phis = {i: s.phi for i, s in enumerate(case.steps) if s.phi and not s.phi.is_linear}
-    nonlinear = list(phis)
-    if not nonlinear:
+    if not phis:
         return
-    plain = [i for i, phi in phis.items() if not phi.keeps_q]
-    names = ", ".join(dict.fromkeys(case.steps[i].name for i in nonlinear))
-    is_plain = 2 * len(plain) >= len(nonlinear)
-    cause = "plain activation" if is_plain else "wrong depth"
-    advice = (
-        "transform the activations: fusedshape.convert(model)"
-        if is_plain
-        else "solve for the depth that the network has: fusedshape.convert(model)"
-    )
-    last = nonlinear[-1]
-    alike = [i for i in nonlinear if case.distant[i] > _ALIKE]
-    if alike and case.distant[last] > _ALIKE:
-        yield (
-            alike[0],
-            cause,
-            f"from here on {names} leaves all inputs alike: two that had c = 0 have "
-            f"{case.distant[alike[0]]:.3f} here and {case.distant[last]:.3f} at the last layer; "
-            f"{advice}",
-        )
-    apart = [i for i in nonlinear if case.rows[i].sensitivity > _CHAOTIC]
-    if apart and not alike:
-        yield (
-            apart[0],
-            cause,
-            f"from here on {names} tears apart what is close: the product of C'(1) is "
-            f"{case.rows[apart[0]].sensitivity:.3g} here and {case.rows[last].sensitivity:.3g} at "
-            f"the last layer; {advice}",
-        )
-    ends = [i for i in nonlinear if math.isfinite(case.rows[i].q) and case.rows[i].q >= 0]
+    yield from _too_deep(case, phis)
+    names = _names(case, phis)
+    ends = [i for i in phis if math.isfinite(case.rows[i].q) and case.rows[i].q >= 0]
     lost = [i for i in ends if not 1e-3 < case.rows[i].q < 1e3]
     if case.weights.read and lost:
         i = lost[0]
@@ -400,6 +373,41 @@ def _global(case: Case) -> _Found:
             f"with {case.rows[i].channels} channels, chance alone changes q by a factor of "
             f"{math.exp(case.rows[i].q_spread):.3g} up to here (one standard deviation); use more "
             "channels, or fewer layers",
+        )
+
+
+def _names(case: Case, phis: Mapping[int, Phi]) -> str:
+    return ", ".join(dict.fromkeys(case.steps[i].name for i in phis))
+
+
+def _too_deep(case: Case, phis: Mapping[int, Phi]) -> _Found:
+    """Activations that make all inputs alike, or close ones unrelated."""
+    plain = [phi for phi in phis.values() if not phi.keeps_q]
+    is_plain = 2 * len(plain) >= len(phis)
+    cause = "plain activation" if is_plain else "wrong depth"
+    advice = (
+        "transform the activations: fusedshape.convert(model)"
+        if is_plain
+        else "solve for the depth that the network has: fusedshape.convert(model)"
+    )
+    names, last = _names(case, phis), list(phis)[-1]
+    alike = [i for i in phis if case.distant[i] > _ALIKE]
+    if alike and case.distant[last] > _ALIKE:
+        yield (
+            alike[0],
+            cause,
+            f"from here on {names} leaves all inputs alike: two that had c = 0 have "
+            f"{case.distant[alike[0]]:.3f} here and {case.distant[last]:.3f} at the last layer; "
+            f"{advice}",
+        )
+    apart = [i for i in phis if case.rows[i].sensitivity > _CHAOTIC]
+    if apart and not alike:
+        yield (
+            apart[0],
+            cause,
+            f"from here on {names} tears apart what is close: the product of C'(1) is "
+            f"{case.rows[apart[0]].sensitivity:.3g} here and {case.rows[last].sensitivity:.3g} at "
+            f"the last layer; {advice}",
         )
 
 

@@ -469,7 +469,6 @@ class _Trace:
         if not args:
             args = [kwargs.get("input", taken[0])]
         x = args[0]
-        kind = base(name)
         if name == "getitem" and not isinstance(x, _Signal):
             return _item(*args)
         if name in CONCATS:
@@ -482,6 +481,12 @@ class _Trace:
             return self._affine_function(name, args, kwargs, x, at)
         if len(taken) > 1 or x is not taken[0]:
             return self.unknown(taken, at, _why_not_function(name))
+        return self._of_one(name, args, kwargs, x, at)
+
+    def _of_one(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], x: _Signal, at: str
+    ) -> Any:
+        """The value of a function or method of one signal, its first argument."""
         if name in ("clamp", "clip", "clamp_min") or name in _ACTIVATIONS:
             return self._activate(*_activation(name, args, kwargs), x, at)
         if name == "pow" and args[1] == 2:
@@ -494,9 +499,10 @@ class _Trace:
             return x
         if name in COPIES:
             return replace(x, cell=_Cell(dict(x.cell.terms), x.cell.path))
+        kind = base(name)
         op = _OPS.get(kind)
         if op is None or (kind == "fold" and _overlaps(*args[1:], **kwargs)):
-            return self.unknown(taken, at, _why_not_function(name))
+            return self.unknown([x], at, _why_not_function(name))
         widths = (*args[1:], kwargs.get("pad", ()))[0]
         if op != "reshape" or _keeps_channels(kind, widths, x):
             return self.like(op, x, at)
