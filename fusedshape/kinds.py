@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
 Taps = tuple[slice, ...]  # a slice for each spatial dimension
 
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -129,6 +130,26 @@ class FusedLayer(nn.Module):
                 "first"
             )
         return super().__reduce_ex__(protocol)
+
+
+def leaf(forward: _Forward) -> _Forward:
+    """Mark a forward that tracers do not follow: its module is read as a whole.
+
+    Example:
+        >>> class Twice(nn.Module):
+        ...     @leaf
+        ...     def forward(self, x):
+        ...         return 2 * x
+        >>> is_leaf(Twice.forward), is_leaf(nn.Module.forward)
+        (True, False)
+    """
+    vars(forward)["is_leaf"] = True
+    return forward
+
+
+def is_leaf(forward: Any) -> bool:
+    """Whether a forward is marked by `leaf`."""
+    return getattr(forward, "is_leaf", False) is True
 
 
 class WeightedSum(nn.Module):

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from fusedshape import ops
 from fusedshape.init import init_module_
-from fusedshape.kinds import KINDS, FusedLayer, Kind, LocationNorm, WeightedSum, kind_of
+from fusedshape.kinds import KINDS, FusedLayer, Kind, LocationNorm, WeightedSum, kind_of, leaf
 from fusedshape.ops.choice import Engine, engine_names
 from fusedshape.ops.dispatch import Backend, backend_names
 from fusedshape.ops.stock import shape_of
@@ -71,6 +71,7 @@ class ShapedActivation(nn.Module):
         self.spec = spec
         self.backend = backend
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape → the same shape."""
         return ops.shaped_act(x, self.spec, backend=self.backend)
@@ -233,6 +234,7 @@ class _ShapedConv(_Shaped):
     groups: int
     padding_mode: str
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """x: `(N, C, *spatial)` or `(C, *spatial)` → convolution, bias and activation."""
         return self._computed(x, self.spec)
@@ -303,6 +305,7 @@ class ShapedLinear(_Shaped):
     in_features: int
     out_features: int
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) → (..., out_features)."""
         return self._computed(x, self.spec)
@@ -372,6 +375,7 @@ class ShapedChain(nn.Sequential):
         super().__init__(*modules)
         self.max_length = _checked_length(max_length)
 
+    @leaf
     def forward(self, x: Any) -> Any:
         """As nn.Sequential's forward."""
         if not isinstance(x, Tensor):  # torch.fx traces with something else
@@ -551,6 +555,7 @@ class NormalizedSum(WeightedSum):
         weight = float(weight)
         return cls((weight, math.sqrt((1 - weight) * (1 + weight))))
 
+    @leaf
     def forward(self, *branches: Tensor) -> Tensor:
         """One tensor for each weight, all of one shape → a new tensor of that shape."""
         if len(branches) != len(self.weights):
@@ -618,6 +623,7 @@ class PerLocationNorm(LocationNorm):
         """1, or 0 with "off"."""
         return int(self.homog_mode != "off")
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """x: `(N, C, *spatial)` → `(N, C + 1, *spatial)`, or `(N, C, *spatial)` with "off"."""
         _check_input("PerLocationNorm", "x", x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fusedshape.kinds import is_leaf
 from fusedshape.torch_ops import QUERIES, name_of
 
 # Attributes of tensors that are tensors themselves.
@@ -131,10 +132,9 @@ class Tensors:
         module = self._called(node)
         if type(module) is nn.Identity:
             return self._takes_tensor(node)
-        file = str(inspect.unwrap(type(module).forward).__module__)
-        if file.startswith(("torch.nn.modules.", "fusedshape.nn")) and not isinstance(
-            module, (nn.Sequential, *_OTHER_MODULES)
-        ):
+        forward = inspect.unwrap(type(module).forward)
+        known = is_leaf(forward) or str(forward.__module__).startswith("torch.nn.modules.")
+        if known and not isinstance(module, (nn.Sequential, *_OTHER_MODULES)):
             return not getattr(module, "return_indices", False)
         return self._module(module, node)
 

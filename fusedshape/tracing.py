@@ -23,7 +23,7 @@ from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from fusedshape.kinds import kind_of
+from fusedshape.kinds import is_leaf, kind_of
 from fusedshape.nodes import Tensors, is_foreign, is_query, operation
 from fusedshape.proxies import (
     AttributeValue,
@@ -642,7 +642,7 @@ def is_plain(module: nn.Module) -> bool:
     kind = kind_of(module)
     if kind is not None and forward is kind.plain.forward:
         return True
-    return str(getattr(forward, "__module__", "")).startswith(("torch.nn.", "fusedshape.nn"))
+    return is_leaf(forward) or str(getattr(forward, "__module__", "")).startswith("torch.nn.")
 
 
 def behind_norm(norm: nn.Module) -> tuple[str, ...] | None:

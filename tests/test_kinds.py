@@ -218,3 +218,27 @@ def test_a_subclass_that_names_a_plain_class_again_is_no_twin() -> None:
     kind = kind_of(Other(1, 1, 1, spec=spec))
     assert kind is not None
     assert kind.shaped is fusedshape.ShapedConv2d
+
+
+def test_nobody_below_knows_a_module_above_by_its_name() -> None:
+    names = {f"fusedshape.{path.stem}" for path in PACKAGE.glob("*.py")} - {"fusedshape.__init__"}
+    places = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Compare, ast.Call)):
+                parts = [p for p in ast.walk(node) if isinstance(p, ast.Constant)]
+                asks = isinstance(node, ast.Compare) or getattr(node.func, "attr", "") in (
+                    "startswith",
+                    "endswith",
+                )
+                if asks and any(p.value in names for p in parts):
+                    places.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert places == []
+
+
+@pytest.mark.parametrize("name", ["ShapedLinear", "ShapedActivation", "PerLocationNorm"])
+def test_a_forward_of_ones_own_is_followed(name: str) -> None:
+    cls: Any = getattr(fusedshape, name)
+    other = type("Other", (cls,), {"forward": lambda self, x: x + 1})
+    assert kinds.is_leaf(cls.forward)
+    assert not kinds.is_leaf(other.forward)
