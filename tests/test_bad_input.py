@@ -544,8 +544,8 @@ RECORDS = {
 }
 # Asked for far below, where it is not known by whom: "unknown backend 'a'; known: …".
 UNNAMED = ("backend", "engine")
-# What an example input may be, the model says, and its own errors are worth more.
-UNSWEPT = {"example"}
+# torch says what a device may be, and a model what its input may be; their errors say more.
+UNSWEPT = {"device", "example"}
 # Take no argument, or what only the package makes: problems of the tuner and tensors of a loader.
 OTHERS = {
     *("cache_directory", "current_mode", "status", "choose", "measure", "Data"),
