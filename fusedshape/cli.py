@@ -96,7 +96,7 @@ def _said(error: Exception, args: argparse.Namespace) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, FactoryError):
         return str(error)
-    # Which function of Python refused something says nothing to who uses the shell.
+    # Messages begin with a function or class of Python, which a user of the shell does not know.
     names = {*fusedshape.__all__, *theory.__all__, *train.__all__, "Sweep"} - {*theory.METHODS}
     names.discard(args.parser.prog.split()[-1])
     text = re.sub(rf"(^|: )(?:{'|'.join(names)}): ", r"\1", str(error))

@@ -220,6 +220,7 @@ BAD = {
     "diagnose nets:deep --sigma-w 0": "--sigma-w 0 would leave nothing",
     "diagnose nets:deep --batches 0": "--batches must be a positive int",
     "tune nets:deep --input 4,8": "no fused layers",
+    "info --model nets:deep --input 4,8": "no fused layers",
     "train demo --depth 0": "--depth 0 must be finite and in 1",
     "train demo --eta 2": "--eta must be in (0, 1)",
     "train sweep --jobs 0": "--jobs must be at least 1",
