@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedshape.kernels import epilogue, gemm, host, images, reduction, tiles
-from fusedshape.kernels.epilogue import IDENTITY
+from fusedshape.kernels.epilogue import Epilogue, Kind
 from fusedshape.kernels.host import Direction, Launch, cdiv
 from fusedshape.kernels.images import why_not
 from fusedshape.kernels.roofline import Problem
@@ -53,27 +53,25 @@ FLAT_CHANNELS = 16
 
 
 @triton.jit
-def _taps(
-    remainder,
-    TAPS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """The taps that meet an input pixel at this remainder of the stride.
+def _taps(remainder, GEOMETRY: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr):
+    """The taps that meet an input pixel at this remainder of the stride, along dimension D.
 
     Returns:
         The first, their number, and the output pixel that the first one of them comes from, less
         the input pixel's quotient by the stride.
     """
+    TAPS: tl.constexpr = GEOMETRY.kernel[D]
+    STRIDE: tl.constexpr = GEOMETRY.stride[D]
+    PADDING: tl.constexpr = GEOMETRY.padding[D]
+    DILATION: tl.constexpr = GEOMETRY.dilation[D]
+    APART: tl.constexpr = STEP[D]
     first = tl.zeros_like(remainder) + TAPS
-    for i in tl.static_range(STEP):
-        reach = remainder + PADDING - (STEP - 1 - i) * DILATION
-        first = tl.where(reach % STRIDE == 0, STEP - 1 - i, first)
+    for i in tl.static_range(APART):
+        reach = remainder + PADDING - (APART - 1 - i) * DILATION
+        first = tl.where(reach % STRIDE == 0, APART - 1 - i, first)
     first = tl.minimum(first, TAPS)
     # Where there is no tap, the offset means nothing.
-    return first, tl.cdiv(TAPS - first, STEP), (remainder + PADDING - first * DILATION) // STRIDE
+    return first, tl.cdiv(TAPS - first, APART), (remainder + PADDING - first * DILATION) // STRIDE
 
 
 @triton.jit
@@ -82,110 +80,42 @@ def _within(i, size):
     return i.to(tl.uint32) < size.to(tl.uint32)
 
 
-@triton.jit
-def _finish(
-    z,
-    out_ptr,
-    bias_ptr,
-    aux_ptr,
-    sums_ptr,
-    pixel,
-    inside,
-    first_n,
-    part,
-    negative_slope,
-    input_scale,
-    input_shift,
-    output_shift,
-    output_scale,
-    last_but_one,
-    last,
-    DGRAD: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_OUTPUT: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Bias, residual and activation, or φ̂′ and channel sums; and write the tile z."""
-    n = first_n + tl.arange(0, z.shape[1])
-    mask = inside[:, None] & (n < N)[None, :]
-    index = pixel[:, None] * N + n[None, :]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if DGRAD:
-        if ACTIVATION != IDENTITY:
-            saved = tl.load(aux_ptr + index, mask=mask, other=0.0)
-            if bias_ptr is not None:
-                saved = saved.to(tl.float32) + bias
-            z = epilogue.act_grad(
-                *(z, saved, negative_slope, input_scale, input_shift, output_shift),
-                *(output_scale, last_but_one, last, ACTIVATION, SAVE_OUTPUT),
-            )
-        if sums_ptr is not None:
-            total = tl.sum(tl.where(mask, z, 0.0), 0)
-            tl.store(sums_ptr + part * N + n, total, mask=n < N)
-    else:
-        if bias_ptr is not None:
-            z += bias
-        if aux_ptr is not None:
-            residual = tl.load(aux_ptr + index, mask=mask, other=0.0)
-            z = epilogue.mix(z, residual, last_but_one, last)
-        if ACTIVATION != IDENTITY:
-            z = epilogue.act(
-                *(z, negative_slope, input_scale, input_shift, output_shift, output_scale),
-                ACTIVATION,
-            )
-    tl.store(out_ptr + index, z.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["batch", "in_h", "in_w", "out_h", "out_w", "tiles_m"])
 def _conv_kernel(
     a_ptr,
     w_ptr,
     out_ptr,
-    bias_ptr,
-    aux_ptr,
-    sums_ptr,
+    operands,
     batch,
     in_h,
     in_w,
     out_h,
     out_w,
     tiles_m,
-    negative_slope: tl.float64,
-    input_scale: tl.float64,
-    input_shift: tl.float64,
-    output_shift: tl.float64,
-    output_scale: tl.float64,
-    last_but_one: tl.float64,
-    last: tl.float64,
-    DGRAD: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_OUTPUT: tl.constexpr,
+    KIND: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    W_TAP: tl.constexpr,
-    W_C: tl.constexpr,
-    W_N: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    STEP: tl.constexpr,
+    W_STRIDES: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    TILE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Tile of out = epilogue(Σ a · w): C channels are read and summed over, N are written."""
+    R: tl.constexpr = GEOMETRY.kernel[0]
+    S: tl.constexpr = GEOMETRY.kernel[1]
+    STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
+    STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
+    W_TAP: tl.constexpr = W_STRIDES[0]
+    W_C: tl.constexpr = W_STRIDES[1]
+    W_N: tl.constexpr = W_STRIDES[2]
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_K: tl.constexpr = TILE.k
+    SLICES: tl.constexpr = TILE.slices
+    DGRAD: tl.constexpr = KIND.grad
     pid = tl.program_id(0)
     remainder = 0
     SUBS_W: tl.constexpr = STRIDE_W if DGRAD else 1
@@ -193,7 +123,7 @@ def _conv_kernel(
     if SUBS > 1:
         remainder = pid % SUBS
         pid = pid // SUBS
-    tile_m, tile_n = tiles.place(pid, tiles_m, (N + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    tile_m, tile_n = tiles.place(pid, tiles_m, (N + BLOCK_N - 1) // BLOCK_N, TILE.group)
     part = tile_m * SUBS + remainder
     if WIDE:
         tile_m = tile_m.to(tl.int64)
@@ -208,26 +138,26 @@ def _conv_kernel(
         height = tl.cdiv(out_h - row0, STRIDE_H)
         width = tl.cdiv(out_w - col0, STRIDE_W)
         if SUBS > 1:
-            first_h, taps_h, origin_h = _taps(row0, R, STRIDE_H, PAD_H, DILATION_H, STEP_H)
-            first_w, taps_w, origin_w = _taps(col0, S, STRIDE_W, PAD_W, DILATION_W, STEP_W)
+            first_h, taps_h, origin_h = _taps(row0, GEOMETRY, STEP, 0)
+            first_w, taps_w, origin_w = _taps(col0, GEOMETRY, STEP, 1)
             first = first_h * S + first_w
         else:
             taps_h, taps_w = R, S
-            origin_h, origin_w = PAD_H, PAD_W
+            origin_h, origin_w = GEOMETRY.padding[0], GEOMETRY.padding[1]
             first = 0
         MOVE_H: tl.constexpr = 1
         MOVE_W: tl.constexpr = 1
-        HOP_H: tl.constexpr = -(STEP_H * DILATION_H // STRIDE_H)
-        HOP_W: tl.constexpr = -(STEP_W * DILATION_W // STRIDE_W)
+        HOP_H: tl.constexpr = -(STEP[0] * GEOMETRY.dilation[0] // STRIDE_H)
+        HOP_W: tl.constexpr = -(STEP[1] * GEOMETRY.dilation[1] // STRIDE_W)
     else:
         height, width = out_h, out_w
         taps_h, taps_w = R, S
-        origin_h, origin_w = -PAD_H, -PAD_W
+        origin_h, origin_w = -GEOMETRY.padding[0], -GEOMETRY.padding[1]
         first = 0
         MOVE_H: tl.constexpr = STRIDE_H
         MOVE_W: tl.constexpr = STRIDE_W
-        HOP_H: tl.constexpr = DILATION_H
-        HOP_W: tl.constexpr = DILATION_W
+        HOP_H: tl.constexpr = GEOMETRY.dilation[0]
+        HOP_W: tl.constexpr = GEOMETRY.dilation[1]
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = (batch.to(tl.int64) if WIDE else batch) * height * width
     inside = m < rows
@@ -280,7 +210,7 @@ def _conv_kernel(
             a_mask = inside[:, None] & within[None, :] & _within(h, in_h) & _within(w, in_w)
             moved = (ts * HOP_H * in_w + us * HOP_W) * C + c
             a_at = a_ptr + (base[:, None] + moved[None, :])
-            w_tap = first + ts * (STEP_H * S) + us * STEP_W
+            w_tap = first + ts * (STEP[0] * S) + us * STEP[1]
             w_at = w_ptr + ((w_tap * W_TAP + c * W_C)[:, None] + (n * W_N)[None, :])
         else:
             if BITS:
@@ -292,7 +222,7 @@ def _conv_kernel(
             if C % BLOCK_K != 0:
                 a_mask = a_mask & within[None, :]
             a_at = a_first + ((t * HOP_H * in_w + u * HOP_W) * C + block * BLOCK_K)
-            w_tap = t * (STEP_H * S) + u * STEP_W
+            w_tap = t * (STEP[0] * S) + u * STEP[1]
             w_at = w_first + (w_tap * W_TAP + block * (BLOCK_K * W_C))
         a = tl.load(a_at, mask=a_mask, other=0.0)
         if FLAT or C % BLOCK_K != 0 or N % BLOCK_N != 0:
@@ -315,11 +245,10 @@ def _conv_kernel(
     parts = tiles.slices(acc, SLICES)
     for s in tl.static_range(SLICES):
         first_n = tile_n * BLOCK_N + s * (BLOCK_N // SLICES)
-        _finish(
-            *(parts[s], out_ptr, bias_ptr, aux_ptr, sums_ptr, pixel, inside, first_n, part),
-            *(negative_slope, input_scale, input_shift, output_shift, output_scale),
-            *(last_but_one, last, DGRAD, ACTIVATION, SAVE_OUTPUT, N),
-        )
+        z = epilogue.finish(parts[s], operands, pixel, inside, first_n, N, N, part, KIND)
+        col = first_n + tl.arange(0, z.shape[1])
+        out_at = out_ptr + (pixel[:, None] * N + col[None, :])
+        tl.store(out_at, z.to(out_ptr.dtype.element_ty), inside[:, None] & (col < N)[None, :])
 
 
 @triton.jit(
@@ -340,22 +269,13 @@ def _wgrad_kernel(
     steps,
     C: tl.constexpr,
     K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    GEOMETRY: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
     EVEN: tl.constexpr,
     SAME: tl.constexpr,
     DEAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Tile of one part of dw (K, R · S · C), summed over `steps` blocks of pixels.
@@ -363,6 +283,13 @@ def _wgrad_kernel(
     (dn, dp, dq) is BLOCK_K pixels in images, rows and columns: how far one step moves. EVEN: steps
     end where the pixels do. SAME: output pixels lie in memory as those of x do.
     """
+    R: tl.constexpr = GEOMETRY.kernel[0]
+    S: tl.constexpr = GEOMETRY.kernel[1]
+    STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
+    STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_K: tl.constexpr = TILE.k
     TILES_K: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
     TILES_C: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
@@ -384,8 +311,8 @@ def _wgrad_kernel(
         c = (tile_n % TILES_C) * BLOCK_N + tl.arange(0, BLOCK_N)
         col = tap * C + c
         in_col = c < C
-    from_h = (tap // S) * DILATION_H - PAD_H
-    from_w = (tap % S) * DILATION_W - PAD_W
+    from_h = (tap // S) * GEOMETRY.dilation[0] - GEOMETRY.padding[0]
+    from_w = (tap % S) * GEOMETRY.dilation[1] - GEOMETRY.padding[1]
 
     # The pixel (h, w) of x that the tile's tap reads for output pixel m (of a FLAT tile, whose taps
     # are many, a tap at 0), and its place in memory. They move together, with their carries, which
@@ -609,9 +536,8 @@ def conv_act(
         ValueError: what `why_not` says, or shapes that do not match.
     """
     geometry = stride, padding, dilation
-    return _forward(
-        *("conv_act", x, weight, bias, residual, residual_weight, geometry, kernel_args, config)
-    )
+    after = bias, residual, residual_weight, kernel_args
+    return _forward("conv_act", x, weight, geometry, after, config)
 
 
 def conv(
@@ -625,63 +551,38 @@ def conv(
 ) -> Tensor:
     """X ⋆ weight alone; arguments, result and errors as in `conv_act`."""
     geometry = stride, padding, dilation
-    return _forward("conv", x, weight, None, None, 0.0, geometry, epilogue.PLAIN, config)
-
-
-_Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
+    return _forward("conv", x, weight, geometry, (None, None, 0.0, epilogue.PLAIN), config)
 
 
 def _forward(
     op: str,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    residual_weight: float,
-    geometry: _Geometry,
-    kernel_args: KernelArgs,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    after: tuple[Tensor | None, Tensor | None, float, KernelArgs],
     config: Config | gemm.Config | None,
 ) -> Tensor:
     images.check(op, x, weight)
     problem = images.problem_of(op, x.shape, weight.shape, *geometry, x.dtype)
+    bias, residual, residual_weight, kernel_args = after
     bias = images.vector(op, bias, problem.out_channels)
     shape = images.shape_like(x, problem.output)
     images.check_shape(op, "residual", residual, shape)
-    if residual is None:
-        residual_weight = 0.0
-    constants = epilogue.constants(kernel_args, residual_weight)
     if _is_gemm(problem, config):
+        other = None if residual is None else images.as_matrix(residual)
         y = gemm.linear_act(
-            *(
-                images.as_matrix(x),
-                images.as_matrix(weight),
-                bias,
-                None if residual is None else images.as_matrix(residual),
-            ),
+            *(images.as_matrix(x), images.as_matrix(weight), bias, other),
             *(residual_weight, kernel_args),
             tf32=problem.arithmetic == "tf32",
             config=config,
         )
         return images.from_matrix(y, shape)
+    residual = None if residual is None else images.packed(images.as_images(residual))
+    end = epilogue.forward(bias, residual, residual_weight, kernel_args)
     y = images.empty(x, shape)
     if y.numel():
-        gpu = host.gpu_of(x.device)
-        config = config or config_for("forward", problem, gpu)
-        p = problem
-        _launch(
-            *(
-                p,
-                config,
-                False,
-                images.as_images(x),
-                images.as_images(weight),
-                images.as_images(y),
-                bias,
-                residual,
-                None,
-            ),
-            *(kernel_args[0], constants, False),
-        )
+        config = config or config_for("forward", problem, host.gpu_of(x.device))
+        _launch(problem, config, images.as_images(x), images.as_images(weight), y, end)
     return y
 
 
@@ -730,17 +631,11 @@ def conv_dgrad(
     shape = tuple(input_size)
     images.check_shape(op, "dz", dz, images.shape_like(dz, problem.output))
     images.check_shape(op, "saved", saved, shape)
-    if saved is None:
-        kernel_args = epilogue.PLAIN
     bias = None if saved is None or save_output else images.vector(op, bias, problem.channels)
     if _is_gemm(problem, config):
+        before = None if saved is None else images.as_matrix(saved)
         dx, sums = gemm.linear_dgrad(
-            *(
-                images.as_matrix(dz),
-                images.as_matrix(weight),
-                None if saved is None else images.as_matrix(saved),
-                bias,
-            ),
+            *(images.as_matrix(dz), images.as_matrix(weight), before, bias),
             *(kernel_args, save_output, bias_grad),
             tf32=problem.arithmetic == "tf32",
             config=config,
@@ -751,23 +646,11 @@ def conv_dgrad(
     if not dx.numel():
         return dx, dz.new_zeros(channels, dtype=torch.float32)
     config = config or config_for("dgrad", problem, host.gpu_of(dz.device))
-    subs = problem.stride[0] * problem.stride[1]
-    parts = subs * cdiv(_dgrad_rows(problem), config.block_m)
+    parts = math.prod(problem.stride) * cdiv(_dgrad_rows(problem), config.block_m)
     sums = dz.new_empty((parts, channels) if bias_grad else 0, dtype=torch.float32)
-    _launch(
-        *(
-            problem,
-            config,
-            True,
-            images.as_images(dz),
-            images.as_images(weight),
-            images.as_images(dx),
-            bias,
-            saved,
-        ),
-        *(sums if bias_grad else None, kernel_args[0], epilogue.grad_constants(kernel_args)),
-        save_output,
-    )
+    saved = None if saved is None else images.packed(images.as_images(saved))
+    end = epilogue.backward(bias, saved, sums if bias_grad else None, kernel_args, save_output)
+    _launch(problem, config, images.as_images(dz), images.as_images(weight), dx, end)
     if bias_grad:
         with host.on_device(dz):
             sums = reduction.channel_sums(sums)
@@ -830,43 +713,28 @@ def conv_wgrad(
 
 
 def _launch(
-    problem: Problem,
-    config: Config,
-    dgrad: bool,
-    a: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    aux: Tensor | None,
-    sums: Tensor | None,
-    activation: int,
-    constants: tuple[float, ...],
-    save_output: bool,
+    problem: Problem, config: Config, a: Tensor, weight: Tensor, out: Tensor, end: Epilogue
 ) -> None:
-    mixes = not dgrad and aux is not None
-    plan = _plan(problem, config, dgrad, activation, save_output, mixes)
+    plan = _plan(problem, config, end.kind, end.mixes)
     with host.on_device(a):
-        if dgrad and problem.itemsize == 4:
+        if end.kind.grad and problem.itemsize == 4:
             # Tensor cores take tf32 along the reduction only.
             weight = weight.permute(1, 2, 3, 0).contiguous()
         else:
             weight = images.packed(weight)
-        aux = None if aux is None else images.packed(images.as_images(aux))
-        tensors = images.packed(a), weight, out, bias, aux, sums
-        _conv_kernel[plan.grid](*tensors, *plan.sizes, *constants, WIDE=plan.wide, **plan.constants)
+        tensors = images.packed(a), weight, out, end.operands
+        _conv_kernel[plan.grid](*tensors, *plan.sizes, WIDE=plan.wide, **plan.constants)
 
 
 @lru_cache(REMEMBERED)
-def _plan(
-    problem: Problem, config: Config, dgrad: bool, activation: int, save_output: bool, mixes: bool
-) -> Launch:
-    p = problem
-    images = (p.channels, p.height, p.width), (p.out_channels, p.out_height, p.out_width)
-    (channels, height, width), (written, *written_size) = images[::-1] if dgrad else images
-    rows, subs = (_dgrad_rows(p), p.stride[0] * p.stride[1]) if dgrad else (p.pixels, 1)
+def _plan(problem: Problem, config: Config, kind: Kind, mixes: bool) -> Launch:
+    p, dgrad = problem, kind.grad
+    sides = (p.channels, p.height, p.width), (p.out_channels, p.out_height, p.out_width)
+    (channels, height, width), (written, *written_size) = sides[::-1] if dgrad else sides
+    rows, subs = (_dgrad_rows(p), math.prod(p.stride)) if dgrad else (p.pixels, 1)
     tiles_m = cdiv(rows, config.block_m)
     # In dgrad, the taps that meet at one remainder of the stride are so far apart.
-    steps = [s // math.gcd(s, d) if dgrad else 1 for s, d in zip(p.stride, p.dilation, strict=True)]
+    step = [s // math.gcd(s, d) if dgrad else 1 for s, d in zip(p.stride, p.dilation, strict=True)]
     w_tap, w_c, w_n = p.channels, 1, p.taps * p.channels
     if dgrad and p.itemsize == 4:
         w_tap, w_n = p.out_channels, p.taps * p.out_channels
@@ -874,25 +742,16 @@ def _plan(
         w_c, w_n = w_n, w_c
     reach = _reach(p, channels, height, width), p.batch * written * math.prod(written_size)
     constants: dict[str, Any] = {
-        **_geometry_constants(p),
-        "DGRAD": dgrad,
-        "ACTIVATION": activation,
-        "SAVE_OUTPUT": save_output,
+        "KIND": kind,
         "C": channels,
         "N": written,
-        "STEP_H": steps[0],
-        "STEP_W": steps[1],
-        "W_TAP": w_tap,
-        "W_C": w_c,
-        "W_N": w_n,
+        "GEOMETRY": p.geometry,
+        "STEP": tuple(step),
+        "W_STRIDES": (w_tap, w_c, w_n),
         "PRECISION": _precision(p),
         "FLAT": _flat(channels, p.taps),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.bytes_k // p.itemsize,
-        "SLICES": config.slices(activation, mixes),
-        "GROUP_M": config.group_m,
-        **gemm.launch_options(config, activation),
+        "TILE": config.tile(p.itemsize, kind.activation, mixes),
+        **gemm.launch_options(config, kind.activation),
     }
     sizes = p.batch, height, width, *written_size, tiles_m
     grid = (subs * tiles_m * cdiv(written, config.block_n),)
@@ -909,36 +768,20 @@ def _wgrad_plan(problem: Problem, config: Config, gpu: host.Gpu) -> Launch:
     place = block_k // (p.out_height * p.out_width), block_k // p.out_width % p.out_height
     sizes = p.pixels, p.height, p.width, p.out_height, p.out_width
     constants: dict[str, Any] = {
-        **_geometry_constants(p),
         "C": p.channels,
         "K": p.out_channels,
+        "GEOMETRY": p.geometry,
         "PRECISION": _precision(p),
         "FLAT": _flat(p.channels, p.taps),
         "EVEN": p.pixels % block_k == 0,
         "SAME": p.stride == (1, 1) and (p.out_height, p.out_width) == (p.height, p.width),
         "DEAL": p.arithmetic == "tf32" and gemm.deals(gpu, config.block_m, config.block_n),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": block_k,
+        "TILE": config.tile(p.itemsize),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
     sizes = *sizes, *place, block_k % p.out_width, steps
     return Launch((_wgrad_tiles(config, p), splits), sizes, constants, max(reach), splits)
-
-
-def _geometry_constants(problem: Problem) -> dict[str, int]:
-    p = problem
-    return {
-        "R": p.kernel[0],
-        "S": p.kernel[1],
-        "STRIDE_H": p.stride[0],
-        "STRIDE_W": p.stride[1],
-        "PAD_H": p.padding[0],
-        "PAD_W": p.padding[1],
-        "DILATION_H": p.dilation[0],
-        "DILATION_W": p.dilation[1],
-    }
 
 
 def _reach(problem: Problem, channels: int, height: int, width: int) -> int:

@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape.activations import ids_by_registers
 from fusedshape.kernels import epilogue, host, reduction, tiles
-from fusedshape.kernels.epilogue import IDENTITY
+from fusedshape.kernels.epilogue import IDENTITY, Epilogue, Kind
 from fusedshape.kernels.host import DTYPES, Direction, Gpu, Launch, cdiv
 from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED, tunable
@@ -163,78 +163,12 @@ def _operand(
     return tile
 
 
-@triton.jit
-def _finish(
-    z,
-    out_ptr,
-    bias_ptr,
-    aux_ptr,
-    sums_ptr,
-    tile_m,
-    first_m,
-    first_n,
-    m,
-    n,
-    aux_stride,
-    negative_slope,
-    input_scale,
-    input_shift,
-    output_shift,
-    output_scale,
-    sixth,
-    seventh,
-    GRAD: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_OUTPUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_AUX: tl.constexpr,
-    SUMS: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Take part of a tile, as the product left it, through the activation to memory."""
-    row = first_m + tl.arange(0, z.shape[0])
-    col = first_n + tl.arange(0, z.shape[1])
-    inside = (row < m)[:, None] & (col < n)[None, :]
-    if HAS_AUX:
-        aux = tl.load(aux_ptr + (row * aux_stride)[:, None] + col[None, :], inside, 0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + col, col < n, 0.0).to(tl.float32)[None, :]
-    if GRAD:
-        if ACTIVATION != epilogue.IDENTITY:
-            if HAS_BIAS:
-                aux = aux.to(tl.float32) + bias
-            z = epilogue.act_grad(
-                *(z, aux, negative_slope, input_scale, input_shift, output_shift),
-                *(output_scale, sixth, seventh, ACTIVATION, SAVE_OUTPUT),
-            )
-        if SUMS:
-            total = tl.sum(tl.where((row < m)[:, None], z, 0.0), 0)
-            tl.store(sums_ptr + tile_m * n + col, total, col < n)
-    else:
-        if HAS_BIAS:
-            z += bias
-        if HAS_AUX:
-            z = epilogue.mix(z, aux, sixth, seventh)
-        if ACTIVATION != epilogue.IDENTITY:
-            z = epilogue.act(
-                *(z, negative_slope, input_scale, input_shift, output_shift),
-                *(output_scale, ACTIVATION),
-            )
-    if TMA:
-        out_ptr.store([first_m.to(tl.int32), first_n.to(tl.int32)], z.to(out_ptr.dtype))
-    else:
-        index = (row * n)[:, None] + col[None, :]
-        tl.store(out_ptr + index, z.to(out_ptr.dtype.element_ty), inside)
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def _gemm_kernel(
     a_ptr,
     b_ptr,
     out_ptr,
-    bias_ptr,
-    aux_ptr,
-    sums_ptr,
+    operands,
     m_vectors,
     n_vectors,
     k_vectors,
@@ -243,37 +177,28 @@ def _gemm_kernel(
     aux_vectors,
     splits,
     chunk,
-    negative_slope: tl.float64,
-    input_scale: tl.float64,
-    input_shift: tl.float64,
-    output_shift: tl.float64,
-    output_scale: tl.float64,
-    sixth: tl.float64,
-    seventh: tl.float64,
-    A_ALONG_K: tl.constexpr,
-    B_ALONG_K: tl.constexpr,
-    GRAD: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVE_OUTPUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_AUX: tl.constexpr,
-    SUMS: tl.constexpr,
+    KIND: tl.constexpr,
+    ALONG_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    VECTOR_M: tl.constexpr,
-    VECTOR_N: tl.constexpr,
-    VECTOR_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    VECTORS: tl.constexpr,
+    TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SLICES: tl.constexpr,
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
     DEAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    """Tiles of out = epilogue(a · b), or of the parts of a sum that is split."""
+    A_ALONG_K: tl.constexpr = ALONG_K[0]
+    B_ALONG_K: tl.constexpr = ALONG_K[1]
+    VECTOR_M: tl.constexpr = VECTORS[0]
+    VECTOR_N: tl.constexpr = VECTORS[1]
+    VECTOR_K: tl.constexpr = VECTORS[2]
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_K: tl.constexpr = TILE.k
+    SLICES: tl.constexpr = TILE.slices
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     # Products with the width of a vector show the compiler that rows start at multiples of it.
     m = m_vectors.to(INDEX) * VECTOR_M
@@ -305,7 +230,7 @@ def _gemm_kernel(
             split = tile // (tiles_m * tiles_n)
             begin = split * chunk
             end = tl.minimum(begin + chunk, steps)
-        tile_m, tile_n = tiles.place(index, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tiles.place(index, tiles_m, tiles_n, TILE.group)
         first_m = tile_m.to(INDEX) * BLOCK_M
         first_n = tile_n.to(INDEX) * BLOCK_N
         z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -331,15 +256,21 @@ def _gemm_kernel(
             index = (row * n)[:, None] + col[None, :]
             tl.store(out_ptr + split * m * n + index, z, (row < m)[:, None] & (col < n)[None, :])
         else:
+            aux_stride = aux_vectors.to(INDEX) * VECTOR_N
+            row = first_m + tl.arange(0, BLOCK_M)
             parts = tiles.slices(z, SLICES)
             for s in tl.static_range(SLICES):
-                _finish(
-                    *(parts[s], out_ptr, bias_ptr, aux_ptr, sums_ptr),
-                    *(tile_m, first_m, first_n + s * (BLOCK_N // SLICES), m, n),
-                    *(aux_vectors.to(INDEX) * VECTOR_N, negative_slope, input_scale, input_shift),
-                    *(output_shift, output_scale, sixth, seventh),
-                    *(GRAD, ACTIVATION, SAVE_OUTPUT, HAS_BIAS, HAS_AUX, SUMS, TMA),
+                part_n = first_n + s * (BLOCK_N // SLICES)
+                y = epilogue.finish(
+                    parts[s], operands, row, row < m, part_n, n, aux_stride, tile_m, KIND
                 )
+                if TMA:
+                    out_ptr.store([first_m.to(tl.int32), part_n.to(tl.int32)], y.to(out_ptr.dtype))
+                else:
+                    col = part_n + tl.arange(0, y.shape[1])
+                    out_at = out_ptr + (row * n)[:, None] + col[None, :]
+                    inside = (row < m)[:, None] & (col < n)[None, :]
+                    tl.store(out_at, y.to(out_ptr.dtype.element_ty), inside)
 
 
 def linear_act(
@@ -371,13 +302,13 @@ def linear_act(
     Raises:
         ValueError: `why_not` has a reason, shapes do not fit, or `config` cannot run here.
     """
-    constants = epilogue.constants(kernel_args, residual_weight if residual is not None else 0.0)
     _require("linear_act", x, weight, residual)
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear_act", weight=(weight, (n, k)), residual=(residual, (m, n)), bias=(bias, (n,)))
     y = x.new_empty(m, n)
-    operands = x, weight, y, bias, residual
-    _multiply("forward", tf32, config, k, *operands, kernel_args[0], constants)
+    bias = None if bias is None else bias.contiguous()
+    end = epilogue.forward(bias, residual, residual_weight, kernel_args)
+    _multiply("forward", k, (x, weight, y), end, tf32, config)
     return y
 
 
@@ -389,7 +320,7 @@ def linear(
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear", weight=(weight, (n, k)))
     y = x.new_empty(m, n)
-    _multiply("forward", tf32, config, k, x, weight, y)
+    _multiply("forward", k, (x, weight, y), Epilogue(), tf32, config)
     return y
 
 
@@ -434,12 +365,10 @@ def linear_dgrad(
     if dz.dtype == torch.float32:
         weight = weight.t().contiguous()  # see Problem.along_k
     dx = dz.new_empty(m, n)
-    activation = IDENTITY.value if saved is None else kernel_args[0]
-    sums = _multiply(
-        *("dgrad", tf32, config, k, dz, weight, dx, bias, saved),
-        *(activation, epilogue.grad_constants(kernel_args), save_output, bias_grad),
-    )
-    return dx, sums
+    bias = None if bias is None else bias.contiguous()
+    end = epilogue.backward(bias, saved, None, kernel_args, save_output)
+    sums = _multiply("dgrad", k, (dz, weight, dx), end, tf32, config, bias_grad)
+    return dx, dz.new_empty(0, dtype=torch.float32) if sums is None else sums
 
 
 def linear_wgrad(
@@ -463,7 +392,7 @@ def linear_wgrad(
     (k, m), n = dz.shape, x.shape[1]
     _fit("linear_wgrad", x=(x, (k, n)))
     dw = x.new_empty(m, n)
-    _multiply("wgrad", tf32, config, k, dz, x, dw)
+    _multiply("wgrad", k, (dz, x, dw), Epilogue(), tf32, config)
     return dw
 
 
@@ -612,43 +541,33 @@ def _precision(dtype: torch.dtype, tf32: bool | None) -> str:
     return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
+class _Layouts(NamedTuple):
+    """Where the matrices of a product lie; `aux` is the epilogue's."""
+
+    a: _Layout
+    b: _Layout
+    out: _Layout
+    aux: _Layout | None
+
+
 @lru_cache(REMEMBERED)
 def _problem(
-    direction: Direction,
-    dtype: torch.dtype,
-    precision: str,
-    k: int,
-    a: _Layout,
-    b: _Layout,
-    out: _Layout,
-    aux: _Layout | None,
+    direction: Direction, dtype: torch.dtype, precision: str, k: int, layouts: _Layouts
 ) -> Problem:
-    operands = a, b, out
-    access = min(t.access(dtype.itemsize) for t in (*operands, aux) if t is not None)
+    *operands, aux = layouts
+    access = min(t.access(dtype.itemsize) for t in layouts if t is not None)
     describable = all(
         t.access(dtype.itemsize) == 16 and 0 < t.rows < 2**31 and 0 < t.cols <= t.stride
         for t in operands
     )
-    sizes = out.rows, out.cols, k
+    sizes = layouts.out.rows, layouts.out.cols, k
     return Problem(direction, *sizes, dtype, precision, access, describable, aux is not None)
 
 
 @lru_cache(REMEMBERED)
-def _plan(
-    problem: Problem,
-    config: Config,
-    gpu: Gpu,
-    a: _Layout,
-    b: _Layout,
-    out: _Layout,
-    aux: _Layout | None,
-    activation: int,
-    save_output: bool,
-    has_bias: bool,
-    column_sums: bool,
-) -> Launch:
+def _plan(problem: Problem, config: Config, gpu: Gpu, layouts: _Layouts, kind: Kind) -> Launch:
     m, n, k = problem.m, problem.n, problem.k
-    block_k = config.bytes_k // problem.dtype.itemsize
+    a, b, _, aux = layouts
     a_along_k, b_along_k = problem.along_k
     aux_stride = n if aux is None else aux.stride
     vector = 16 // problem.dtype.itemsize
@@ -659,101 +578,78 @@ def _plan(
     programs = config.tiles(problem) * splits
     if config.persistent:
         programs = min(programs, gpu.processors)
-    slices = config.slices(activation, mixes=problem.direction == "forward" and problem.reads)
+    mixes = problem.direction == "forward" and problem.reads
+    tile = config.tile(problem.dtype.itemsize, kind.activation, mixes)
     sizes = (
-        m // vector_m,
-        n // vector_n,
-        k // vector_k,
+        *(m // vector_m, n // vector_n, k // vector_k),
         a.stride // (vector_k if a_along_k else vector_m),
         b.stride // (vector_k if b_along_k else vector_n),
-        aux_stride // vector_n,
-        splits,
-        chunk,
+        *(aux_stride // vector_n, splits, chunk),
     )
     wgrad_of_tf32 = problem.direction == "wgrad" and problem.precision == "tf32"
     constants: dict[str, Any] = {
-        "A_ALONG_K": a_along_k,
-        "B_ALONG_K": b_along_k,
-        "GRAD": problem.direction == "dgrad",
-        "ACTIVATION": activation,
-        "SAVE_OUTPUT": save_output,
-        "HAS_BIAS": has_bias,
-        "HAS_AUX": aux is not None,
-        "SUMS": column_sums,
+        "KIND": kind,
+        "ALONG_K": problem.along_k,
         "SPLIT": splits > 1,
         "PRECISION": problem.precision,
-        "VECTOR_M": vector_m,
-        "VECTOR_N": vector_n,
-        "VECTOR_K": vector_k,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": block_k,
-        "GROUP_M": config.group_m,
-        "EVEN_K": k > 0 and k % block_k == 0,
-        "SLICES": slices,
+        "VECTORS": (vector_m, vector_n, vector_k),
+        "TILE": tile,
+        "EVEN_K": k > 0 and k % tile.k == 0,
         "TMA": config.tma,
         "PERSISTENT": config.persistent,
         "DEAL": wgrad_of_tf32 and deals(gpu, config.block_m, config.block_n),
-        **launch_options(config, activation, config.persistent),
+        **launch_options(config, kind.activation, config.persistent),
     }
-    reach = max(splits * m * n, *(t.reach for t in (a, b, out, aux) if t is not None))
+    reach = max(splits * m * n, *(t.reach for t in layouts if t is not None))
     return Launch((programs,), sizes, constants, reach, splits)
 
 
 def _multiply(
     direction: Direction,
+    k: int,
+    operands: tuple[Tensor, Tensor, Tensor],
+    end: Epilogue,
     tf32: bool | None,
     config: Config | None,
-    k: int,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    bias: Tensor | None = None,
-    aux: Tensor | None = None,
-    activation: int = IDENTITY.value,
-    constants: tuple[float, ...] = (0.0,) * 7,
-    save_output: bool = False,
     column_sums: bool = False,
-) -> Tensor:
-    """Fill `out`; return the sums of its columns, or an empty tensor."""
+) -> Tensor | None:
+    """Fill the last operand with the product of the others; return its columns' sums if wanted."""
+    a, b, out = operands
     if a.dtype != b.dtype:
         raise ValueError(f"operands must share a dtype, got {a.dtype} and {b.dtype}")
-    layouts = _layout(a), _layout(b), _layout(out), None if aux is None else _layout(aux)
-    problem = _problem(direction, a.dtype, _precision(a.dtype, tf32), k, *layouts)
+    aux = end.operands.aux
+    layouts = _Layouts(_layout(a), _layout(b), _layout(out), None if aux is None else _layout(aux))
+    problem = _problem(direction, a.dtype, _precision(a.dtype, tf32), k, layouts)
     m, n = out.shape
     gpu = host.gpu_of(out.device)
     if not out.numel():
-        return out.new_zeros(n if column_sums else 0, dtype=torch.float32)
+        return out.new_zeros(n, dtype=torch.float32) if column_sums else None
     if config is None:
         config = config_for(problem, gpu)
     elif not runs(config, problem, gpu):
         raise ValueError(
             f"{config} cannot run {problem} on {gpu}; take one of gemm.configs_for(problem, gpu)"
         )
-    ends = activation, save_output, bias is not None, column_sums
-    plan = _plan(problem, config, gpu, *layouts, *ends)
-    splits = plan.parts
+    plan = _plan(problem, config, gpu, layouts, end.kind)
     with host.on_device(out):
-        target = out if splits == 1 else out.new_empty(splits * m, n, dtype=torch.float32)
-        parts = cdiv(m, config.block_m) if column_sums else 0
-        sums = out.new_empty(parts, n if parts else 0, dtype=torch.float32)
-        operands: tuple[Tensor | TensorDescriptor, ...] = a, b, target
+        parts = out if plan.parts == 1 else out.new_empty(plan.parts * m, n, dtype=torch.float32)
+        sums = None
+        if column_sums:
+            sums = out.new_empty(cdiv(m, config.block_m), n, dtype=torch.float32)
+        tensors: tuple[Tensor | TensorDescriptor, ...] = a, b, parts
         if config.tma:
-            a_along_k, b_along_k = problem.along_k
-            block_k = plan.constants["BLOCK_K"]
-            written = config.block_n // plan.constants["SLICES"]
-            operands = (
-                _describe(a, layouts[0], config.block_m, block_k, a_along_k),
-                _describe(b, layouts[1], config.block_n, block_k, b_along_k),
-                target if splits > 1 else _describe(out, layouts[2], config.block_m, written),
+            tile, (a_along_k, b_along_k) = plan.constants["TILE"], problem.along_k
+            written = tile.n // tile.slices
+            tensors = (
+                _describe(a, layouts.a, tile.m, tile.k, a_along_k),
+                _describe(b, layouts.b, tile.n, tile.k, b_along_k),
+                parts if plan.parts > 1 else _describe(out, layouts.out, tile.m, written),
             )
-        others = None if bias is None else bias.contiguous(), aux, sums
-        _gemm_kernel[plan.grid](
-            *operands, *others, *plan.sizes, *constants, WIDE=plan.wide, **plan.constants
-        )
-        if splits > 1:
-            reduction.add_parts(target.view(splits, m, n), out)
-        return reduction.channel_sums(sums) if column_sums else sums.view(-1)
+        ends = end.operands._replace(sums=sums)
+        _gemm_kernel[plan.grid](*tensors, ends, *plan.sizes, WIDE=plan.wide, **plan.constants)
+        if plan.parts > 1:
+            reduction.add_parts(parts.view(plan.parts, m, n), out)
+        return None if sums is None else reduction.channel_sums(sums)
 
 
 def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:

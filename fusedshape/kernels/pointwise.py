@@ -94,9 +94,8 @@ def _bias_act_kernel(
     z = tl.load(x_ptr + index, mask=inside, other=0.0).to(T)
     if HAS_BIAS:
         z += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
-    y = epilogue.act(
-        z, negative_slope, input_scale, input_shift, output_shift, output_scale, ACTIVATION
-    )
+    numbers = epilogue.Spec(negative_slope, input_scale, input_shift, output_shift, output_scale)
+    y = epilogue.act(z, epilogue.in_dtype(numbers, T), ACTIVATION)
     tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -139,6 +138,9 @@ def _act_grad_kernel(
     first_row = (pid // tiles) * ROWS * (steps if BY_COLUMN else 1)
     first_col = (pid % tiles) * COLS * (1 if BY_COLUMN else steps)
 
+    numbers = epilogue.Spec(negative_slope, input_scale, input_shift, output_shift, output_scale)
+    spec = epilogue.in_dtype(numbers, T)
+    rates = epilogue.Rates(output_unscale, scale)
     total = tl.zeros((ROWS, COLS), T)
     step = 0
     while step < steps:
@@ -153,19 +155,7 @@ def _act_grad_kernel(
             saved = saved.to(T)
             if HAS_BIAS:
                 saved += _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN, T)
-        dx = epilogue.act_grad(
-            grad,
-            saved,
-            negative_slope,
-            input_scale,
-            input_shift,
-            output_shift,
-            output_scale,
-            output_unscale,
-            scale,
-            ACTIVATION,
-            SAVE_OUTPUT,
-        )
+        dx = epilogue.act_grad(grad, saved, spec, rates, ACTIVATION, SAVE_OUTPUT)
         tl.store(dx_ptr + index, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if BIAS_GRAD:
             total += dx
@@ -406,7 +396,8 @@ def _act_grad(
             plan.cols // plan.vector,
             channels,
             plan.steps,
-            *epilogue.grad_constants(kernel_args),
+            *kernel_args[1:],
+            *epilogue.rates_of(epilogue.Spec(*kernel_args[1:])),
             ACTIVATION=kernel_args[0],
             HAS_BIAS=bias is not None,
             SAVE_OUTPUT=save_output,

@@ -20,6 +20,22 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
+class Geometry(NamedTuple):
+    """Where the taps of a convolution lie; of rows and of columns each.
+
+    Attributes:
+        kernel: (R, S), taps.
+        stride: distance of the outputs' first taps.
+        padding: zeros on either side.
+        dilation: distance of taps.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Problem:
     """A convolution of `batch` images of (channels, height, width) with as many groups as 1.
@@ -86,6 +102,11 @@ class Problem:
     def pixels(self) -> int:
         """Pixels of all outputs, N · P · Q."""
         return self.batch * self.out_height * self.out_width
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where its taps lie."""
+        return Geometry(self.kernel, self.stride, self.padding, self.dilation)
 
     @property
     def taps(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,6 +30,11 @@ class Tiling:
     num_stages: int = 3
     group_m: int = 8
 
+    def tile(self, itemsize: int, activation: int = -1, mixes: bool = False) -> Tile:
+        """The tile for operands of elements of so many bytes."""
+        slices = self.slices(activation, mixes)
+        return Tile(self.block_m, self.block_n, self.bytes_k // itemsize, slices, self.group_m)
+
     def slices(self, activation: int, mixes: bool = False) -> int:
         """Parts in which a tile is finished.
 
@@ -39,6 +45,23 @@ class Tiling:
         parts = max(1, min(4, each // 32))
         finer = (mixes and each > 16) or (parts > 1 and activation not in epilogue.STRAIGHT)
         return 2 * parts if finer else parts
+
+
+class Tile(NamedTuple):
+    """A tile of a product, as a kernel takes it.
+
+    Attributes:
+        m, n: rows and columns.
+        k: of the reduction in one step.
+        slices: parts in which it is finished.
+        group: rows of tiles that are done together.
+    """
+
+    m: int
+    n: int
+    k: int
+    slices: int = 1
+    group: int = 1
 
 
 @triton.jit

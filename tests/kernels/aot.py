@@ -272,29 +272,40 @@ class Recorder:
     def __call__(self, *args: Any, **options: Any) -> None:
         self.args, self.options = args, options
 
-    def compile(self, arch: int) -> Compiled:
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes = {}
+    def compile(self, arch: int, floats: str = "fp32") -> Compiled:
+        """Compile the launch as Triton would; `floats` is how it types those in a tuple."""
         names = [param.name for param in self.kernel.params]
         given = dict(zip(names, self.args, strict=False)) | self.options
         options = {name: value for name, value in self.options.items() if name not in names}
-        for i, param in enumerate(self.kernel.params):
-            value = given[param.name]
-            if param.is_constexpr or value is None:
-                signature[param.name], constants[param.name] = "constexpr", value
-            elif isinstance(value, TensorDescriptor):
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+
+        def type_of(value: Any, *path: int) -> Any:
+            if value is None:
+                constants[path] = None
+                return "constexpr"
+            if isinstance(value, TensorDescriptor):
                 block = ", ".join(map(str, value.block_shape))
-                signature[param.name] = f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
-            elif isinstance(value, Tensor):
-                signature[param.name] = f"*{NAMES[value.dtype]}"
+                return f"tensordesc<{NAMES[value.base.dtype]}[{block}]>"
+            if isinstance(value, Tensor):
                 if value.data_ptr() % 16 == 0:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[param.name] = "fp64"
+                    attributes[path] = [["tt.divisibility", 16]]
+                return f"*{NAMES[value.dtype]}"
+            if isinstance(value, float):
+                return floats if len(path) > 1 else "fp64"
+            if isinstance(value, tuple):
+                types = [type_of(one, *path, i) for i, one in enumerate(value)]
+                return type(value)(*types)
+            assert len(path) == 1, "whole numbers in a tuple are specialised"
+            assert self.kernel.params[path[0]].do_not_specialize
+            return "i32" if value < 2**31 else "i64"
+
+        signature: dict[str, Any] = {}
+        for i, param in enumerate(self.kernel.params):
+            if param.is_constexpr:
+                signature[param.name], constants[(i,)] = "constexpr", given[param.name]
             else:
-                assert param.do_not_specialize
-                signature[param.name] = "i32" if value < 2**31 else "i64"
+                signature[param.name] = type_of(given[param.name], i)
         source = ASTSource(self.kernel, signature, constants, attributes)
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         assert built.metadata.global_scratch_size == 0

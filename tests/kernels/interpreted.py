@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.activations import Activation
-from fusedshape.kernels import host, phi, pointwise, reduction
+from fusedshape.kernels import epilogue, host, phi, pointwise, reduction
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
@@ -409,3 +409,20 @@ def test_errors_say_what_to_do() -> None:
         pointwise.bias_act(x, torch.zeros(3), 1, args)
     with pytest.raises(ValueError, match="must be the same"):
         pointwise.act_grad(x, x[:2], None, 1, args, True, True)
+
+
+@triton.jit
+def _row_kernel(z_ptr, out_ptr, spec, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    scale = tl.load(spec.input_scale + tl.arange(0, N))[None, :]
+    shift, slope = tl.full((), spec.output_shift, tl.float32), tl.full((), 0.0, tl.float32)
+    numbers = epilogue.Spec(slope, scale, slope, shift, scale)
+    tl.store(out_ptr + at, epilogue.act(tl.load(z_ptr + at), numbers, ACTIVATION))
+
+
+def test_constants_may_be_rows_of_numbers() -> None:
+    z, alpha = draw(4, 8, dtype=F32), draw(8, dtype=F32, seed=1)
+    out = torch.empty_like(z)
+    spec = epilogue.Spec(0.0, alpha, 0.0, -0.35, 0.0)
+    _row_kernel[(1,)](z, out, spec, ACTIVATION=ACTIVATIONS["tanh"].id, M=4, N=8)
+    torch.testing.assert_close(out, alpha * ((alpha * z).tanh() - 0.35))

@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -414,22 +414,36 @@ def _load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[An
     return object(), name, 0, 0, 1024
 
 
+def _taken_apart(codes: Iterator[str], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The arguments of a launch beside their codes, in tuples too, as PyArg_ParseTuple has them."""
+    left = iter(values)
+    for code in codes:
+        if code == ")":
+            break
+        value = next(left)
+        if code == "(":
+            yield from _taken_apart(codes, value)
+        else:
+            yield code, value
+    assert not list(left)
+
+
 def _launch(form: str, *args: Any) -> None:
     """Hold a launch against its format and the device's limits."""
-    x, y, z, stream, function, _, _, scratch, _, packed, _, _, _, *own = args
+    x, y, z, stream, function, _, _, scratch, _, packed, _, _, _, *values = args
+    own = list(_taken_apart(iter(form), values))
     device = torch.cuda.current_device()
     assert 0 < x < 2**31
     assert 0 < y < 2**16
     assert 0 < z < 2**16
     assert stream == torch.cuda.current_stream().stream_id
     assert scratch is None, "scratch needs triton.set_allocator"
-    assert len(own) == len(form), (form, own)
-    for code, value in zip(form, own, strict=True):
+    for code, value in own:
         if code in "ilL":
             bits = 31 if code == "i" else 63
             assert isinstance(value, int)
             assert -(2**bits) <= value < 2**bits, f"{value} does not fit into {bits + 1} bits"
-        elif code == "d":
+        elif code in "df":
             float(value)
         elif isinstance(value, Tensor):
             assert value.get_device() == device, f"a tensor of {value.device} on device {device}"
@@ -437,7 +451,7 @@ def _launch(form: str, *args: Any) -> None:
             assert code == "O", (code, value)
     gpu = GPUS[device]
     arch = 10 * gpu.major + gpu.minor
-    LAUNCHES.append(Launch(function, arch, (x, y, z), stream, packed[2], tuple(own)))
+    LAUNCHES.append(Launch(function, arch, (x, y, z), stream, packed[2], tuple(v for _, v in own)))
 
 
 def _compiled_module(src: str, name: str, **how: Any) -> Any:
@@ -451,7 +465,7 @@ def _compiled_module(src: str, name: str, **how: Any) -> Any:
             set_printf_fifo_size=None,
             fill_tma_descriptor=_describe,
         )
-    form = re.search(r'PyArg_ParseTuple\(args, "iiiKKppOOOOOO(\w*)"', src)
+    form = re.search(r'PyArg_ParseTuple\(args, "iiiKKppOOOOOO([\w()]*)"', src)
     assert form is not None
     return SimpleNamespace(launch=functools.partial(_launch, form[1]))
 
