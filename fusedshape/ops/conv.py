@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fusedshape.ops import stock
+from fusedshape.ops.arguments import Moves, Options
 from fusedshape.ops.checks import (
     Geometry,
     Size,
@@ -103,71 +102,50 @@ def conv_act(
         tensor([ 7.6000, 10.8000, 10.8000,  7.6000])
     """
     tensors = x, weight, bias, residual
+    moves = stride, padding, dilation, groups, padding_mode
     if has_torch_function_variadic(*tensors) or stock.looked_into(*tensors):
-        how: dict[str, Any] = {
-            "stride": stride,
-            "padding": padding,
-            "dilation": dilation,
-            "groups": groups,
-            "padding_mode": padding_mode,
-            "backend": backend,
-            "engine": engine,
-            "residual": residual,
-            "residual_weight": residual_weight,
-        }
-        return stock.instead_of(conv_act, tensors, x, weight, bias, spec, **how)
+        values = Moves(*moves), Options(backend, engine, residual, residual_weight)
+        return stock.instead_of(conv_act, tensors, x, weight, bias, spec, values=values)
     spec = check_spec("conv_act", spec)
     x, weight = match("conv_act", x, weight)
-    if x.ndim == weight.ndim - 1:
-        y = conv_act(
-            x.unsqueeze(0),
-            weight,
-            bias,
-            spec,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-            backend=backend,
-            engine=engine,
-            residual=residual.unsqueeze(0) if isinstance(residual, Tensor) else residual,
-            residual_weight=residual_weight,
-        )
-        return y.squeeze(0)
-    sizes = stride, padding, dilation, groups, padding_mode
-    x, geometry = padded("conv_act", x, weight, *sizes)
+    unbatched = x.ndim == weight.ndim - 1
+    if unbatched:
+        x = x.unsqueeze(0)
+        residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
+    x, geometry = padded("conv_act", x, weight, moves)
     if bias is not None:
         check_bias("conv_act", bias, x, weight.shape[0], "weight has {} output channels")
     kernels = choose(backend, x)
     step = Step(spec, geometry, kernels, asked_engine(engine, backend))
+    y = None
     if residual is not None or residual_weight is not None:
         shape = conv_shape(x.shape, weight, geometry)
         residual, w = check_residual("conv_act", residual, residual_weight, x, shape)
         if w:
-            return join(x, weight, bias, Shortcut(residual, w), step)
-    return layer_act(x, weight, bias, step)
+            y = join(x, weight, bias, Shortcut(residual, w), step)
+    if y is None:
+        y = layer_act(x, weight, bias, step)
+    return y.squeeze(0) if unbatched else y
 
 
 def padded(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    stride: Size,
-    padding: Size | str,
-    dilation: Size,
-    groups: int,
-    padding_mode: str,
+    op: str, x: Tensor, weight: Tensor, moves: tuple[Size, Size | str, Size, int, str]
 ) -> tuple[Tensor, Geometry]:
-    """The batch and the convolution of it that an engine is given, for arguments of `conv_act`.
+    """The batch and the convolution of it that an engine is given.
+
+    Args:
+        op: who asks, for messages.
+        x: a batch.
+        weight: of the convolution.
+        moves: the fields of a `Moves`.
 
     Raises:
         ValueError: shapes or sizes that do not match.
     """
-    sizes = stride, padding, dilation, groups, padding_mode
-    geometry, widths = conv_geometry(op, x.shape, weight.shape, *sizes)
+    geometry, widths = conv_geometry(op, x.shape, weight.shape, *moves)
     if widths is None:
         return x, geometry
-    wide = F.pad(x, widths, mode="constant" if padding_mode == "zeros" else padding_mode)
-    # torch forgets the layout, but for some modes in two dimensions
+    mode = moves[-1]
+    wide = F.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+    # F.pad drops the memory format, except for some modes in two dimensions.
     return channels_last(wide) if is_channels_last(x) else wide, geometry

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fusedshape.ops import stock
+from fusedshape.ops.arguments import Options
 from fusedshape.ops.checks import (
     check_bias,
     check_linear,
@@ -69,13 +68,8 @@ def linear_act(
     """
     tensors = x, weight, bias, residual
     if has_torch_function_variadic(*tensors) or stock.looked_into(*tensors):
-        how: dict[str, Any] = {
-            "backend": backend,
-            "engine": engine,
-            "residual": residual,
-            "residual_weight": residual_weight,
-        }
-        return stock.instead_of(linear_act, tensors, x, weight, bias, spec, **how)
+        values = (Options(backend, engine, residual, residual_weight),)
+        return stock.instead_of(linear_act, tensors, x, weight, bias, spec, values=values)
     spec = check_spec("linear_act", spec)
     x, weight = match("linear_act", x, weight)
     check_linear("linear_act", x.shape, weight)

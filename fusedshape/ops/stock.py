@@ -19,8 +19,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fusedshape import reference
 from fusedshape.activations import Phi
+from fusedshape.ops.arguments import Moves, Options
 from fusedshape.ops.checks import (
-    Size,
     check_bias,
     check_linear,
     check_residual,
@@ -58,14 +58,30 @@ def _dispatches(t: Tensor) -> bool:
     return not cls.__module__.startswith("torch._subclasses")
 
 
-def instead_of(op: Callable[..., Tensor], tensors: Sequence[Any], *args: Any, **how: Any) -> Any:
-    """What a call of `op` gives that is `looked_into`, or overridden by a ``__torch_function__``.
+def instead_of(
+    op: Callable[..., Tensor],
+    tensors: Sequence[Any],
+    *args: Any,
+    values: tuple[Moves | Options, ...] = (),
+    **how: Any,
+) -> Any:
+    """What a call of `op` returns if one of its tensors is `looked_into` or overrides torch.
 
-    That is asked first, and by torch's rules: of classes of tensors, proxies and modes.
+    An override (``__torch_function__``) is asked first, by torch's rules: of classes of tensors,
+    proxies and modes. It is given the arguments of the public op.
+
+    Args:
+        op: the public op; the function of its name in this file serves instead.
+        tensors: those among its arguments.
+        args: arguments by position.
+        values: arguments by name, as values, which the function here takes as they are.
+        how: other arguments by name.
     """
     if has_torch_function(tensors) and not any(map(_is_expanded, tensors)):
+        for value in values:
+            how |= value._asdict()
         return handle_torch_function(op, tensors, *args, **how)
-    return globals()[op.__name__](*args, **how)
+    return globals()[op.__name__](*args, *values, **how)
 
 
 @contextmanager
@@ -137,50 +153,30 @@ def _refuse_kernels(x: Tensor, backend: str, engine: str = "auto") -> None:
 
 
 def conv_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    spec: ActSpec,
-    *,
-    stride: Size = 1,
-    padding: Size | str = 0,
-    dilation: Size = 1,
-    groups: int = 1,
-    padding_mode: str = "zeros",
-    backend: str = "auto",
-    engine: str = "auto",
-    residual: Tensor | None = None,
-    residual_weight: float | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: ActSpec, moves: Moves, options: Options
 ) -> Tensor:
     """φ̂(√(1 − w²)·(x ⋆ W + b) + w·r)."""
     check_spec("conv_act", spec)
-    sizes = stride, padding, dilation, groups, padding_mode
     with untraced():
         w, b = _checked(weight), _checked(bias)
         match("conv_act", x, w)
         shape = x.shape if x.ndim == w.ndim else (1, *x.shape)
-        geometry, widths = conv_geometry("conv_act", tuple(shape), tuple(w.shape), *sizes)
+        geometry, widths = conv_geometry("conv_act", tuple(shape), tuple(w.shape), *moves)
         if b is not None:
             check_bias("conv_act", b, x, w.shape[0], "weight has {} output channels")
     if widths is not None:
-        x = F.pad(x, widths, mode="constant" if padding_mode == "zeros" else padding_mode)
+        x = F.pad(
+            x, widths, mode="constant" if moves.padding_mode == "zeros" else moves.padding_mode
+        )
     # Tuples, because torch's ExpandedWeights take a list of ones for a dilation.
     strides, pads, dilations = map(tuple, geometry[:3])
     convolve = _CONVOLUTIONS[len(strides) - 1]
-    z = convolve(x, weight, bias, strides, pads, dilations, groups)
-    return _joined("conv_act", z, spec, backend, engine, residual, residual_weight)
+    z = convolve(x, weight, bias, strides, pads, dilations, geometry.groups)
+    return _joined("conv_act", z, spec, options)
 
 
 def linear_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    spec: ActSpec,
-    *,
-    backend: str = "auto",
-    engine: str = "auto",
-    residual: Tensor | None = None,
-    residual_weight: float | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: ActSpec, options: Options
 ) -> Tensor:
     """φ̂(√(1 − w²)·(x Wᵀ + b) + w·r)."""
     check_spec("linear_act", spec)
@@ -191,7 +187,7 @@ def linear_act(
         if b is not None:
             check_bias("linear_act", b, x, w.shape[0], "weight has {} output features")
     z = F.linear(x, weight, bias)
-    return _joined("linear_act", z, spec, backend, engine, residual, residual_weight)
+    return _joined("linear_act", z, spec, options)
 
 
 def conv_chain(x: Tensor, layers: Sequence[Any], *, max_length: int | None = None) -> Tensor:
@@ -203,23 +199,19 @@ def conv_chain(x: Tensor, layers: Sequence[Any], *, max_length: int | None = Non
                 f"conv_chain: layer {i}: weight has {dims[i]} dimensions, that of layer 0 has "
                 f"{dims[0]}; make a chain of each kind"
             )
-        how = layer._asdict()
+        tensors = layer.weight, layer.bias
+        options = Options(layer.backend, layer.engine)
         if dims[i] == 2:
-            for name in ("stride", "padding", "dilation", "groups"):
-                del how[name]
-        x = linear_act(x, **how) if dims[i] == 2 else conv_act(x, **how)
+            x = linear_act(x, *tensors, layer.spec, options)
+        else:
+            moves = Moves(layer.stride, layer.padding, layer.dilation, layer.groups)
+            x = conv_act(x, *tensors, layer.spec, moves, options)
     return x
 
 
-def _joined(
-    op: str,
-    z: Tensor,
-    spec: ActSpec,
-    backend: str,
-    engine: str,
-    residual: Tensor | None,
-    residual_weight: float | None,
-) -> Tensor:
+def _joined(op: str, z: Tensor, spec: ActSpec, options: Options) -> Tensor:
+    """φ̂ of a product, and of what joins it."""
+    backend, engine, residual, residual_weight = options
     _refuse_kernels(z, backend, engine)
     if residual is not None or residual_weight is not None:
         with untraced():

@@ -137,5 +137,5 @@ def _geometry(path: str, module: Any, x: Tensor, weight: Tensor) -> tuple[Tensor
     """The convolution that conv_act hands to an engine, and its input."""
     if x.ndim == weight.ndim - 1:
         x = x.unsqueeze(0)
-    sizes = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
-    return padded(path, x, weight, *sizes)
+    moves = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+    return padded(path, x, weight, moves)
