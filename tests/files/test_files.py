@@ -210,7 +210,7 @@ def test_brackets_in_strings_are_not_counted(depth: int) -> None:
 
 
 def test_time_grows_with_the_size_only() -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     for text in (
         '"' + '\\"' * 2_000_000,
         "[" + "[]," * 500_000,
@@ -218,7 +218,7 @@ def test_time_grows_with_the_size_only() -> None:
     ):
         with pytest.raises(ContentError):
             files.parse_json(text, "text")
-    assert time.monotonic() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,9 @@ def test_a_long_chain_is_the_flow_of_its_layers(eta: float) -> None:
 @pytest.mark.parametrize("depth", [10**7, 10**9, 10**12])
 def test_no_chain_takes_long(depth: int) -> None:
     # In a flow, time times speed is what counts: (1 − a)²L tends to a constant.
-    start = time.perf_counter()
+    start = time.process_time()
     spec = tat("relu", depth=depth)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     kappa = (1 - spec.negative_slope) ** 2 / (math.pi * (1 + spec.negative_slope**2))
     shorter = tat("relu", depth=10**6).negative_slope
     limit = (1 - shorter) ** 2 / (math.pi * (1 + shorter**2)) * 10**6
