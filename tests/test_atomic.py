@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fusedshape import convert, fold, reweight_shortcuts, theory
 from fusedshape.convert import plan
 from tests.support.interrupting import interrupted_at, state
+from tests.support.places import ROOT
 
 
 class Block(nn.Module):
@@ -128,22 +128,47 @@ LOOKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKS)
-def test_read_only_weights_are_not_written(name: str, tmp_path: Path) -> None:
-    # In a process of its own, as a write would end it.
-    code = (
-        f"import sys, numpy, torch; sys.path.insert(0, {str(Path(__file__).parent.parent)!r}); "
-        "from torch import nn; from tests.test_atomic import Block, LOOKS; "
-        "file = numpy.memmap(sys.argv[1], numpy.float32, 'r', shape=(4, 4)); "
-        "model = nn.Sequential(Block(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)); "
-        "model[1].weight = nn.Parameter(torch.from_numpy(file)); "
-        f"LOOKS[{name!r}](model)"
-    )
-    path = tmp_path / "weights"
+# Imports once; then each look has a process of its own, as a write would end it.
+PARENT = """
+import os, sys, traceback
+import numpy, torch
+from torch import nn
+from tests.test_atomic import LOOKS, Block
+
+for name, look in LOOKS.items():
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            file = numpy.memmap(sys.argv[1], numpy.float32, "r", shape=(4, 4))
+            model = nn.Sequential(Block(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            model[1].weight = nn.Parameter(torch.from_numpy(file))
+            look(model)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), sep=": ", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def looks_at_read_only_weights(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> subprocess.CompletedProcess[str]:
+    path = tmp_path_factory.mktemp("read only") / "weights"
     path.write_bytes(torch.randn(4, 4).numpy().tobytes())
-    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-W", "ignore", "-c", PARENT, str(path)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_read_only_weights_are_not_written(
+    name: str, looks_at_read_only_weights: subprocess.CompletedProcess[str]
+) -> None:
+    done = looks_at_read_only_weights
+    assert f"{name}: 0" in done.stdout.splitlines(), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in LOOKS if name not in ("no init", "reweight")])
