@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -52,7 +52,8 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
     return error.norm().item() / (truth[fits].norm().item() or 1.0), error.abs().max().item()
 
 
-def specs(name: str) -> list[ActSpec]:
+@cache
+def specs(name: str) -> tuple[ActSpec, ...]:
     """What every method makes of an activation, EOC (φ itself) and corners with δ ≠ 0 too."""
     slope = 0.25 if ACTIVATIONS[name].has_slope else 0.0
     found = [
@@ -66,7 +67,7 @@ def specs(name: str) -> list[ActSpec]:
                 found.append(solve(method, name, depth=depth))
             except (Unreachable, ValueError):
                 continue
-    return found
+    return tuple(found)
 
 
 def results(f: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> list[Tensor]:
