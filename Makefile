@@ -10,7 +10,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 # Two workers; whoever has run its half takes over tests of the other's.
 WORKERS := -n 2 --dist worksteal
 # Triton reads TRITON_INTERPRET once, when it is imported: hence a run of their own.
-INTERPRETED := tests/ops/test_ops.py tests/ops/test_chain.py -k triton
+INTERPRETED := tests/kernels/test_*_interpreted.py tests/ops/test_ops.py tests/ops/test_chain.py \
+	-k 'interpreted or triton'
 SPHINX := $(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 # Compiling csrc, checking types and building the documentation take one core each.
 MAKEFLAGS += --jobs=2

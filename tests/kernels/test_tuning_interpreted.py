@@ -1,4 +1,4 @@
-"""Tuning of the Triton kernels, interpreted: choices found, kept, and taken by the launchers."""
+"""Across modules: tuning of interpreted Triton kernels: choices found, kept, and then launched."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from fusedshape.ops.engines import ATEN
 from fusedshape.ops.problem import DIRECTIONS, Direction, Problem
 from fusedshape.timing import Candidate
 from fusedshape.tuning import chooser
+from tests.support.backends import TRITON
 
 pytestmark = [
     # NumPy's, where the interpreter meets infinities, or turns arrays of one element into numbers.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    TRITON,
 ]
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The convolution kernels in Triton's interpreter; test_triton_interpreted.py runs this file."""
+"""The convolution kernels in Triton's interpreter (TRITON_INTERPRET=1), against float64."""
 
 from __future__ import annotations
 

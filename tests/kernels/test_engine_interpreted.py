@@ -1,4 +1,4 @@
-"""The Triton engine, alone and mixed with ATen's; test_triton_interpreted.py runs this file."""
+"""Across modules: the Triton engine in the interpreter (TRITON_INTERPRET=1), alone and mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter; test_triton_interpreted.py runs this file."""
+"""The pointwise kernels in Triton's interpreter (TRITON_INTERPRET=1), against float64."""
 
 from __future__ import annotations
 

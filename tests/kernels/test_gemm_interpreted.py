@@ -1,4 +1,4 @@
-"""The GEMM kernels in Triton's interpreter; test_triton_interpreted.py runs this file."""
+"""The GEMM kernels in Triton's interpreter (TRITON_INTERPRET=1), against float64."""
 
 from __future__ import annotations
 
