@@ -28,14 +28,15 @@ ELSEWHERE = {
     "kernels": "kernels",
     "loading.py": "train/test_train.py",
     "nodes.py": "test_faithful.py",
-    "ops/engines": "ops/test_choice.py",
     "proxies.py": "test_faithful.py",
     "reference.py": "test_activations.py",
     "shell.py": "test_cli.py",
     "spec.py": "test_activations.py",
     "theory/command.py": "test_cli.py",
     "tracing.py": "test_rewriting.py",
+    "tuning/calls.py": "tuning/test_chooser.py",
     "tuning/kernels.py": "kernels",
+    "tuning/text.py": "tuning/test_command.py",
 }
 
 
@@ -51,9 +52,7 @@ def modules_of(test: Path) -> Iterator[Path]:
         name = "_".join(words[:n])
         if name == folder.name and folder != PACKAGE:
             yield folder
-        yield folder / f"{name}.py"
-        if folder == PACKAGE:
-            yield folder / name
+        yield from (folder / f"{name}.py", folder / name)
 
 
 def module_of(test: Path) -> Path | None:
