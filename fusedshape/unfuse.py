@@ -37,7 +37,7 @@ _REPARAMETRISE = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 class Unfused(nn.Module):
-    """A plain layer and its activation where `unfuse` finds no place for the activation alone.
+    """A plain layer with its activation, if `unfuse` finds no place for the activation alone.
 
     Its state_dict has the layer's keys without a prefix of its own, so that files go on fitting
     (`named_parameters` has ``layer.``); attributes that it lacks are the layer's.
@@ -151,7 +151,7 @@ def unfuse(model: nn.Module) -> tuple[Change, ...]:
 
 
 def fuse(model: nn.Module) -> tuple[Change, ...]:
-    """Fuse every plain layer with the `ShapedActivation` that alone takes its output, in place.
+    """Fuse every plain layer with the `ShapedActivation` that alone uses its output, in place.
 
     The way back from `unfuse`, also for models converted with ``fuse=False``. The rules are those
     of `fusedshape.convert`. Parameters, keys of the state_dict and hooks stay.

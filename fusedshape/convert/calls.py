@@ -83,7 +83,7 @@ class Wanted:
         if not self.words:
             return False
         if getattr(module, "activation_relu_or_gelu", 0):
-            return True  # nn.TransformerEncoderLayer's fast path, whatever its activation module
+            return True  # the fast path of nn.TransformerEncoderLayer ignores its activation module
         if any(_contains(self.functions, value) for value in vars(module).values()):
             return True
         if is_plain(module):

@@ -19,7 +19,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @dataclass(frozen=True)
 class Match:
-    """What an activation's call has to do with a layer.
+    """The layer before an activation's call, if any.
 
     Attributes:
         layer: the layer whose output the activation takes, seen through identities.
@@ -79,7 +79,8 @@ def read_fusion(calls: Calls, rules: Rules) -> Fusion:
     while True:
         live = frozenset(layer for layer, why in whys.items() if not why)
         merged = _merged(calls, matches, live)
-        # A call that cannot be dropped keeps its layer plain, and so may other calls of its module.
+        # A layer stays plain if a call of its activation cannot be dropped. Then other calls of the
+        # same activation may have to stay, so repeat until nothing changes.
         stuck = {layer: _why_kept(takers[layer], rules, merged) for layer in live}
         if not any(stuck.values()):
             break
@@ -117,7 +118,7 @@ def _why_kept(takers: Sequence[Site | None], rules: Rules, merged: frozenset[nn.
 
 @dataclass(frozen=True)
 class Fusing:
-    """The rules of convert: which layers have a fused form, and where nobody would notice.
+    """The rules of convert: layers with a fused form, where nothing else sees the difference.
 
     Attributes:
         calls: the model's calls.

@@ -31,7 +31,7 @@ def writers(calls: Calls, saved: bool) -> dict[fx.Node, nn.Module]:
         ValueError: the difference would be seen, as the tensor is used again afterwards.
     """
     found = _found_writers(calls, saved)
-    # A module that stops writing in place does so wherever it is called.
+    # A module that no longer writes in place does not in its other calls either.
     modules = {calls.called(owner, node) for node, owner in found.items()}
     found |= {n: o for module in modules if module is not None for o, n in calls.calls[module]}
     refuse_overwrites(
@@ -77,7 +77,7 @@ def refuse_overwrites(calls: Calls, overwrites: dict[fx.Node, str]) -> None:
         ValueError: one does.
     """
     overwrites = dict(overwrites)
-    # Parents after their children: a child that overwrites its input makes its call in place.
+    # Children before parents: a call of a child that overwrites its input overwrites it, too.
     for owner in sorted(calls.graphs, key=lambda module: -_height(calls, module)):
         for graph in calls.graphs[owner]:
             roots = memory_roots(graph, owner, fresh=overwrites)

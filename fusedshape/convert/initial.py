@@ -113,7 +113,7 @@ def _refuse_shared_memory(model: nn.Module, layers: list[nn.Module]) -> None:
 
 
 def _suited(module: Any, init: Method) -> tuple[Method, str]:
-    """The initialiser that a layer takes, and why another than was asked for.
+    """The initialiser that a layer takes, and why it is not the one that was asked for.
 
     delta_orthogonal keeps norms, suo the mean square q that the constants assume. Between layers of
     one width they are the same; where a layer has more outputs than inputs, or writes to some of

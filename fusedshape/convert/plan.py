@@ -267,7 +267,7 @@ class _Steps:
     def _placed(
         self, owner: nn.Module, graph: fx.Graph, children: dict[str, nn.Module]
     ) -> Iterator[str]:
-        """Put calls of new children into a graph, and say why those are not fused.
+        """Put calls of new children into a graph, and say why some are not fused.
 
         The names start anew in every graph, so that all graphs of a module share its children.
         """

@@ -153,7 +153,7 @@ def _refuse_no_activation(calls: Calls) -> None:
     known = [k for k, word in FUNCTIONAL.items() if k in present or word in names]
     known.sort(key=lambda kind: (kind in _GATES, kind.__name__))
     others = {k: f"nn.{k.__name__}" for k in known if FUNCTIONAL[k] not in calls.wanted.words}
-    # What is between 0 and 1 is a gate where there are other activations.
+    # Sigmoids are taken for gates if there are other activations.
     hidden = [name for kind, name in others.items() if kind not in _GATES]
     wanted = ", ".join(hidden or others.values())
     raise ValueError(
@@ -175,7 +175,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def refuse_wrapped(verb: str, path: str, module: nn.Module) -> None:
-    """Raise if a module wraps, or was made of, the one that is to be changed.
+    """Raise if a module wraps the one that should be changed, or was compiled from it.
 
     Raises:
         ValueError: it does; the message says what to do first.
