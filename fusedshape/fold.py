@@ -68,8 +68,7 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
 
     The result holds copies, keeps devices, dtypes, modes and most state_dict keys, and computes
     what the model computes in evaluation mode; dropout modules are kept and work in training.
-    Activations without a stock module (atan, asinh, erf, square, sin, cos, bentid) and
-    `PerLocationNorm` become stock functions.
+    Activations for which torch has no module, and `PerLocationNorm`, become torch's functions.
 
     Fold for float32. In half precision φ is rounded before δ cancels most of it, and γ multiplies
     the error; the fused layers avoid this. With 49 TAT layers of tanh (γ = 15.8) in bfloat16 the
@@ -89,8 +88,8 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: a forward cannot be traced, there are hooks, which would be lost, or the folded
-            model does not compute the same.
+        ValueError: a forward cannot be traced, there are hooks, which would be lost, an activation
+            cannot be written in torch's functions, or the folded model does not compute the same.
 
     Example:
         >>> from fusedshape.nn import ShapedLinear

@@ -7,6 +7,7 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,13 @@ def test_every_activation(name: str, keep_delta: bool) -> None:
     )
     folded = assert_same(randomised(net), rand(2, 2, 8, 8), keep_delta=keep_delta)
     assert kinds(folded).count("ConstantPad2d") == (0 if keep_delta else 2)
+
+
+def test_an_activation_without_a_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ShapedLinear(2, 2, spec=shaped("sin"))
+    monkeypatch.setitem(ACTIVATIONS, "sin", replace(ACTIVATIONS["sin"], function=None))
+    with pytest.raises(ValueError, match=r"fold: sin has neither .*fusedshape.activations.ACTIV"):
+        fold(nn.Sequential(layer))
 
 
 def test_a_trelu_net_is_a_leaky_relu_net() -> None:

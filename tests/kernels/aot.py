@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusedshape.activations import ACTIVATIONS
 from fusedshape.kernels import pointwise, reduction
 from fusedshape.kernels.host import Gpu
 from fusedshape.kernels.pointwise import Plan
@@ -325,5 +326,8 @@ def multiplies(kernel: Compiled) -> str:
 def assert_no_spills(*kernels: Compiled, activation: str = "leaky_relu") -> None:
     """Hold kernels to registers; libdevice reduces huge arguments of sin and cos in an array."""
     for kernel in kernels:
-        assert kernel.spills == 0
+        assert kernel.spills == 0, (
+            f"{activation} spills; its row in activations.py may ask for more registers than "
+            f"{ACTIVATIONS[activation].registers!r}"
+        )
         assert kernel.stack <= (48 if activation in ("sin", "cos") else 0)
