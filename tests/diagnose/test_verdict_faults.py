@@ -357,9 +357,6 @@ def test_bad_data(make: Callable[[Tensor], Tensor], cause: str, words: str) -> N
     assert words in found.verdict
 
 
-# Randomness of weights by themselves.
-
-
 @pytest.mark.parametrize(
     "shape", [(2, 2), (3, 64), (4, 4), (16, 16), (64, 64), (24, 9), (10, 100), (200, 256)]
 )

@@ -32,8 +32,6 @@ AS_ROOT = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="only root gives files away"
 )
 
-# ------------------------------------------------------------------ JSON
-
 #: Text that is no JSON of ours, and a part of the message.
 BAD_TEXT: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
@@ -281,9 +279,6 @@ def test_a_sweep_is_gone_on_with_or_refused(
         demo._read_sweep(path)
 
 
-# ------------------------------------------------------------------ writing
-
-
 @POSIX
 def test_writing_replaces_no_device() -> None:
     for path in (Path("/dev/full"), Path("/dev/null")):
@@ -322,8 +317,6 @@ def test_numbers_that_json_does_not_know_are_not_written(tmp_path: Path) -> None
         files.write_json(tmp_path / "a.json", {"a": math.nan})
     assert not os.listdir(tmp_path)
 
-
-# ------------------------------------------------------------------ what killed processes leave
 
 WRITER = """
 import sys
@@ -403,9 +396,6 @@ def test_sweeping_leaves_another_users(tmp_path: Path) -> None:
 
 def test_sweeping_nowhere() -> None:
     assert files.remove_leftovers(Path("/no/such/folder")) == []
-
-
-# ------------------------------------------------------------------ checkpoints of any kind
 
 
 def test_a_checkpoint_is_a_file_of_torch(tmp_path: Path) -> None:

@@ -110,8 +110,6 @@ def test_a_relative_place_for_caches_does_not_count(monkeypatch: pytest.MonkeyPa
     assert user_cache() == Path("/absolute/place")
 
 
-# ------------------------------------------------------------------ the tuning cache
-
 PROBLEM = Problem(
     "cpu", None, torch.float32, (3, 4, 6, 6), (4, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1, True,
     "relu", True,
@@ -266,9 +264,6 @@ def test_a_flipped_bit_is_no_measurement(tmp_path: Path) -> None:
         damaged[at] ^= 1 << at % 8
         path.write_bytes(damaged)
         assert own.get({"n": 1}) in (None, RECORD)  # of blanks not every bit counts
-
-
-# ------------------------------------------------------------------ the library
 
 
 @pytest.fixture

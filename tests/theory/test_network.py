@@ -87,8 +87,6 @@ def test_shortcut_weight_is_checked(weight: float) -> None:
         resnet(50, weight)
 
 
-# Wirings.
-
 MAPS: list[tuple[float, Callable[[float], float]]] = [
     (0.0, relu),
     (0.0, lambda c: leaky_c_map(0.4, c)),

@@ -335,9 +335,6 @@ def test_every_optimisers_checkpoint_is_its_own(
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
-# ------------------------------------------------------------------ room on the disk
-
-
 def fill_up(monkeypatch: pytest.MonkeyPatch, code: int, after: int) -> None:
     """Let the disk refuse to sync a checkpoint behind the first few."""
     calls = iter(range(10**6))
@@ -438,8 +435,6 @@ def test_out_is_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "fusedshape: error: /dev/full: File exists\n"
 
 
-# ------------------------------------------------------------------ stopped from outside
-
 # Imports once; then each line of its input is a folder, for which a child of its own trains.
 PARENT = """
 import os, sys
@@ -511,9 +506,6 @@ def epochs(folder: Path) -> list[Any]:
         return files.read_json(folder / "result.json")["epochs"]
     except FileNotFoundError:
         return []
-
-
-# ------------------------------------------------------------------ torchrun
 
 
 @pytest.mark.parametrize("text", ["abc", "", "-1", "0", "1.0", "1e9", "٣", " 1", "9" * 5000])

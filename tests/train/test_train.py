@@ -52,9 +52,6 @@ def weights(path: Path) -> dict[str, Tensor]:
     return torch.load(path / "checkpoint.pt", weights_only=True)["model"]
 
 
-# --- configuration
-
-
 def test_config_survives_its_file(tmp_path: Path) -> None:
     config = TrainConfig(
         model="a.b:c", data="d:e", lr=0.1 + 0.2, eta=0.8, threads=3, amp="bfloat16"
@@ -187,9 +184,6 @@ def test_load_object() -> None:
         load_object("math.pi")
 
 
-# --- data
-
-
 def test_digits_are_standardised_stratified_and_always_the_same() -> None:
     pytest.importorskip("sklearn")
     data = loop.digits()
@@ -225,9 +219,6 @@ def test_digits_without_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyP
 def test_data_refuses(change: dict[str, Tensor], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         replace(blobs(), **change)
-
-
-# --- the loop
 
 
 def test_build_converts_initialises_and_normalises() -> None:
@@ -389,9 +380,6 @@ def test_write_json_is_all_or_nothing(tmp_path: Path) -> None:
         write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-# --- demo and sweep
 
 
 @pytest.fixture
