@@ -54,7 +54,7 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
 
 @cache
 def specs(name: str) -> tuple[ActSpec, ...]:
-    """What every method makes of an activation, EOC (φ itself) and corners with δ ≠ 0 too."""
+    """The specs that each method solves for, φ itself (EOC), and corner cases with δ ≠ 0."""
     slope = 0.25 if ACTIVATIONS[name].has_slope else 0.0
     found = [
         ActSpec(name, negative_slope=slope, origin="EOC"),
@@ -179,7 +179,7 @@ def test_the_weights_of_a_sum_are_those_asked_for(
 
 
 class _Sum(torch.nn.Module):
-    """What `fold` cannot give to a layer: weights and a shift that stay in the graph."""
+    """Its weights and shift cannot move into a layer, so `fold` leaves them in the graph."""
 
     def __init__(self, weights: tuple[float, float], spec: ActSpec) -> None:
         super().__init__()

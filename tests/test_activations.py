@@ -280,7 +280,7 @@ def extremes(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_extremes_have_one_answer(row: Activation, dtype: torch.dtype) -> None:
-    """By every backend and transform; torch's own, except where finite numbers overflow there."""
+    """For every backend and transform: torch's own result, except where torch's overflows."""
     u = extremes(dtype)
     spec = ActSpec(row.name, negative_slope=SLOPE if row.has_slope else 0.0)
     truth = u.double().requires_grad_()

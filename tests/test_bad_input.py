@@ -585,7 +585,7 @@ def limited() -> Iterator[None]:
 
 
 def arguments(entry: Entry) -> list[str]:
-    """Those that can be given by name."""
+    """The parameters that can be given by name."""
     found = inspect.signature(entry.of or entry.call).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [p.name for p in found if p.kind in named and p.name != "self"]
@@ -593,7 +593,7 @@ def arguments(entry: Entry) -> list[str]:
 
 
 def faults(name: str, entry: Entry, argument: str) -> Iterable[str]:
-    """What is wrong with how a callable takes values of one argument."""
+    """The faults in how a callable takes values of one argument."""
     called = [*name.split("."), *entry.names]
     for label, value in VALUES.items():
         where = f"{name}({argument}={label})"

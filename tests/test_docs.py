@@ -115,7 +115,7 @@ def test_commands_of_the_pages_exist(name: str) -> None:
 
 
 def understood(arguments: list[str]) -> None:
-    """By the command line's own parser."""
+    """The command line's own parser reads them."""
     words = all(re.fullmatch("[a-z]+", argument) for argument in arguments)
     try:
         program().parse([MODEL if a == "pkg.module:factory" else a for a in arguments])

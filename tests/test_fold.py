@@ -191,7 +191,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("spec", [SPEC, FALLING, MIRRORED], ids=["softplus", "tanh", "leaky"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer(layer: str, spec: ActSpec, keep_delta: bool) -> None:
-    """As what takes γ and δ in, and as what takes α and β in."""
+    """A layer absorbs γ and δ of the activation before it, and α and β of the one after it."""
     make, shape = LAYERS[layer]
     net = nn.Sequential(ShapedActivation(spec), make(), ShapedActivation(spec))
     assert_same(randomised(net), rand(*shape), keep_delta=keep_delta)
@@ -230,7 +230,7 @@ BETWEEN: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("spec", [TRELU, LEAKY, SPEC, FALLING, MIRRORED])
 @pytest.mark.parametrize("between", BETWEEN)
 def test_what_stands_between(between: str, spec: ActSpec) -> None:
-    """After an activation, before one, and between a layer and its activation."""
+    """The module stands after an activation, before one, and between a layer and its activation."""
     middle = BETWEEN[between]()
     channels = 1 if isinstance(middle, nn.PixelShuffle) else 4
     net = nn.Sequential(
@@ -633,7 +633,7 @@ def test_onnx(which: str) -> None:
 
 
 def test_mlp_in_float32_is_as_good() -> None:
-    """Both are off from float64 by rounding; folding adds no more than γ of it."""
+    """Both differ from float64 by rounding; folding multiplies that by γ at most."""
     net = vanilla_mlp(20, width=32, in_features=8, num_classes=4)
     report = convert(net, method="DKS", activation="softplus")
     x = rand(64, 8)

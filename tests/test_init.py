@@ -85,7 +85,7 @@ def out_features(layer: nn.Module) -> int:
 
 
 def dks_sampler() -> ModuleType:
-    """That one file of the package, whose other imports (absl) it does without."""
+    """Load one file of dks, without the imports (absl) of the rest."""
     package = importlib.util.find_spec("dks")
     if package is None or package.origin is None:
         pytest.skip("needs the dks package")

@@ -14,7 +14,7 @@ from tests.support.benchmarks import git
 def test_what_lies_beside_the_library_does_not_make_it_dirty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else an interrupted record, in the repository's root, could not be gone on with."""
+    """Otherwise an interrupted record in the repository's root could not be resumed."""
     package = tmp_path / "fusedshape"
     for folder in (package, tmp_path / "csrc"):
         folder.mkdir()

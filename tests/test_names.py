@@ -87,7 +87,7 @@ def test_no_file_is_too_long_to_read(path: Path) -> None:
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_each_module_has_tests(module: Path) -> None:
-    """In a file of its name, in that of its whole package, or where `ELSEWHERE` says."""
+    """They are in a file of its name, in that of its package, or where `ELSEWHERE` says."""
     if not HELD & {module, module.parent}:
         names = [path.relative_to(PACKAGE).as_posix() for path in (module, module.parent)]
         assert ELSEWHERE.keys() & names, (

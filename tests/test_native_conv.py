@@ -223,7 +223,7 @@ def check_dgrad(case: Case, spec: ActSpec, bias: Tensor | None) -> None:
 @pytest.mark.parametrize("bias_kind", ["none", "plain", "strided"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.activation)
 def test_every_activation(spec: ActSpec, bias_kind: str) -> None:
-    """Of the layer itself after a forward, and of the layer before after a dgrad."""
+    """The layer's own activation after a forward, and the previous layer's after a dgrad."""
     for case in EPILOGUES:
         check_forward(case, spec, biases(bias_kind, case.out))
         check_dgrad(case, spec, biases(bias_kind, case.x[1]))
@@ -317,7 +317,7 @@ def test_what_is_not_finite_spreads_as_far_as_taps_do(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("geometry", [(3, 1, 1, 1), (2, 3, 2, 1), (3, 2, 3, 2)], ids=str)
 def test_weights_that_are_not_finite(geometry: tuple[int, int, int, int], value: float) -> None:
-    """Beside padding they count or do not; everywhere else they do, and nothing else changes."""
+    """Outputs whose taps meet pixels are not finite; over padding alone they may be either."""
     case = conv2d((14, 16, 6, 5), 32, *geometry)
     weight, ones = integers(*case.weight, seed=2), torch.ones(case.x)
     tap = torch.zeros(case.weight)
@@ -523,7 +523,7 @@ HUGE = (2**31, 2**40, 2**62, 2**63 - 1)
 @pytest.mark.parametrize("huge", HUGE)
 @pytest.mark.parametrize("where", ["stride", "padding", "dilation", "input_size", "weight_size"])
 def test_sizes_that_overflow_are_refused(where: str, huge: int) -> None:
-    """Or taken, where a large stride means a single position; never multiplied beyond int64."""
+    """A large stride with a single position is taken; no product of sizes exceeds int64."""
     x, w = (torch.zeros(*s).to(memory_format=LAST) for s in ((1, 16, 3, 3), (16, 16, 3, 3)))
     sizes = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
     dz = torch.zeros(1, 16, 1, 1)

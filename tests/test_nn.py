@@ -96,7 +96,7 @@ def test_weights_start_as_the_constants_assume() -> None:
 
 
 def test_made_on_the_meta_device() -> None:
-    """As what is too large to be made twice; weights are drawn once there is memory."""
+    """A model too large to be made twice starts on meta; weights are drawn once there is memory."""
     with torch.device("meta"):
         conv = ShapedConv2d(16, 32, 3, spec=SPEC)
     assert conv.weight.is_meta
@@ -245,7 +245,7 @@ def test_normalized_sum_refuses_calls() -> None:
 
 @pytest.mark.parametrize("case", PAIRS, ids=lambda c: c[1].__name__)
 def test_no_shaped_layer_passes_for_a_plain_one(case) -> None:  # type: ignore[no-untyped-def]
-    """Who tests for nn.Linear counts on an output of W x + b: adapters, K-FAC, quantisation."""
+    """Adapters, K-FAC and quantisation test for nn.Linear and then expect an output of W x + b."""
     make, cls, _ = case
     plain = make()
     twin = cls.from_plain(plain, SPEC)

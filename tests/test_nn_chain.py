@@ -33,7 +33,7 @@ def conv(spec: ActSpec = LEAKY, channels: int = 4, **kwargs: Any) -> ShapedConv2
 
 
 def chained(net: nn.Module, x: Tensor) -> int:
-    """Layers of a net's call that ran in a node of several."""
+    """Count the layers that ran in a node with others when the net was called."""
     return sum(len(node.steps) for node in nodes(net(x)) if node.name() == "ChainBackward")
 
 

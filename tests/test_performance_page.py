@@ -61,7 +61,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_pages_passes_are_those_of_the_operators(form: str) -> None:
-    """Of a layer more, for what the first and the last one cost besides."""
+    """The passes that one more layer adds, so that the first and the last one do not count."""
     if "native" in FORMS[form] and not native.available():
         pytest.skip("csrc is not built")
     page = (ROOT / "docs/performance.md").read_text()

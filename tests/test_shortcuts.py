@@ -91,7 +91,7 @@ def test_weight_1_of_a_branch_that_overflows_is_not_nan() -> None:
 
 
 class V1(nn.Module):
-    """As torchvision writes it: activation behind the sum, in place, with a downsample."""
+    """torchvision's block: activation in place after the sum, with a downsample."""
 
     def __init__(self, channels: int, out: int, stride: int = 1) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_makes_the_gradients_of_all_weights(name: str) -> None:
-    """And is the unfused model's; of converted models, whatever they are made of."""
+    """Each layer's input and gradient give autograd's weight gradients, whatever was converted."""
     make, x, *_ = ZOO[name]
     torch.manual_seed(0)
     model = make().double()

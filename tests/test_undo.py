@@ -14,7 +14,7 @@ from tests.support.interrupting import interrupted_at, state
 
 
 class Noisy(nn.Linear):
-    """Another class to swap to."""
+    """A class to swap to."""
 
 
 def change(log: UndoLog, model: nn.Sequential) -> None:

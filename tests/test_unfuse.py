@@ -201,7 +201,7 @@ def test_a_hook_can_be_taken_off_after_unfusing() -> None:
 
 
 def test_places_that_no_longer_follow_their_layer_take_nothing() -> None:
-    """What was converted may have been taken apart since."""
+    """A converted model may have been taken apart since."""
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU()))).double()
     act = nn.ReLU()
     shared = nn.Sequential(nn.Linear(6, 6), act, nn.Linear(6, 6), act).double()

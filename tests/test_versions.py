@@ -55,7 +55,7 @@ def test_the_version_has_one_source() -> None:
 
 
 def test_a_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without package indices the source tree has to do."""
+    """On a machine without package indices the source tree must be enough."""
 
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

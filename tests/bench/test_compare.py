@@ -80,7 +80,7 @@ def process(
 
 @pytest.mark.parametrize("between", [0.02, 0.2])
 def test_the_same_code_is_not_called_another(between: float) -> None:
-    """In 1000 comparisons of four runs with four of the same code."""
+    """1000 comparisons of four runs with four of the same code give few wrong verdicts."""
     rng = random.Random(0)
     template = records.new("smoke", CPU, 0)
     pool = [process(rng, template, 1.0, between) for _ in range(60)]

@@ -74,7 +74,7 @@ def test_networks_are_measured_as_one_node_too() -> None:
 
 
 def test_a_gradient_that_a_network_lacks_is_found() -> None:
-    """That of one bias, which is little of the whole gradient."""
+    """The missing gradient is that of one bias, a small part of the whole."""
     net = partial(vanilla_resnet, 50, num_classes=10, width=8)
     made = providers.network(net, (2, 3, 32, 32), providers.How(0, CPU))
     spoiled = made.candidates["fused chain"]

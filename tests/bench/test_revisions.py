@@ -17,7 +17,7 @@ from tests.support.benchmarks import CPU, git, synthetic
 def test_two_revisions_are_measured_in_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a repository with a library that logs who runs, and writes a record."""
+    """The repository holds a library that logs which revision runs and writes a record."""
     log, repository = tmp_path / "log", tmp_path / "repository"
     package = repository / "fusedshape"
     (package / "bench").mkdir(parents=True)

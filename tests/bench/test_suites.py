@@ -60,7 +60,7 @@ def test_names_are_unique_and_every_suite_has_cases(capsys: pytest.CaptureFixtur
 
 
 def test_the_gpu_suite_has_every_layer() -> None:
-    """Of ResNet-50 and VGG-16, at two batches, in each mode, beside both modes of torch.compile."""
+    """Layers of ResNet-50 and VGG-16 at two batches, in each mode, with both modes of compile."""
     found = {
         (tuple(p["shape"]), p["batch"], p["mode"])
         for p in (case.parameters for case in suites.SUITES["gpu"].cases("conv_act/leaky_relu/*"))

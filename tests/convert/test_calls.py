@@ -283,7 +283,7 @@ def test_refuses_in_place_activation_of_a_tensor_used_again(cls: type[nn.Module]
 
 @torch.fx.wrap
 def sometimes(x: Tensor, training: bool) -> Tensor:
-    """What a trace does not look into."""
+    """A function that a trace does not enter."""
     return 2 * x if training else x
 
 

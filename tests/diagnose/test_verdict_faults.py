@@ -70,7 +70,7 @@ def scale_one(factor: float) -> Callable[[nn.Module], None]:
 
 
 def filled(make: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
-    """Another weight in the middle, of the right scale; `make` gets the old one."""
+    """Replace the middle weight by `make(old)`, rescaled."""
 
     def change(net: nn.Module) -> None:
         weight = middle(net).weight

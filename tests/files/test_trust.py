@@ -191,7 +191,7 @@ def huge(path: Path) -> None:
 
 
 def test_a_forward_pass_survives_every_file(place: Path, log: pytest.LogCaptureFixture) -> None:
-    """What has become of a measurement's file is at most a line in the log."""
+    """A damaged file of a measurement costs at most one line in the log."""
     x = torch.randn(4, 64, 16, 16).to(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3)
 

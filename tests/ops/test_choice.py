@@ -240,7 +240,7 @@ def last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @NATIVE_SERVES
 def test_only_aten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known of a layer before its problem is looked at."""
+    """Some layers are known to be aten's before their problem is made."""
     large, small = last(8, 64, 8, 8), last(8, 64, 8, 7)
     assert not only_aten("auto", large)
     assert only_aten("auto", small)

@@ -128,7 +128,7 @@ def test_conv_act_against_torch(case: tuple[Any, ...], spec: ActSpec, backend: s
 
 
 def test_conv_act_takes_sizes_of_any_integers() -> None:
-    """What has been checked once is looked up; what has not, and lists, is checked."""
+    """Geometry that was checked before is looked up; new values and lists are checked."""
     x, w = draw(1, 2, 7, 7), draw(3, 2, 3, 3, seed=1)
     want = conv_act(x, w, None, LEAKY, stride=2, padding=1)
     for two, one in ((np.int64(2), np.int64(1)), ((2, 2), [1, 1]), ([np.int32(2)], (np.int8(1),))):
@@ -173,7 +173,7 @@ def test_gradients_only_where_asked(needs: tuple[int, ...]) -> None:
 
 
 def saved_tensors(f: Callable[[], Tensor], *known: Tensor) -> int:
-    """How many tensors autograd keeps for f's backward, not counting `known` ones."""
+    """Count the tensors that autograd saves for f's backward, without `known` ones."""
     kept: dict[int, Tensor] = {}
     pointers = {t.data_ptr() for t in known}
 
@@ -237,7 +237,7 @@ def test_strides_follow_the_input(backend: str) -> None:
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_padding_keeps_channels_innermost(n: int, mode: str) -> None:
-    """Which torch's own padding does not; the kernels that want it are not refused for that."""
+    """torch's own padding loses this layout; kernels that need it still take the padded input."""
     x = draw(2, 16, *[5, 4, 3][:n], dtype=torch.float32).movedim(1, -1).contiguous().movedim(-1, 1)
     w, same = draw(16, 16, *[2] * n, dtype=torch.float32), {"padding": "same", "padding_mode": mode}
     y = conv_act(x, w, None, LEAKY, **same)
@@ -473,7 +473,7 @@ def test_func_transforms_within_compile(op: str, spec: ActSpec) -> None:
 @pytest.mark.parametrize("spec", [LEAKY, SWISH], ids=lambda s: s.activation)
 @pytest.mark.parametrize("op", TRANSFORMED)
 def test_several_gradients_at_once(op: str, spec: ActSpec, batched: str) -> None:
-    """As vectorised Jacobians want them, of a graph that was made before."""
+    """Vectorised Jacobians batch gradients over a graph that was made before."""
     leaves = [leaf(2, 4, 3, 4), leaf(4, 4, 3, 3, seed=1), leaf(4, seed=2)]
     y = TRANSFORMED[op](*leaves, spec)
     grads = draw(3, *y.shape, seed=3)
@@ -492,7 +492,7 @@ def test_several_gradients_at_once(op: str, spec: ActSpec, batched: str) -> None
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("op", TRANSFORMED)
 def test_exports_keep_gradients(op: str, strict: bool) -> None:
-    """Those made with gradients on are plain PyTorch; the others take the kernels."""
+    """Exports made with gradients enabled are plain PyTorch; the others call the kernels."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -572,7 +572,7 @@ def test_hooks_checkpoint_and_copies() -> None:
     ids=["activation", "matrix", "three dimensions"],
 )
 def test_writing_on_the_output_is_noticed(op: Callable[[Tensor], Tensor]) -> None:
-    """In backward, and with torch's message, whatever engine made the output."""
+    """backward raises torch's own message, whatever engine made the output."""
     y = op(torch.ones(2048, 16, requires_grad=True))
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -658,7 +658,7 @@ def test_conv_act_is_right_or_refuses(call: tuple[Tensor, Tensor, Tensor | None,
 def test_a_bias_that_nearly_cancels_the_product_in_half_precision(
     spec: ActSpec, how: str, dtype: torch.dtype
 ) -> None:
-    """No further from float64 than torch's own layer, which rounds product and bias once."""
+    """The error against float64 is at most torch's, which rounds product and bias once."""
     x, grad = draw(512, 16), draw(512, 32, seed=3)
     weight, bias = draw(32, 16, seed=1) / 4, -50 + draw(32, seed=2)
     x[:, 0], weight[:, 0] = 1.0, 50.0

@@ -44,7 +44,7 @@ def results(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], units: float = 32) -> None:
-    """Within some roundings of a few numbers each, as a share of the largest."""
+    """Errors are at most a few roundings, relative to the largest number."""
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
         allowed = units * torch.finfo(g.dtype).eps * w.abs().max()

@@ -24,7 +24,7 @@ def legendre() -> tuple[Array, Array]:
 
 
 def nodes(spec: ActSpec) -> tuple[Array, Array]:
-    """On either side of each kink, 60 panels of one width, 40 nodes each."""
+    """Nodes and weights: 60 equal panels on each side of each kink, 40 nodes per panel."""
     at = [(k - spec.input_shift) / spec.input_scale for k in spec.row.kinks]
     sides = itertools.pairwise([-END, *sorted(x for x in at if abs(x) < END), END])
     ends = np.unique(np.concatenate([np.linspace(*side, 61) for side in sides]))
@@ -50,7 +50,7 @@ def derivatives(spec: ActSpec, x: Array) -> tuple[Array, Array, Array]:
 
 
 def local(spec: ActSpec) -> dict[str, float]:
-    """What the conditions are about, at q = 1."""
+    """The quantities that the conditions fix, at q = 1."""
     z, w = nodes(spec)
     f, d1, d2 = derivatives(spec, z)
     q = w @ f**2

@@ -70,7 +70,7 @@ def solved(case: dict[str, Any]) -> ActSpec:
 
 
 def residuals(case: dict[str, Any], spec: ActSpec) -> dict[str, float]:
-    """How far each condition is from being met, by quadrature that is not the solver's."""
+    """The residual of each condition, by a quadrature that is not the solver's."""
     targets, method, at = case["targets"], case["method"], local(spec)
     m = net(case["net"])
     left = {"Q(1)": at["Q(1)"] - 1}

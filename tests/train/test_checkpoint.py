@@ -65,7 +65,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def refused(folder: Path, content: bytes, config: TrainConfig = TINY) -> str:
-    """What a run says of a checkpoint that it cannot take, and leaves alone."""
+    """The message of a run that refuses this checkpoint and leaves it as it was."""
     path = folder / "checkpoint.pt"
     path.write_bytes(content)
     with pytest.raises(ContentError) as caught:
@@ -457,7 +457,7 @@ for line in sys.stdin:
 
 
 def test_stopped_at_any_moment(tmp_path: Path) -> None:
-    """What comes of it is, bit for bit, what a run that nobody stopped gives."""
+    """The result equals, bit for bit, that of a run that was never stopped."""
     config = prepared(tmp_path, epochs=20)
     program = PARENT.format(folder=str(tmp_path))
     rng = random.Random(0)

@@ -131,7 +131,7 @@ def test_a_device_that_is_not_there(device: str) -> None:
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else each would train the same, and write to the same folder."""
+    """Otherwise each process would train the same model and write to the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun has started 2"):
         run(TINY, tmp_path / "out")

@@ -43,7 +43,7 @@ def rival(monkeypatch: pytest.MonkeyPatch) -> Rival:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was measured; the rival wins but in wgrad."""
+    """The directions that were measured; the rival wins all but wgrad."""
     log: list[str] = []
 
     def fake(direction: str, problem: Problem, device: torch.device) -> measuring.Result:

@@ -172,7 +172,7 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_cach
 def test_a_place_where_nobody_may_look(
     monkeypatch: pytest.MonkeyPatch, own_cache: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    """As a home directory of somebody else, which $HOME may still name after su."""
+    """After su, $HOME may still name the home directory of another user."""
     chooser.keep("fprop", PROBLEM, CPU, RECORD)
     chooser.forget()
 

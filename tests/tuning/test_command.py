@@ -134,7 +134,7 @@ def test_an_interrupt_shows_what_was_measured(
 
 @pytest.mark.skipif(not native.available(), reason="csrc is not built")
 def test_the_table_says_who_computes_a_layer_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where nothing has been measured, and where nobody looks at what has."""
+    """It names unmeasured layers too, and records that only torch.compile looks up."""
     asked: list[str] = []
     choose = choice.choose_engine
 

@@ -19,7 +19,7 @@ from tests.support.rivals import LEAKY
 
 
 def observed(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the engine asks for when the model really runs."""
+    """The problems that engines are asked for when the model runs."""
     seen: list[Any] = []
 
     def note(direction: str, problem: Problem) -> None:

@@ -55,7 +55,7 @@ def test_a_rival_that_computes_wrongly(rival: Rival, log: pytest.LogCaptureFixtu
 
 
 def test_float32_on_a_cpu_is_held_to_float32(rival: Rival) -> None:
-    """Also where a GPU's convolutions might round to tf32, as torch lets them by default."""
+    """This holds although torch lets convolutions on GPUs round to tf32 by default."""
     with torch.backends.cudnn.flags(allow_tf32=True):
         rival.factor = 1.0005
         assert list(tuning.measure("fprop", PROBLEM, CPU, steady(0.1)).wrong) == ["triton"]

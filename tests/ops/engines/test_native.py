@@ -113,7 +113,7 @@ def grads_of(f: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None) -> 
 
 
 def assert_near(got: Tensor, truth: Tensor, terms: int) -> None:
-    """Within what float32's roundings, like a random walk, make of sums of so many terms."""
+    """The error is at most a random walk of float32 roundings over so many terms."""
     assert got.dtype == F32
     assert got.shape == truth.shape
     error = (got.double() - truth).abs().amax().item()
@@ -360,7 +360,7 @@ def test_second_derivatives_are_those_of_torch(name: str, spec: ActSpec) -> None
 @pytest.mark.parametrize("choice", ["engine", "backend"])
 @pytest.mark.parametrize("chain", [False, True], ids=["conv_act", "conv_chain"])
 def test_transforms_are_refused(chain: bool, choice: str) -> None:
-    """By an explicit choice, which has no kernels for them."""
+    """A named engine or backend has no kernels for transforms, so it refuses them."""
     x, w, b = operands(SMALL)
 
     def f(x: Tensor, **given: Any) -> Tensor:
@@ -410,7 +410,7 @@ def test_fullgraph_compile(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["convolution", "linear"])
 def test_compile_with_every_size_dynamic(kind: str) -> None:
-    """Where Dynamo makes an input of each number that is not written in the code it traces."""
+    """Dynamo turns each number that is not a literal in the traced code into an input."""
     torch._dynamo.reset()
     weights = [(draw(32, 32, seed=i) / 6).requires_grad_() for i in range(3)]
 
@@ -433,7 +433,7 @@ def test_compile_with_every_size_dynamic(kind: str) -> None:
 
 @pytest.mark.slow
 def test_inductor_keeps_layouts() -> None:
-    """Between operations of its own, which it may lay out as it likes."""
+    """Inductor may choose the layouts of its own operations before and after ours."""
 
     def f(x: Tensor, w: Tensor) -> Tensor:
         y = conv_act(x.sin(), w, None, LEAKY, padding=1, engine="native")
@@ -462,7 +462,7 @@ def always_native() -> Iterator[None]:
 @pytest.mark.usefixtures("always_native")
 @pytest.mark.parametrize("name", ["conv_act", "module", "chain"])
 def test_auto_takes_csrc(name: str) -> None:
-    """For inputs that are worth a question, unless a backend is named."""
+    """Large inputs go to csrc, unless a backend or another engine is named."""
     entry = {"conv_act": by_conv_act, "module": by_module, "chain": by_chain}[name]
     small = conv2d((4, 32, 15, 16), 32, 3, 1, 1)
     csrc = ["native_conv_act", "native_conv_dgrad", "native_conv_wgrad"]
@@ -541,7 +541,7 @@ def test_autocast_goes_to_torch() -> None:
 
 
 def saved_numbers(f: Callable[[], Tensor], *known: Tensor) -> int:
-    """How many numbers autograd keeps for f's backward, beside `known` tensors."""
+    """Count the numbers that autograd saves for f's backward, without `known` tensors."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
