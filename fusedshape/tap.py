@@ -34,16 +34,16 @@ class Tapped(NamedTuple):
 def tap(
     model: nn.Module, layers: Iterable[str | nn.Module] | None = None
 ) -> Iterator[Mapping[str, list[Tapped]]]:
-    r"""Note each layer's input and the gradient of its pre-activation, for a while.
+    r"""Record each layer's input and the gradient of its pre-activation while the block runs.
 
     For K-FAC, per-sample gradients and the like, which need the two factors of a weight's gradient:
     with input A and gradient G of a linear layer, Gᵀ A is the weight's gradient and the sum of G
-    the bias's. A fused layer runs its product and its activation one after the other meanwhile, by
-    the same engine, and a `fusedshape.ShapedChain` its layers one by one, so the numbers are those
-    of the unfused model, to rounding. Fused and plain layers are tapped alike.
+    the bias's. Inside the block a fused layer runs its product and its activation one after the
+    other, by the same engine, and a `fusedshape.ShapedChain` runs its layers one by one, so the
+    numbers are those of the unfused model, up to rounding. Plain layers are recorded too.
 
-    A call is noted when its gradient arrives; so it is once with activation checkpoints too, and
-    not at all without backward. What other threads call meanwhile is not noted.
+    A call is recorded when its gradient arrives: once with activation checkpoints too, and not at
+    all without backward. Calls from other threads are not recorded.
 
     Args:
         model: with layers in it, fused or torch's own.
@@ -103,7 +103,7 @@ def _chosen(model: nn.Module, layers: Iterable[str | nn.Module] | None) -> dict[
     modules: dict[str, nn.Module] = dict(model.named_modules())
     names = {module: name for name, module in reversed(modules.items())}
     if layers is None:
-        chosen = [m for m in modules.values() if kind_of(m) is not None and not _why_not(m)]
+        chosen = [m for m in modules.values() if kind_of(m) is not None and not _unknown(m)]
     else:
         if isinstance(layers, (str, nn.Module)):
             layers = [layers]
@@ -129,14 +129,14 @@ def _layer(modules: Mapping[str, nn.Module], names: Mapping[nn.Module, str], wan
     if kind_of(module) is None:
         kind = type(module).__name__
         raise ValueError(f"tap: {names[module]!r} is a {kind}, no linear or convolution layer")
-    why = _why_not(module)
+    why = _unknown(module)
     if why:
         raise ValueError(f"tap: {names[module]!r} {why}")
     return module
 
 
-def _why_not(layer: nn.Module) -> str:
-    """Why a layer's pre-activation is not known."""
+def _unknown(layer: nn.Module) -> str:
+    """Why a layer's pre-activation is not known; empty if it is."""
     kind = kind_of(layer)
     assert kind is not None
     own: Any = kind.shaped if isinstance(layer, FusedLayer) else kind.plain
@@ -148,13 +148,13 @@ def _why_not(layer: nn.Module) -> str:
 
 
 def _forward(layer: Any, calls: list[Tapped], thread: int, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer's forward, its product and activation apart, with a node in between."""
+    """A layer's forward: its product, a node that records, and its activation."""
     if torch.compiler.is_compiling() or transformed():
         raise RuntimeError(
             "tap: a tapped layer was called under torch.compile, torch.export or a torch.func "
             "transform, which the tap does not reach; call the model plainly while it is tapped"
         )
-    # What autograd's own threads call, they call again for a checkpoint.
+    # Autograd's own threads call a layer again when they recompute a checkpoint.
     ours = threading.get_ident() == thread or torch._C._current_graph_task_id() >= 0
     note = calls.append if ours else _ignore
     (x, *_) = (*args, *kwargs.values())
@@ -173,17 +173,17 @@ def _watched(z: Tensor, x: Tensor, note: Any) -> Tensor:
 
 
 def _ignore(call: Tapped) -> None:
-    """Another thread's."""
+    """Record nothing: the call is another thread's."""
 
 
 class _Watch(torch.autograd.Function):
-    """The identity, which notes the gradient that passes and the input that goes with it."""
+    """The identity, which records the gradient that passes and the input that belongs to it."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, x: Tensor, note: Any) -> Tensor:
         ctx.note = note
         ctx.save_for_backward(x)
-        # No view, as what follows a layer may work in place.
+        # Not a view, because the activation after a layer may work in place.
         return torch.ops.aten._unsafe_view(z, z.shape)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""apart: products and activations one after the other, for a while."""
+"""apart: every engine stores its product and runs the activation after it, for a while."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _apart: set[int] = set()  # threads
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Let every engine leave its product in memory and run the activation after it, for a while.
+    """Let every engine store its product and run the activation as a pass after it.
 
-    For those who look at the tensors in between; it holds for the thread that asks. A layer with a
-    residual takes torch's product, and makes the normalised sum by itself.
+    Use this when you need the pre-activations, as `fusedshape.diagnose` does. It holds for the
+    calling thread until the block ends. A layer with a residual takes torch's product and computes
+    the normalised sum after it.
 
     Example:
         >>> with apart():
@@ -31,7 +32,7 @@ def apart() -> Iterator[None]:
 
 
 def is_apart() -> bool:
-    """Whether `apart` holds, in this thread.
+    """Whether `apart` holds in this thread.
 
     Example:
         >>> is_apart()

@@ -155,8 +155,8 @@ def _checked(
 ) -> tuple[Tensor, Tensor, Step]:
     """Check a layer for an input of `shape`, which becomes that of its output.
 
-    `x` is the chain's input, whose dtype and device all layers share; it is returned, and weight
-    too, as autocast wants them.
+    All layers share the dtype and device of `x`, the chain's input. It is returned, with the
+    weight, in the dtype that autocast asks for.
     """
     spec = check_spec(op, layer.spec)
     x, weight = match(op, x, layer.weight)
@@ -204,7 +204,7 @@ def _chained(x: Tensor, steps: tuple[Step, ...], params: Sequence[Tensor | None]
     if live == len(steps):
         return x
     left = params[2 * live :]
-    if torch.compiler.is_compiling():  # which takes no tensor for two arguments of a node
+    if torch.compiler.is_compiling():  # Dynamo rejects one tensor as two arguments of a Function
         left = [None if t is None else t.view_as(t) for t in left]
     return node(Chain)(steps[live:], x, *left)
 
@@ -218,7 +218,7 @@ def _layer(step: Step, params: Sequence[Tensor | None], i: int) -> Layer:
 
 
 class Chain(torch.autograd.Function):
-    """Layers of which the first wants a gradient, so that all of them must be gone back through."""
+    """Layers of which the first needs a gradient, so that backward passes through all of them."""
 
     @staticmethod
     def forward(ctx: Any, steps: tuple[Step, ...], x: Tensor, *params: Tensor | None) -> Tensor:
@@ -262,7 +262,7 @@ class Chain(torch.autograd.Function):
         dz, sums = kernels.act_grad(grads[0], saved[-1], last, spec, dim, need[-1])
         for i in range(len(steps) - 1, -1, -1):
             own, layer = engines[i], _layer(steps[i], params, i)
-            saved.pop()  # dz has taken its place
+            saved.pop()  # backward needs it no more, and dz is as large
             if sums is not None:
                 out[2 * i + 1] = sums.to(params[2 * i + 1].dtype)
             like, before = x, None
@@ -280,7 +280,7 @@ class Chain(torch.autograd.Function):
                     out[2 * i] = own.wgrad.wgrad(dz, inputs, layer)
                 if want_x:
                     dz, sums = own.dgrad.dgrad(dz, like, layer, before)
-            del inputs, like, before  # before the next layer's are made
+            del inputs, like, before  # free their memory before the next layer allocates
         return None, dz if need_x else None, *out
 
 
@@ -308,10 +308,10 @@ def _composed_grads(
     params: Sequence[Tensor | None],
     need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x and params that can be differentiated again, by plain PyTorch."""
+    """Gradients of x and params by plain PyTorch, which can be differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Under other names, so that a tensor that stands for several counts for each once.
+        # Views, so that a tensor that is passed twice gets a gradient for each of its places.
         names = [None if t is None else t.view_as(t) for t in (x, *params)]
         first, *rest = names
         assert first is not None

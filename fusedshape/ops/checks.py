@@ -1,4 +1,4 @@
-"""What every op demands of its arguments, and how it says so."""
+"""What every op requires of its arguments, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Geometry(NamedTuple):
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-# Asked here, because Dynamo of torch 2.11 cannot trace the question.
+# At import, because Dynamo of torch 2.11 cannot trace is_autocast_available.
 _AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu")))
 _LARGEST = 2**31  # no tensor has as many rows
 _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -50,12 +50,12 @@ _PAD_MODES = ("zeros", "reflect", "replicate", "circular")
 def transformed() -> bool:
     """Whether plain PyTorch must serve: torch.func transforms, forward-mode AD, torch.export.
 
-    They look inside Functions, and an export keeps no backward of them: what it made would leave
-    out their gradients without a word. Without gradients it takes the kernels, but for ONNX, which
-    has none of ours.
+    Transforms look inside Functions. An export drops their backward, so that the exported program
+    would lack their gradients without a warning; under torch.no_grad it may keep our operators,
+    except for ONNX, which does not know them.
 
-    Since torch 2.14 torch.compile itself refuses dual tensors where a full graph is asked for, and
-    otherwise runs as written what is given them; `torch.func.jvp` inside it is served as ever.
+    Since torch 2.14, torch.compile rejects dual tensors if a full graph is asked for, and otherwise
+    runs eagerly what takes them. `torch.func.jvp` inside compiled code works as before.
     """
     # Dynamo guards the level because it is read here.
     return (
@@ -83,10 +83,10 @@ def _to_onnx() -> bool:
 
 
 def plain_backward(grad: Tensor) -> bool:
-    """Whether plain PyTorch must go back: to be differentiated again, or under vmap.
+    """Whether plain PyTorch must compute backward: to be differentiated again, or under vmap.
 
-    The vmap of ``torch.autograd.grad(..., is_grads_batched=True)`` is an older one, which has to be
-    asked for by itself.
+    ``torch.autograd.grad(..., is_grads_batched=True)`` uses an older vmap, which is not among the
+    torch.func transforms and needs a test of its own.
     """
     if torch.is_grad_enabled() or transformed():
         return True
@@ -149,15 +149,15 @@ def match(op: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _remembered(check: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`check`, whose answers are looked up the next time: it costs several microseconds."""
-    # Typed, so that 1.0 is not taken for the 1 that was checked before.
+    """Cache the results of `check`, which takes several microseconds."""
+    # Typed, so that 1.0 does not find the result for 1.
     known = functools.lru_cache(4096, typed=True)(check)
 
     def look_up(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if not torch.compiler.is_compiling():
             try:
                 return known(*args, **kwargs)  # type: ignore[arg-type]
-            except TypeError:  # lists and symbols cannot be looked up
+            except TypeError:  # lists and symbols are not hashable
                 pass
         return check(*args, **kwargs)
 
@@ -178,7 +178,7 @@ def conv_geometry(
     """Check a convolution: how torch convolves, and what F.pad must add to the input before.
 
     Args:
-        op: who asks.
+        op: the caller, for messages.
         shape: of the input, with its batch.
         weight: shape of the weight.
         stride: as in `conv_act`, and so are the next four.
@@ -293,7 +293,7 @@ def check_residual(
     x: Tensor,
     shape: Sequence[int],
 ) -> tuple[Tensor, float]:
-    """Check what joins an output of `shape` and x's dtype; return it as autocast wants it.
+    """Check what joins an output of `shape` and x's dtype; return it in the dtype of autocast.
 
     Raises:
         TypeError, ValueError: one without the other, a weight outside [0, 1), or a tensor that is
@@ -306,7 +306,7 @@ def check_residual(
         raise ValueError(f"{op}: {given} was given without {other}; give both or neither")
     check_tensor(op, "residual", residual)
     if isinstance(residual_weight, bool) or not isinstance(residual_weight, (int, float)):
-        if isinstance(residual_weight, Tensor):  # which says how to pass a fixed number
+        if isinstance(residual_weight, Tensor):  # real's message says how to pass a fixed number
             real(op, "residual_weight", residual_weight)
         kind = type(residual_weight).__name__
         raise TypeError(f"{op}: residual_weight must be a number, got a {kind}")
@@ -341,7 +341,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The same numbers, dense in memory with channels innermost."""
+    """Copy x, if needed, to be dense in memory with its channels innermost."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -376,7 +376,7 @@ def expand(op: str, name: str, value: Size, n: int, least: int) -> list[int]:
 
 
 def _listed(value: Any) -> list[int]:
-    """Its integers, NumPy's too; nothing where it has others."""
+    """The integers in a value, NumPy's included; empty if it holds anything else."""
     try:
         values = value if isinstance(value, Sequence) else [value]
         return [v if isinstance(v, int) else operator.index(v) for v in values]
@@ -417,9 +417,9 @@ def padding_of(
 
 
 def node(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """`function.apply`, without torch's Python around it, which serves torch.func alone.
+    """`function.apply` without torch's Python wrapper, which only torch.func needs.
 
-    Right after a convolution has emptied the caches that Python costs some 50 µs.
+    Right after a convolution has emptied the CPU's caches, the wrapper takes about 50 µs.
     """
     if torch.compiler.is_compiling():
         return function.apply

@@ -57,8 +57,8 @@ def conv_act(
     and in training every engine where φ′ is no function of φ, hold x ⋆ W + w/√(1 − w²)·r in x's
     dtype on the way: in float16 that must not go beyond 65504.
 
-    Weights of inf or nan that meet a padding of zeros count there or not, by engine, shape and
-    position, as in torch's own convolutions: what sees them is nan, or made of the other taps.
+    Where weights of inf or nan meet a padding of zeros, the result is nan or the sum of the other
+    taps, depending on engine, shape and position, as in torch's own convolutions.
 
     Args:
         x: `(N, C, *spatial)` or `(C, *spatial)`, contiguous or channels_last.
@@ -71,12 +71,12 @@ def conv_act(
         groups: number of groups.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         backend: as in `shaped_act`, for a pass of the activation by itself.
-        engine: who convolves. "aten" is torch, with a pass of the activation after it; "triton" on
-            CUDA, and "native" on the CPU, are one kernel for both, for x in channels_last layout;
-            "auto" is the fastest where that has been measured, else `pinned_engine`'s choice, and
-            "aten" where a backend is named. Under torch.func transforms, and in torch.export unless
-            under torch.no_grad, "auto" and "aten" are plain PyTorch, and the two others raise;
-            second derivatives are torch's with every engine.
+        engine: what computes the convolution. "aten" is torch, with a pass of the activation after
+            it. "triton" on CUDA and "native" on the CPU are one kernel for both, for x in
+            channels_last layout. "auto" is the fastest if that has been measured, else
+            `pinned_engine`'s choice, and "aten" if a backend is named. Under torch.func transforms,
+            and in torch.export unless under torch.no_grad, "auto" and "aten" are plain PyTorch, and
+            the two others raise. Second derivatives are torch's with every engine.
         residual: r, of the result's shape and dtype, in any layout; None for the plain layer.
         residual_weight: w, from 0 up to but not 1, needed with residual and refused without. At 0
             the residual takes no part: it gets no gradient, and its inf and nan do not count.

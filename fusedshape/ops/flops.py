@@ -1,8 +1,8 @@
-"""How many floating-point operations the kernels' products are, for torch.utils.flop_counter.
+"""The floating-point operations of our kernels, for torch.utils.flop_counter.
 
-The counts are those of torch's own convolutions and products: two for each multiplication with its
-addition, taps in the padding counted, activations not. `torch.utils.flop_counter` imports Triton,
-so it is told when somebody else imports it.
+We count as torch does for its own convolutions and products: two for each multiplication with its
+addition, including taps in the padding, without activations. `torch.utils.flop_counter` imports
+Triton, so the formulas are registered when somebody else imports it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _product(outputs: Sequence[int], weight: Sequence[int]) -> int:
-    """Of a layer whose output has shape `outputs`, in any direction."""
+    """Operations of a layer whose output has shape `outputs`, the same in every direction."""
     batch, _, *spatial = outputs
     return 2 * batch * math.prod(spatial) * math.prod(weight)
 
@@ -41,7 +41,7 @@ def _dgrad(dz: Sequence[int], weight: Sequence[int], *rest: Any, **how: Any) -> 
 def _wgrad(
     dz: Sequence[int], x: Sequence[int], weight_size: Sequence[int], *rest: Any, **how: Any
 ) -> int:
-    # torch counts as if each channel of the output met all of the input's, groups or not.
+    # torch counts as if every output channel read all input channels, even with groups.
     return _product(dz, [weight_size[0], x[1], *weight_size[2:]])
 
 
@@ -61,7 +61,7 @@ def _register(counter: Any) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds torch's counter as Python does, and registers the formulas once it is there."""
+    """Finds torch's counter as Python does, and registers the formulas after it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None

@@ -1,4 +1,4 @@
-"""A layer as engines are given it, and the activation before it as dgrad goes through it."""
+"""A layer as a value for engines, and the activation before it, through which dgrad may pass."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fusedshape.spec import ActSpec
 
 
 class Shortcut(NamedTuple):
-    """What joins a layer before its activation, φ̂(√(1 − w²)·(x ⋆ W + b) + w·r).
+    """A residual that joins a layer before its activation: φ̂(√(1 − w²)·(x ⋆ W + b) + w·r).
 
-    With √(1 − w²) in α (`joined_spec`) that is φ̂(x ⋆ W + w/√(1 − w²)·r + b): one number to add to
-    the product, and gradients that are those of a plain layer, but for r's, which is a multiple of
+    With √(1 − w²) moved into α (`joined_spec`) this is φ̂(x ⋆ W + w/√(1 − w²)·r + b). The kernel
+    adds one number to the product. Gradients are those of a plain layer, and r's is a multiple of
     the product's.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
         bias: b, in that dtype or float32; None for none.
         spec: the constants of the activation.
         geometry: of the convolution; None for a linear layer.
-        kernels: who runs the activation, where it is a pass by itself.
+        kernels: what runs the activation, where it is a pass by itself.
         shortcut: what joins the product before the activation; None for a plain layer.
     """
 
@@ -52,16 +52,16 @@ class Layer(NamedTuple):
 
 
 class Before(NamedTuple):
-    """The layer before, as dgrad's epilogue wants it.
+    """The layer before this one, as dgrad's epilogue needs it.
 
     Attributes:
         saved: its output where `spec` saves that in its dtype, else its pre-activation without
             `bias`.
-        bias: what of its bias is added after its product; used only where the pre-activation was
-            saved.
+        bias: the part of its bias that is added after its product; only read where the
+            pre-activation was saved.
         spec: its constants.
-        kernels: who runs its pointwise pass, where that is one by itself.
-        bias_grad: whether its bias wants a gradient.
+        kernels: what runs its activation, where that is a pass by itself.
+        bias_grad: whether its bias needs a gradient.
     """
 
     saved: Tensor
@@ -72,12 +72,12 @@ class Before(NamedTuple):
 
 
 def share(residual_weight: float) -> float:
-    """w/√(1 − w²): how much of the residual is added to the product."""
+    """Return w/√(1 − w²), the factor of the residual that is added to the product."""
     return residual_weight / own_weight(residual_weight)
 
 
 def joined_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
-    """The constants with √(1 − w²) in α.
+    """The constants with √(1 − w²) multiplied into α.
 
     Example:
         >>> joined_spec(ActSpec("relu", input_scale=5.0), 0.6).input_scale
@@ -87,9 +87,10 @@ def joined_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
 
 
 def residual_spec(spec: ActSpec, residual_weight: float) -> ActSpec:
-    """`joined_spec` with w/√(1 − w²) in γ: its gradient is that of the residual.
+    """`joined_spec` with w/√(1 − w²) multiplied into γ; its gradient is that of the residual.
 
-    Where backward works from an output, only in half precision, whose sign alone counts.
+    Use it only in half precision: there a backward that works from the output reads its sign alone,
+    which γ does not change.
 
     Example:
         >>> joined = residual_spec(ActSpec("relu", input_scale=5.0), 0.6)
@@ -115,7 +116,7 @@ def _cached_scaled_spec(
 
 
 def wide(bias: Tensor | None, z: Tensor) -> Tensor | None:
-    """The bias, in float32 where z is."""
+    """The bias, converted to float32 where z is float32."""
     return bias if bias is None or z.dtype != torch.float32 else bias.float()
 
 

@@ -85,7 +85,7 @@ class LayerAct(torch.autograd.Function):
         own, rest = reference.product_bias(bias, x, weight)
         layer = Layer(weight, bias, ctx.spec, ctx.geometry, ctx.kernels)
         if torch.is_grad_enabled() and not saves_output(ctx.spec, x.dtype):
-            # What was saved has no graph to differentiate again.
+            # The saved tensor has no graph, so a second derivative needs it recomputed.
             saved = ATEN.fprop(x, layer, own)
         dz, dbias = act_grad(ctx, grads[0], saved, rest, bias_index=2)
         return *product_grads(ctx, dz, x, layer), dbias, None

@@ -127,7 +127,7 @@ class BiasAct(torch.autograd.Function):
 
 
 def remember(ctx: Any, spec: ActSpec, dim: int, kernels: Kernels) -> None:
-    """Keep on `ctx` what `act_grad` will ask for."""
+    """Store on `ctx` what `act_grad` reads."""
     ctx.spec = spec
     ctx.dim = dim
     ctx.kernels = kernels
@@ -138,7 +138,7 @@ def act_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of x + b and of the bias, for a Function that called `remember`.
 
-    Under create_graph and vmap they are plain torch operations; otherwise one fused pass.
+    Under create_graph and vmap plain PyTorch computes them, otherwise one fused pass.
     """
     need_bias = ctx.needs_input_grad[bias_index]
     if plain_backward(grad):
@@ -154,7 +154,7 @@ def act_grad(
 def act_grad_alone(
     ctx: Any, grad: Tensor, saved: Tensor, bias: Tensor | None, spec: ActSpec
 ) -> Tensor:
-    """The gradient of x + b alone, with constants other than those that `ctx` remembers."""
+    """The gradient of x + b alone, for other constants than those on `ctx`."""
     if plain_backward(grad):
         return reference.act_grad(grad, saved, bias, spec, ctx.dim)
     dx, _ = ctx.kernels.act_grad(grad, saved, bias, spec, ctx.dim, False)

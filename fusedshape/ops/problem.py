@@ -1,4 +1,4 @@
-"""A layer and its input as the choice of an engine sees them: shapes, dtype and layout."""
+"""What the choice of an engine depends on: a layer's shapes, dtype, layout and activation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fusedshape.ops.checks import is_channels_last
 from fusedshape.ops.layer import Layer
 from fusedshape.spec import saves_output
 
-#: "dgrad_act" is a dgrad that goes on through the activation of the layer before.
+#: "dgrad_act" is a dgrad that continues through the activation of the layer before.
 Direction = Literal["fprop", "dgrad", "dgrad_act", "wgrad"]
 DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "dgrad_act", "wgrad")
 
 
 class Problem(NamedTuple):
-    """All that the choice of an engine may depend on; hashable.
+    """Everything that the choice of an engine may depend on; hashable.
 
     Attributes:
         device: type, "cuda" or "cpu".

@@ -1,4 +1,4 @@
-"""conv_act and linear_act that a second tensor joins before the activation, by any engine."""
+"""conv_act and linear_act with a residual that joins before the activation, by any engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fusedshape.spec import is_half, saves_output
 def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, step: Step) -> Tensor:
     """φ̂(√(1 − w²)·(x ⋆ W + b) + w·r) of checked arguments."""
     spec, geometry, kernels, asked = step
-    if torch.compiler.is_compiling():  # which takes no tensor for two arguments of a node
+    if torch.compiler.is_compiling():  # Dynamo rejects one tensor as two arguments of a Function
         shortcut = Shortcut(shortcut.residual.view_as(shortcut.residual), shortcut.weight)
     if transformed():
         return composed(x, Layer(weight, bias, spec, geometry, kernels, shortcut))
@@ -52,9 +52,9 @@ def join(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Shortcut, ste
 
 
 class Joined(torch.autograd.Function):
-    """A product and its residual: what the activation then saves.
+    """A product plus its residual, which the activation after it saves.
 
-    As a node by itself it needs no tensor more for a second derivative.
+    A node of its own saves nothing more for a second derivative.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class JoinedAct(torch.autograd.Function):
             z = engine.fprop(x, layer, own)
             y = kernels.bias_act(z, wide(rest, z), own_spec, channel_dim(z, geometry))
             y = reference.rounded(y, x.dtype)
-            # The residual, too, because what a second derivative goes through is computed again.
+            # A second derivative recomputes the sum, and needs the residual for it.
             kept = reference.rounded(z, x.dtype), bias, residual
         remember(ctx, own_spec, channel_dim(y, geometry), kernels)
         ctx.geometry = geometry
@@ -133,7 +133,7 @@ class JoinedAct(torch.autograd.Function):
         own, rest = reference.product_bias(bias, x, weight)
         layer = Layer(weight, bias, ctx.spec, ctx.geometry, ctx.kernels)
         if torch.is_grad_enabled() and residual is not None:
-            # What was saved has no graph to differentiate again.
+            # The saved tensor has no graph, so a second derivative needs it recomputed.
             shortcut = Shortcut(residual, ctx.residual_weight)
             z = ATEN.fprop(x, layer._replace(shortcut=shortcut), own)
             saved = reference.rounded(z, x.dtype)
@@ -141,7 +141,7 @@ class JoinedAct(torch.autograd.Function):
         dx, dweight = product_grads(ctx, dz, x, layer)
         dresidual = None
         if ctx.needs_input_grad[3]:
-            if is_half(dz.dtype):  # dz has been rounded
+            if is_half(dz.dtype):  # dz is rounded already: start from the gradient of y again
                 dresidual = act_grad_alone(ctx, grads[0], saved, rest, ctx.residual_spec)
             else:
                 dresidual = dz * share(ctx.residual_weight)

@@ -1,4 +1,4 @@
-"""The ops in torch's own functions, for those who look into an op instead of running it.
+"""The ops in torch's own functions, for callers that look into an op instead of running it.
 
 torch.jit's tracer, and with it the older ONNX exporter, keeps neither kernels nor autograd
 functions of ours; a tensor of a class with a ``__torch_dispatch__`` (a DTensor) answers to torch's
@@ -39,7 +39,7 @@ _is_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
 def looked_into(*tensors: Any) -> bool:
-    """Whether the ops of this file must serve, for these arguments or for all."""
+    """Whether the ops of this file must compute, for these arguments or for all."""
     if torch.compiler.is_compiling():
         return False
     if _is_tracing():
@@ -54,7 +54,7 @@ def _dispatches(t: Tensor) -> bool:
     cls = type(t)
     if cls.__torch_dispatch__ is Tensor.__torch_dispatch__:
         return False
-    # torch.compile's and torch.export's own, which take kernels.
+    # The classes of torch.compile and torch.export work with kernels.
     return not cls.__module__.startswith("torch._subclasses")
 
 
@@ -86,7 +86,7 @@ def instead_of(
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Let sizes be numbers, and nothing be recorded, in torch.jit's tracer."""
+    """Suspend torch.jit's tracer, so that sizes are numbers and nothing is recorded."""
     state = torch._C._get_tracing_state()
     if state is None:
         yield
@@ -100,7 +100,7 @@ def untraced() -> Iterator[None]:
 
 
 def _checked(t: Any) -> Any:
-    """The tensor whose sizes can be asked for: an ExpandedWeight answers no question but a few."""
+    """The tensor to check: an ExpandedWeight supports only a few queries."""
     return t.orig_weight if _is_expanded(t) else t
 
 
@@ -110,7 +110,7 @@ def _is_expanded(t: Any) -> bool:
 
 
 def shape_of(x: Tensor) -> torch.Size:
-    """The shape of x, in numbers for torch.jit's tracer too."""
+    """The shape of x, as numbers in torch.jit's tracer too."""
     if torch.compiler.is_compiling() or not _is_tracing():
         return x.shape
     with untraced():
@@ -223,7 +223,7 @@ def _joined(op: str, z: Tensor, spec: ActSpec, options: Options) -> Tensor:
 
 
 def _phi(spec: ActSpec) -> Phi:
-    """φ; in the operators that the older ONNX exporter knows, where that is at work."""
+    """φ, in operators that the older ONNX exporter knows if that is tracing."""
     row = spec.row
     if row.exported is not None and _is_tracing() and torch.onnx.is_in_onnx_export():
         return row.exported

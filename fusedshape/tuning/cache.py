@@ -1,8 +1,8 @@
 """Measurements on disk: one file each, found by a hash of all they depend on.
 
-A file is replaced in one piece, so that whoever reads sees all of it or none, and no process takes
-another's files away. What cannot be read, is damaged, or was made for something else is treated as
-absent; the first such file is named in a warning. A folder that others may write is not used.
+A file is replaced atomically, so that a reader sees all of it or none, and no process removes
+another's files. A file that cannot be read, is damaged or belongs to something else counts as
+absent; the first one is named in a warning. A folder that other users may write to is not used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Record:
     """What was measured for one direction of one problem.
 
     Attributes:
-        engine: who is to compute it.
+        engine: the engine to take.
         kernel: its kernel and configuration, as `fusedshape.tuning.kernels` writes them; or None.
         size: the batch (rows of a linear layer) it was measured at.
         base_seconds: of "aten".
@@ -155,7 +155,7 @@ class Cache:
             logger.warning("tuning results cannot be kept in %s: %s", self.folder, reason)
 
     def refused(self) -> str | None:
-        """Why nothing that lies there is believed; None if this user alone may write there."""
+        """Why files in the folder are not trusted; None if only this user may write there."""
         return distrust(self.folder)
 
     def _sweep(self) -> None:
@@ -165,7 +165,7 @@ class Cache:
                 remove_leftovers(folder)
 
     def count(self) -> int:
-        """How many records can be used; none where nobody may look."""
+        """How many records can be used; 0 if the folder may not be read."""
         if self.refused() is not None:
             return 0
         try:
@@ -201,7 +201,7 @@ class Cache:
 
 
 def _plain(data: Mapping[str, Any]) -> Any:
-    """Data as it comes back from a file."""
+    """Data as it is after it has been written as JSON and read again."""
     return json.loads(json.dumps(data))
 
 
@@ -211,10 +211,10 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def cache_directory() -> Path:
-    """Where measurements lie, for all devices and versions; need not exist.
+    """The folder of measurements for all devices and versions; it need not exist.
 
-    Below the directory for temporary files, for a user who has no home. A relative path in
-    ``$FUSEDSHAPE_CACHE`` is returned as it is, and nothing is kept there.
+    A user without a home gets one below the directory for temporary files. A relative path in
+    ``$FUSEDSHAPE_CACHE`` is returned unchanged, and nothing is kept there.
 
     Example:
         >>> cache_directory().name

@@ -61,7 +61,7 @@ def each_call(model: nn.Module, inputs: Sequence[Any], read: Callable[[Call], _T
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             copies = [fake.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
             found = _run(model, names, copies, read)
-    # A model that looks at its numbers needs some.
+    # A model whose forward looks at numbers must really run.
     except Exception:
         found = _run(model, names, inputs, read)
     if not found:

@@ -1,4 +1,4 @@
-"""What "auto" means for a layer: modes, and the answers that this process knows already."""
+"""The engine that "auto" means for a layer: tuning modes, and the answers known so far."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _caches: dict[tuple[Path, torch.device], Cache] = {}
 class mode:  # noqa: N801 (read as a function)
     """Set the mode of this process; as a context manager, until the end of the block.
 
-    What torch.compile or a CUDA graph has recorded keeps the engines it was recorded with.
+    Code that torch.compile or a CUDA graph has recorded keeps the engines of that time.
 
     Args:
         name: "off", "cached" or "full"; see `fusedshape.tuning`.
@@ -100,7 +100,7 @@ def _install(name: str) -> None:
 
 
 def forget() -> None:
-    """Forget what this process has read of the cache, so that it is read anew."""
+    """Forget what this process has read from the cache, so that it reads again."""
     choice.forget_choices()
     _answers.clear()
     _caches.clear()
@@ -110,7 +110,7 @@ def forget() -> None:
 def choose(direction: Direction, problem: Problem) -> str | None:
     """The fastest engine for one direction of a layer; None where that is not known.
 
-    From the second time on a look into a dictionary. Never raises.
+    From the second call on this is one look-up in a dictionary. It never raises.
 
     Args:
         direction: "fprop", "dgrad", "dgrad_act" (dgrad that goes on through the activation of the
@@ -127,13 +127,13 @@ def choose(direction: Direction, problem: Problem) -> str | None:
 
 
 def _while_compiling(direction: Direction, problem: Problem) -> str | None:
-    """`choose` as Dynamo traces it: what is known holds for the bucket, whose bounds it guards."""
+    """`choose` while Dynamo traces: the answer holds for a bucket, whose bounds become guards."""
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     size = size_of(problem)
     sizes = resized(problem, 1).input + problem.weight
-    # What is exported takes no guards. torch 2.11 says so of all that Dynamo traces, and a symbolic
-    # batch then has the pinned engine.
+    # An exported program has no guards. torch 2.11 calls everything that Dynamo traces an export,
+    # so there a symbolic batch gets the pinned engine.
     if torch.compiler.is_exporting():
         sizes = (*sizes, size)
     if not _anything() or not all([has_static_value(n) for n in sizes]):  # noqa: C419
@@ -149,7 +149,7 @@ def _traced(direction: Direction, *fields: Any) -> str | None:
 
 @constant_for_dynamo
 def _anything() -> bool:
-    """Whether there may be anything to look up, and so a reason for guards."""
+    """Whether there may be measurements, and so a reason for guards."""
     return os.path.isdir(cache_directory())
 
 
@@ -216,18 +216,18 @@ def _measured(direction: Direction, problem: Problem, device: torch.device) -> R
 def _adopt(problem: Problem, device: torch.device, record: Record) -> str | None:
     try:
         return adopt(record, device)
-    except Exception as error:  # of a file that others may have written: nothing it holds may raise
+    except Exception as error:  # whatever a damaged or foreign file holds, it must not raise
         logger.warning("a measurement of %s cannot be used: %s", problem, error)
         return None
 
 
 def _device_of(problem: Problem) -> torch.device | None:
-    """A device of this process that the problem can be on; None where there is none."""
+    """A device of this process with the problem's type and capability; None if there is none."""
     if problem.device != "cuda":
         return torch.device(problem.device)
     if not torch.cuda.is_available():
         return None
-    # Devices of one capability but of different names are taken for the same.
+    # Two devices of one capability count as the same, even if their names differ.
     current = torch.cuda.current_device()
     for index in (current, *range(torch.cuda.device_count())):
         if torch.cuda.get_device_capability(index) == problem.capability:
@@ -236,8 +236,8 @@ def _device_of(problem: Problem) -> torch.device | None:
 
 
 def _may_measure(device: torch.device) -> bool:
-    """Whether operations run now, instead of being recorded or faked."""
-    # Of the first torch 2.11 says nothing where `_traced` is called, but has a context then.
+    """Whether operations really run now, instead of being recorded or faked."""
+    # In `_traced`, torch 2.11 does not report that it compiles, but it has a tracing context.
     traced = torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
     if traced or _get_current_dispatch_mode() is not None:
         return False
@@ -247,7 +247,7 @@ def _may_measure(device: torch.device) -> bool:
 def status() -> Mapping[str, Any]:
     """The mode, where measurements lie, and how many can be used on this machine's first device.
 
-    In place of a folder that others may have written stands what is wrong with it.
+    If other users may write to the folder, the entry says so instead of naming it.
 
     Example:
         >>> sorted(status())

@@ -1,4 +1,4 @@
-"""Who is faster than a base, and computes the same: by interleaved, paired measurements."""
+"""Which challenger computes the same as a base, but faster: interleaved, paired measurements."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Verdict:
     """How a contest ended.
 
     Attributes:
-        winner: name of the challenger to take; None for the base.
+        winner: name of the challenger to take; None to keep the base.
         base_seconds: median of the base.
-        seconds: median of whom to take.
-        wrong: challengers whose numbers are not the base's, and how far off they are.
+        seconds: median of the winner, or of the base without one.
+        wrong: challengers whose results differ from the base's, and by how much.
         failed: challengers that could not run, and why.
     """
 
@@ -50,14 +50,14 @@ def contest(
     budget: float = BUDGET,
     margin: float = MARGIN,
 ) -> Verdict:
-    """Hold challengers against a base.
+    """Compare challengers with a base.
 
     All are run once and compared with the base's result; those left are timed in rounds, and the
     one with the best median of paired ratios meets the base again. That second meeting decides,
     for the best of many is partly luck: it must save `margin` of the base's time.
 
     Args:
-        base: what is to be beaten; returns new tensors.
+        base: the call to beat; it returns new tensors.
         challengers: the same, by name.
         clock: of the device.
         terms: numbers added up for each element of the results, for the tolerance.
@@ -78,7 +78,7 @@ def contest(
     for name, call in challengers.items():
         try:
             difference = difference_of(call(), truth, terms, tf32)
-        # Whatever keeps a configuration from being compiled or launched: it is out.
+        # A configuration that cannot be compiled or launched, for whatever reason, is out.
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue

@@ -1,4 +1,4 @@
-"""A kernel's configuration in the cache: which kernel, asked for what, and what it is to take."""
+"""A kernel's configuration as the cache keeps it: kernel, problem and configuration."""
 
 from __future__ import annotations
 
@@ -63,18 +63,17 @@ class Choice(NamedTuple):
         raise ValueError(f"kernel {name} has no configuration {data.get('config')}")
 
     def pin(self, size: int) -> None:
-        """Take the configuration for all of the bucket of `size`, at which it was measured."""
-        # The kernel's size may count all rows, some for each image.
+        """Pin the configuration for the whole bucket of `size`, where it was measured."""
+        # The kernel may count rows where `size` counts images, several rows for each.
         each = family_of(self.args)[1] // size
         high = bucket(size)
         self.tunable.pin(self.args, (high // 2 + 1) * each, high * each, self.config)
 
 
 def adopt(record: Record, device: torch.device) -> str:
-    """A record's engine, its kernel told which configuration to take.
+    """Pin the recorded configuration and return the record's engine.
 
-    Where the kernel has been told already, as for the same shapes under another activation, that
-    stays.
+    A configuration that is pinned already, by the same shapes under another activation, stays.
 
     Raises:
         ValueError, ImportError: as `Choice.from_json`.

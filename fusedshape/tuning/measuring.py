@@ -38,9 +38,9 @@ class Result(NamedTuple):
     """What measuring one direction of one problem gave.
 
     Attributes:
-        record: what is kept; None where no engine but "aten" can run.
-        wrong: candidates that computed something else than "aten", and how far off.
-        failed: candidates that could not run, and why; engines as a whole, too.
+        record: what the cache keeps; None if only "aten" can run.
+        wrong: candidates whose results differ from those of "aten", and by how much.
+        failed: candidates that could not run, and why; also engines as a whole.
     """
 
     record: Record | None
@@ -59,8 +59,8 @@ def measure(
 ) -> Result:
     """Find the fastest engine, and its configuration, of one direction of a layer.
 
-    The kernel's configuration is pinned for the rest of the process, if its engine wins; where one
-    is pinned already, by the same shapes under another activation, it is measured alone.
+    If an engine wins, the configuration of its kernel is pinned for the rest of the process. If one
+    is pinned already, by the same shapes under another activation, only that one is measured.
 
     Args:
         direction: "fprop", "dgrad", "dgrad_act" (through the layer before) or "wgrad".
@@ -69,7 +69,7 @@ def measure(
         clock: of the device; None makes one.
 
     Returns:
-        The record and what was left out. Candidates with wrong numbers are logged too.
+        The record and what was left out. Candidates with wrong results are logged too.
 
     Raises:
         RuntimeError: "aten" itself cannot run: out of memory, for one.
@@ -125,9 +125,9 @@ def able(problem: Problem, device: torch.device) -> tuple[dict[str, LayerEngine]
 
 
 def _entrants(name: str, call: Callable[[], Sequence[Tensor]]) -> dict[str, _Entrant]:
-    """One engine with each configuration its kernel may take; those already pinned alone."""
+    """One engine with each configuration its kernel may take, or only the one that is pinned."""
     with tuned.asked() as log, contextlib.suppress(Exception):
-        call()  # if it fails, it will fail again in the contest, which says why
+        call()  # if it fails, it fails again in the contest, which records why
     if not log:
         return {name: _Entrant(name, None, call)}
     tunable, args = log[0]

@@ -1,4 +1,4 @@
-"""A problem as the cache files it, and as tensors to measure with."""
+"""A problem as a key of the cache, and as tensors to measure with."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fusedshape.spec import ActSpec, saves_output
 
 
 class Settings(NamedTuple):
-    """torch's switches that decide how fast "aten" is, and how exact, on a GPU; off on a CPU."""
+    """torch's switches for the speed and precision of "aten" on a GPU; all off on a CPU."""
 
     benchmark: bool
     deterministic: bool
     tf32: bool
 
 
-# Of torch._C, because the public attributes take longer than all the rest of a look-up.
+# From torch._C, because the public attributes take longer than the rest of a look-up.
 _benchmark = torch._C._get_cudnn_benchmark
 _cudnn_deterministic = torch._C._get_cudnn_deterministic
 _all_deterministic = torch._C._get_deterministic_algorithms
@@ -34,7 +34,7 @@ _precision = torch._C._get_fp32_precision_getter
 
 
 def switches(dtype: torch.dtype, linear: bool) -> tuple[bool, bool, bool]:
-    """`Settings` as they are, for a layer of this dtype; a plain tuple, which is quicker."""
+    """The current `Settings` for a layer of this dtype, as a plain tuple, which is faster."""
     return (
         _benchmark(),
         _cudnn_deterministic() or _all_deterministic(),
@@ -43,7 +43,7 @@ def switches(dtype: torch.dtype, linear: bool) -> tuple[bool, bool, bool]:
 
 
 def settings(problem: Problem) -> Settings:
-    """The switches as they are, for a problem."""
+    """The current switches that count for a problem."""
     if problem.device != "cuda":
         return Settings(benchmark=False, deterministic=False, tf32=False)
     return Settings(*switches(problem.dtype, len(problem.weight) == 2))
@@ -75,9 +75,9 @@ def size_of(problem: Problem) -> int:
 
 
 def is_passed_over(problem: Problem) -> bool:
-    """Whether "auto" leaves a layer to "aten" without a look at what has been measured.
+    """Whether "auto" gives a layer to "aten" without looking up what has been measured.
 
-    So it does with small inputs on a CPU. Under torch.compile it looks at all.
+    It does so for small inputs on a CPU, but not under torch.compile.
     """
     if problem.device != "cpu":
         return False
@@ -91,16 +91,16 @@ def resized(problem: Problem, size: int) -> Problem:
 
 
 def key_of(direction: Direction, problem: Problem) -> dict[str, Any]:
-    """What a measurement under torch's switches of now is filed under, one for each bucket."""
+    """The key of a measurement under torch's current switches, one for each bucket."""
     fields = resized(problem, bucket(size_of(problem)))._asdict()
     for name in ("device", "capability"):
-        del fields[name]  # of the environment
+        del fields[name]  # part of the environment
     fields["dtype"] = str(problem.dtype).removeprefix("torch.")
     return {"direction": direction, **fields, **settings(problem)._asdict()}
 
 
 def terms_of(direction: Direction, problem: Problem) -> int:
-    """Numbers added up for each element of what a direction computes, at most."""
+    """How many numbers, at most, are added up for one element of a direction's result."""
     taps = math.prod(problem.weight[2:])
     if direction == "fprop":
         return math.prod(problem.weight[1:])
@@ -111,7 +111,7 @@ def terms_of(direction: Direction, problem: Problem) -> int:
 
 
 class Operands(NamedTuple):
-    """Tensors of a layer, with numbers as a network at its start has them."""
+    """Tensors of a layer, distributed as in a network at its start."""
 
     x: Tensor
     layer: Layer
@@ -170,11 +170,11 @@ def empty_layer(problem: Problem, device: torch.device) -> tuple[Tensor, Layer]:
 
 
 def operands(problem: Problem, base: LayerEngine, device: torch.device) -> Operands:
-    """Tensors to measure a problem with; always the same, and no generator of torch's is touched.
+    """Tensors to measure a problem with; always the same, without torch's global generators.
 
     Args:
         problem: the layer.
-        base: who can compute it in any case.
+        base: an engine that can compute it.
         device: where the tensors are to be.
     """
     generator = torch.Generator(device).manual_seed(0)
