@@ -151,8 +151,8 @@ class Recipe:
         for name, value in given.items():
             if name not in own:
                 raise ValueError(f"{who}: {_strange(cls, row.name, name, value)}")
-            if name in cls.targets():
-                number(who, name, value)  # what is given is no None
+            if value is None and name in cls.targets():  # only a recipe's own constructor takes it
+                number(who, name, value)
         try:
             return cls(**given)
         except (TypeError, ValueError) as error:
