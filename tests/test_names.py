@@ -30,7 +30,6 @@ ELSEWHERE = {
     "nodes.py": "test_faithful.py",
     "proxies.py": "test_faithful.py",
     "reference.py": "test_activations.py",
-    "shell.py": "test_cli.py",
     "spec.py": "test_activations.py",
     "theory/command.py": "test_cli.py",
     "tracing.py": "test_rewriting.py",
