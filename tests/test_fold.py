@@ -136,29 +136,16 @@ def test_rescaled_resnets(depth: int, w: float, spec: ActSpec) -> None:
         assert functions == ({torch.add} if w else set()), "one torch.add with alpha for each sum"
 
 
-class V1(nn.Module):
-    """Activation in place behind a sum in place, one nn.ReLU for all."""
-
-    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv2(self.relu(self.conv1(x)))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
-
-
 @pytest.mark.parametrize("w", [None, 0.0, 0.7])
 @pytest.mark.parametrize("spec", [TRELU, LEAKY, SPEC], ids=["trelu", "leaky", "softplus"])
 def test_rewritten_forwards(w: float | None, spec: ActSpec) -> None:
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), V1(4, 4), V1(4, 6, 2), V1(6, 6), nn.MaxPool2d(2)
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        zoo.V1(4, 4),
+        zoo.V1(4, 6, 2),
+        zoo.V1(6, 6),
+        nn.MaxPool2d(2),
     )
     if w is not None:
         reweight_shortcuts(net, w)

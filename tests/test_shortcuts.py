@@ -17,6 +17,7 @@ from fusedshape.models import rescaled_resnet, vanilla_resnet
 from fusedshape.models.residual import RescaledBlock
 from fusedshape.theory.network import resnet
 from fusedshape.theory.trace import trace_wiring
+from tests.support.zoo import V1
 
 W = 0.8
 SLOPED = ActSpec("leaky_relu", negative_slope=0.3, output_scale=1.2)
@@ -88,34 +89,6 @@ def test_weight_1_of_a_branch_that_overflows_is_not_nan() -> None:
         net[0].two.bias.fill_(math.inf)
     x = torch.ones(1, 6)
     assert torch.equal(net(x), x)
-
-
-class V1(nn.Module):
-    """torchvision's block: activation in place after the sum, with a downsample."""
-
-    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels != out:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride))
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        out = self.conv1(x)
-        out = self.relu(out)
-        out = self.conv2(out)
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
-
-    def by_hand(self, x: Tensor, w: float) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        branch = self.conv2(self.conv1(x).relu())
-        return (w * shortcut + math.sqrt(1 - w * w) * branch).relu()
 
 
 class V2(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -255,3 +257,31 @@ class AssertsShapes(nn.Module):
         assert features == 6, f"{features} features"
         assert x.dim() == 2 and n > 1  # noqa: PT018
         return F.relu(self.layer(x)).view(n, 2, -1)
+
+
+class V1(nn.Module):
+    """torchvision's block: activation in place after the sum, with a downsample."""
+
+    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.conv1(x)
+        out = self.relu(out)
+        out = self.conv2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+    def by_hand(self, x: Tensor, w: float) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        branch = self.conv2(self.conv1(x).relu())
+        return (w * shortcut + math.sqrt(1 - w * w) * branch).relu()
