@@ -2,20 +2,19 @@
 
 These kernels have been interpreted and compiled, but not yet run on a GPU.
 
-One kernel computes the convolution and its gradient with respect to the input. Either way each
-output pixel is a sum, over taps and channels, of pixels of the tensor that is read (x or dz):
+One kernel computes the convolution and its gradient with respect to the input. In both,
+each output pixel is a sum over taps and channels of pixels of the tensor that is read (x or dz):
 
     forward   y[i] = Σ_t w[t] · x[i · stride − padding + t · dilation]
     dgrad     dx[a + i · stride] = Σ_t w[first + t · step] · dz[i + origin − t · hop]
 
-In dgrad the pixels of dx that lie at the same remainder a of the stride meet the same taps, so that
-each remainder is a dense convolution of stride 1; the remainders' tiles stand side by side in one
-grid. A remainder that no tap meets has no steps, and 0 goes through the epilogue. The reduction is
-one flat loop over taps and blocks of channels; where there are few channels (an RGB image), a block
-runs over taps and channels together (FLAT).
+In dgrad, pixels of dx with the same remainder a of the stride meet the same taps, so each remainder
+is a dense convolution of stride 1. One grid holds the tiles of all remainders. A remainder that no
+tap meets takes no steps, and zeros go through the epilogue. The reduction is one flat loop over
+taps and blocks of channels; with few channels (an RGB image), a block spans both (FLAT).
 
-wgrad reduces over pixels, split into parts; its second stage, like that of the channel sums,
-adds up the parts in a fixed order: the same bits in every run.
+wgrad reduces over pixels, split into parts. A second kernel adds up the parts, as another does the
+channel sums, in a fixed order, so that every run gives the same bits.
 
 1×1 convolutions of stride 1 and linear layers go to `fusedshape.kernels.gemm`. The launchers
 allocate with torch.empty, read nothing from the device and never wait for it, so that CUDA graphs
@@ -46,19 +45,19 @@ from fusedshape.spec import KernelArgs
 
 __all__ = ["conv", "conv_act", "conv_dgrad", "conv_wgrad", "why_not"]
 
-#: Bytes of shared memory that kernels for sm_100 keep for their barriers, and some to spare.
+#: Bytes of shared memory reserved for the barriers of kernels for sm_100, with a margin.
 BARRIERS = 128
-#: Up to so many channels, a block of the reduction runs over taps and channels together.
+#: With at most this many channels, one block of the reduction spans taps and channels.
 FLAT_CHANNELS = 16
 
 
 @triton.jit
 def _taps(remainder, GEOMETRY: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr):
-    """The taps that meet an input pixel at this remainder of the stride, along dimension D.
+    """The taps that meet an input pixel with this remainder of the stride, along dimension D.
 
     Returns:
-        The first, their number, and the output pixel that the first one of them comes from, less
-        the input pixel's quotient by the stride.
+        The first tap, the number of taps, and the offset of the output pixel that the first tap
+        reads from the input pixel divided by the stride.
     """
     TAPS: tl.constexpr = GEOMETRY.kernel[D]
     STRIDE: tl.constexpr = GEOMETRY.stride[D]
@@ -70,13 +69,13 @@ def _taps(remainder, GEOMETRY: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr
         reach = remainder + PADDING - (APART - 1 - i) * DILATION
         first = tl.where(reach % STRIDE == 0, APART - 1 - i, first)
     first = tl.minimum(first, TAPS)
-    # Where there is no tap, the offset means nothing.
+    # The offset is meaningless if there is no tap.
     return first, tl.cdiv(TAPS - first, APART), (remainder + PADDING - first * DILATION) // STRIDE
 
 
 @triton.jit
 def _within(i, size):
-    """Whether 0 ≤ i < size: unsigned, what lies before is far behind."""
+    """Whether 0 ≤ i < size, in one comparison: a negative i becomes a huge unsigned number."""
     return i.to(tl.uint32) < size.to(tl.uint32)
 
 
@@ -103,7 +102,7 @@ def _conv_kernel(
     TILE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Tile of out = epilogue(Σ a · w): C channels are read and summed over, N are written."""
+    """One tile of out = epilogue(Σ a · w), which sums over C channels and writes N."""
     R: tl.constexpr = GEOMETRY.kernel[0]
     S: tl.constexpr = GEOMETRY.kernel[1]
     STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
@@ -130,8 +129,8 @@ def _conv_kernel(
         tile_n = tile_n.to(tl.int64)
         part = part.to(tl.int64)
 
-    # Pixels of a that pixel (i, j) of this program's image of outputs reads, for each tap (t, u):
-    # (i · move + origin + t · hop, …).
+    # At tap (t, u), output pixel (i, j) of this program reads row i · move + origin + t · hop of a,
+    # and a column alike.
     if DGRAD:
         row0 = tl.full((), 0, tl.int32) + remainder // SUBS_W
         col0 = tl.full((), 0, tl.int32) + remainder % SUBS_W
@@ -161,7 +160,7 @@ def _conv_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = (batch.to(tl.int64) if WIDE else batch) * height * width
     inside = m < rows
-    if SUBS > 1:  # a remainder beyond the image has no pixels, and nothing divides by 0
+    if SUBS > 1:  # a remainder beyond the image has no pixels; avoid division by zero
         height = tl.maximum(height, 1)
         width = tl.maximum(width, 1)
     j = m % width
@@ -176,8 +175,8 @@ def _conv_kernel(
         k = k.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    # What a step repeats for each pixel is what slows tensor cores down. So pointers are made here,
-    # for a step to add one number to, and it is found out here which taps a pixel has in the image.
+    # Per-pixel work in the loop stalls the tensor cores. So the pointers are computed before it,
+    # and for each pixel and tap a bit that says whether the tap lies in the image.
     BLOCKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     BITS: tl.constexpr = not FLAT and R * S <= 32
     if not FLAT:
@@ -193,7 +192,7 @@ def _conv_kernel(
 
     steps = tl.cdiv(taps_h * taps_w * C, BLOCK_K) if FLAT else taps_h * taps_w * BLOCKS
     if SUBS > 1:
-        # Remainders have tiles for as many pixels as the first of them.
+        # Every remainder has as many tiles as the first, which has the most pixels.
         steps = tl.where(tile_m * BLOCK_M < rows, steps, 0)
     t = tl.zeros((), tl.int64 if WIDE else tl.int32)
     u = tl.zeros((), t.dtype)
@@ -278,10 +277,10 @@ def _wgrad_kernel(
     TILE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Tile of one part of dw (K, R · S · C), summed over `steps` blocks of pixels.
+    """One tile of one part of dw (K, R · S · C), summed over `steps` blocks of pixels.
 
-    (dn, dp, dq) is BLOCK_K pixels in images, rows and columns: how far one step moves. EVEN: steps
-    end where the pixels do. SAME: output pixels lie in memory as those of x do.
+    One step moves by BLOCK_K pixels, which are (dn, dp, dq) images, rows and columns. EVEN: the
+    number of pixels is a multiple of BLOCK_K. SAME: dz and x have their pixels in the same order.
     """
     R: tl.constexpr = GEOMETRY.kernel[0]
     S: tl.constexpr = GEOMETRY.kernel[1]
@@ -314,9 +313,9 @@ def _wgrad_kernel(
     from_h = (tap // S) * GEOMETRY.dilation[0] - GEOMETRY.padding[0]
     from_w = (tap % S) * GEOMETRY.dilation[1] - GEOMETRY.padding[1]
 
-    # The pixel (h, w) of x that the tile's tap reads for output pixel m (of a FLAT tile, whose taps
-    # are many, a tap at 0), and its place in memory. They move together, with their carries, which
-    # is cheaper than to divide and multiply again.
+    # (h, w) is the pixel of x that the tile's tap reads for output pixel m, and `place` is its
+    # index in memory. A FLAT tile has many taps; there (h, w) is that of a tap at 0. Adding with
+    # carries is cheaper than dividing and multiplying in each step.
     m = part * steps * BLOCK_K + tl.arange(0, BLOCK_K)
     h = (m // out_w) % out_h * STRIDE_H
     w = m % out_w * STRIDE_W
@@ -341,7 +340,7 @@ def _wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if EVEN:
         steps = tl.minimum(steps, (pixels // BLOCK_K - part * steps).to(tl.int32))
-    # No part is empty. Were it possible, the tensor cores might wait after each instruction.
+    # No part is empty. If one could be, the compiler might serialise the wgmma instructions.
     tl.assume(steps > 0)
     for _ in range(steps):
         dz_mask = (k < K)[:, None]
@@ -391,13 +390,13 @@ class Config(Tiling):
     grouped, `block_m` output channels by `block_n` input channels of one tap.
 
     Attributes:
-        splits: parts of the sum over pixels in wgrad; 0 takes those of `host.parts_of`.
+        splits: number of parts of wgrad's sum over pixels; 0 lets `host.parts_of` choose.
     """
 
     splits: int = 0
 
     def shared(self, itemsize: int) -> int:
-        """At most so many bytes of shared memory: operands in flight, or the tile at the end."""
+        """Upper bound of the bytes of shared memory: operands in flight, or the finished tile."""
         operands = self.num_stages * (self.block_m + self.block_n) * self.bytes_k
         return max(operands, self.block_m * (self.block_n + 16) * itemsize) + BARRIERS
 
@@ -414,7 +413,7 @@ _TILES = (
     Config(64, 64, 128, 4, 4),
     Config(64, 32, 64, 4, 4),
 )
-#: What is shipped and compiled ahead of time by the tests, for each direction.
+#: The shipped configurations of each direction; the tests compile them ahead of time.
 CONFIGS: dict[Direction, tuple[Config, ...]] = {
     "forward": _TILES,
     "dgrad": _TILES,
@@ -427,7 +426,7 @@ CONFIGS: dict[Direction, tuple[Config, ...]] = {
         Config(64, 32, 64, 4, 4),
     ),
 }
-#: For products of float32 without tensor cores, in every direction.
+#: The configurations for float32 without tensor cores, in every direction.
 FMA_CONFIGS = (Config(64, 64, 64, 8, 2), Config(32, 32, 64, 4, 2))
 
 
@@ -436,7 +435,7 @@ def candidates(direction: Direction, problem: Problem, gpu: host.Gpu) -> tuple[C
     shipped = CONFIGS[direction] if _tensor_cores(problem) else FMA_CONFIGS
     read = problem.out_channels if direction == "dgrad" else problem.channels
     if _flat(read, problem.taps):
-        # Each number that is read has a place and a mask of its own, in registers.
+        # Each loaded number needs its own address and mask in registers.
         shipped = tuple(c for c in shipped if c.bytes_k == 64 and c.block_m <= 128)
     return tuple(c for c in shipped if c.shared(problem.itemsize) <= gpu.shared)
 
@@ -469,7 +468,7 @@ def _cost(config: Config, direction: Direction, problem: Problem, gpu: host.Gpu)
     taps = (1, p.taps * read) if _flat(read, p.taps) else (p.taps, read)
     steps = taps[0] * cdiv(taps[1], block_k)
     programs = subs * cdiv(rows, config.block_m) * cdiv(written, config.block_n)
-    # Each tap meets at one remainder of the stride.
+    # Each tap belongs to one remainder of the stride.
     return host.cost(config, programs, steps * block_k / subs, False, _tensor_cores(p), gpu)
 
 
@@ -478,7 +477,7 @@ def _flat(channels: int, taps: int) -> bool:
 
 
 def _dgrad_rows(problem: Problem) -> int:
-    """Pixels of the input at remainder 0 of the stride, which no other remainder has more of."""
+    """Number of input pixels with remainder 0 of the stride; no other remainder has more."""
     height = cdiv(problem.height, problem.stride[0])
     return problem.batch * height * cdiv(problem.width, problem.stride[1])
 
@@ -493,7 +492,7 @@ def _wgrad_tiles(config: Config, problem: Problem) -> int:
 
 
 def _splits(config: Config, problem: Problem, gpu: host.Gpu) -> tuple[int, int]:
-    """Parts of wgrad's sum over pixels, and the steps of each; no part is empty."""
+    """Number of parts of wgrad's sum over pixels, and of steps of each; no part is empty."""
     block_k = config.bytes_k // problem.itemsize
     steps = cdiv(problem.pixels, block_k)
     tiles = _wgrad_tiles(config, problem)
@@ -526,14 +525,14 @@ def conv_act(
         padding: the same.
         dilation: the same.
         kernel_args: of the spec.
-        config: how to cut it up; None leaves that to `config_for`. For a convolution that is one
-            product of matrices, a `gemm.Config` or None means the GEMM kernel.
+        config: the configuration to use; None asks `config_for`. A convolution that is one matrix
+            product goes to the GEMM kernel if this is None or a `gemm.Config`.
 
     Returns:
         x's dtype, channels_last.
 
     Raises:
-        ValueError: what `why_not` says, or shapes that do not match.
+        ValueError: `why_not` gives a reason, or shapes do not match.
     """
     geometry = stride, padding, dilation
     after = bias, residual, residual_weight, kernel_args
@@ -549,7 +548,7 @@ def conv(
     *,
     config: Config | gemm.Config | None = None,
 ) -> Tensor:
-    """X ⋆ weight alone; arguments, result and errors as in `conv_act`."""
+    """Compute x ⋆ weight alone; arguments, result and errors are those of `conv_act`."""
     geometry = stride, padding, dilation
     return _forward("conv", x, weight, geometry, (None, None, 0.0, epilogue.PLAIN), config)
 
@@ -733,7 +732,7 @@ def _plan(problem: Problem, config: Config, kind: Kind, mixes: bool) -> Launch:
     (channels, height, width), (written, *written_size) = sides[::-1] if dgrad else sides
     rows, subs = (_dgrad_rows(p), math.prod(p.stride)) if dgrad else (p.pixels, 1)
     tiles_m = cdiv(rows, config.block_m)
-    # In dgrad, the taps that meet at one remainder of the stride are so far apart.
+    # In dgrad, the distance between taps that belong to the same remainder of the stride.
     step = [s // math.gcd(s, d) if dgrad else 1 for s, d in zip(p.stride, p.dilation, strict=True)]
     w_tap, w_c, w_n = p.channels, 1, p.taps * p.channels
     if dgrad and p.itemsize == 4:
@@ -785,7 +784,7 @@ def _wgrad_plan(problem: Problem, config: Config, gpu: host.Gpu) -> Launch:
 
 
 def _reach(problem: Problem, channels: int, height: int, width: int) -> int:
-    """How far apart the places are that taps have in such images, those beyond borders too."""
+    """Largest element offset that any tap can address in such images, padding included."""
     rows, cols = (
         pad + dilation * taps
         for pad, dilation, taps in zip(

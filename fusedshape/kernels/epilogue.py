@@ -17,11 +17,11 @@ from fusedshape.activations import ids_by_registers
 from fusedshape.kernels import phi
 from fusedshape.spec import KernelArgs
 
-#: In place of an activation's id: the product is written as it is.
+#: Stands for "no activation" in place of an id: the product is written as it is.
 IDENTITY = tl.constexpr(-1)
 #: The arguments of a kernel that has no activation.
 PLAIN: KernelArgs = (IDENTITY.value, 0.0, 1.0, 0.0, 0.0, 1.0)
-#: Activations that take hardly more registers than that.
+#: Ids whose epilogue needs about as few registers as the identity.
 STRAIGHT = (IDENTITY.value, *ids_by_registers("few"))
 
 
@@ -120,9 +120,9 @@ def backward(
     kernel_args: KernelArgs,
     save_output: bool,
 ) -> Epilogue:
-    """Z · φ̂′ of the layer before, which saved its output or, without its bias, its pre-activation.
+    """Multiply by φ̂′ of the layer before, if `saved` is given, and sum over channels into `sums`.
 
-    Z alone if it saved nothing. Either way the sums, if wanted.
+    `saved` is the output of that layer if `save_output`, else its pre-activation without the bias.
     """
     if saved is None:
         return Epilogue(Kind(True), Operands(sums=sums))
@@ -171,21 +171,21 @@ def mix(z, residual, weights):
 def act(z, spec, ACTIVATION: tl.constexpr):
     """φ̂(z); z and the constants are of one dtype."""
     v = phi.value(spec.input_scale * z + spec.input_shift, spec.negative_slope, ACTIVATION)
-    # One fused instruction a number; for φ = 0 the same bits as γ(φ + δ).
+    # This is one fused multiply-add a number; for φ = 0 it gives the same bits as γ(φ + δ).
     return spec.output_scale * v + spec.output_scale * spec.output_shift
 
 
 @triton.jit
 def act_grad(grad, saved, spec, rates, ACTIVATION: tl.constexpr, SAVE_OUTPUT: tl.constexpr):
-    """Grad · φ̂′, in grad's dtype, which is the constants'; finite where grad and saved are 0.
+    """Multiply grad by φ̂′, in grad's dtype, which must be that of the constants.
 
-    `saved` is the output in the dtype it was stored in if SAVE_OUTPUT, else the input, its bias
-    added.
+    `saved` is the output, in the dtype it was stored in, if SAVE_OUTPUT, else the input with its
+    bias. The result is finite where grad and saved are 0.
     """
     T: tl.constexpr = grad.dtype
     s = saved.to(T)
     if SAVE_OUTPUT:
-        # What `act` leaves for φ = 0, rounded as there: the place of the kink at u = 0.
+        # What `act` gives for φ = 0, rounded alike: the output at the kink u = 0.
         at_zero = (spec.output_scale * spec.output_shift).to(saved.dtype).to(T)
         rising = spec.output_scale > 0
         if ACTIVATION == phi.LEAKY_RELU:

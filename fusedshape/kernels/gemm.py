@@ -9,11 +9,11 @@ wgrad are the same kernel over operands that lie differently in memory:
     dgrad     (M, C) = dz · w    rows of w run along the output          ends with the φ̂′ before it
     wgrad     (K, C) = dzᵀ · x   rows of both run along the output       split over M
 
-In the code a product is (m, n) = (m, k) · (k, n), whatever it is for. A program does one tile of
-it, or with `Config.persistent` walks over many, so that loading the next overlaps finishing the
-last. Operands are read through pointers, or with `Config.tma` through tensor descriptors (sm_90 and
-later). Channel sums and the splits of wgrad go through buffers of partial sums, added up in a fixed
-order: the same bits in every run.
+In the code every product is (m, n) = (m, k) · (k, n). A program computes one tile; with
+`Config.persistent` it computes several, so that loading the next overlaps finishing the last.
+Operands are read through pointers, or with `Config.tma` through tensor descriptors (sm_90 and
+later). Channel sums and the splits of wgrad are partial sums, added up in a fixed order, so that
+every run gives the same bits.
 
 The launchers allocate with torch.empty, read nothing from the device and never wait for it, so that
 CUDA graphs can capture them.
@@ -40,7 +40,7 @@ from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
 
-#: Activations that take most registers.
+#: Ids of the activations that take the most registers.
 _HUNGRY = ids_by_registers("most")
 
 _SIZES = ["m_vectors", "n_vectors", "k_vectors", "a_vectors", "b_vectors", "aux_vectors"]
@@ -52,11 +52,11 @@ class Problem:
     """One product (m, n) = (m, k) · (k, n).
 
     Attributes:
-        direction: which of a layer's three.
+        direction: forward, dgrad or wgrad.
         m, n, k: sizes.
         dtype: of the operands.
         precision: of products of float32: "ieee" or "tf32"; "ieee" for other dtypes.
-        access: bytes of the narrowest access to memory, 16 where all rows are aligned to that.
+        access: bytes of the narrowest memory access, 16 if all rows are 16-byte aligned.
         describable: whether tensor descriptors can address the operands.
         reads: whether the epilogue reads a tensor of the output's size: residual or saved.
     """
@@ -73,25 +73,25 @@ class Problem:
 
     @property
     def tensor_cores(self) -> bool:
-        """Whether products run on tensor cores."""
+        """Whether tensor cores multiply."""
         return self.dtype != torch.float32 or self.precision == "tf32"
 
     @property
     def along_k(self) -> tuple[bool, bool]:
         """Whether the rows of either operand run along the reduction."""
-        # Tensor cores take tf32 along the reduction only: `linear_dgrad` turns the weight for it.
+        # Tensor cores take tf32 along the reduction only, so `linear_dgrad` transposes the weight.
         turned = self.direction == "dgrad" and self.dtype == torch.float32
         return self.direction != "wgrad", self.direction == "forward" or turned
 
 
 @dataclass(frozen=True)
 class Config(Tiling):
-    """How the kernel cuts up a product.
+    """How the kernel divides a product.
 
     Attributes:
         tma: read and write through tensor descriptors.
-        persistent: as many programs as multiprocessors, each walking over tiles.
-        splits: parts of the reduction in wgrad; 0 takes those of `parts_of`.
+        persistent: launch one program a multiprocessor, each of which computes several tiles.
+        splits: number of parts of wgrad's reduction; 0 lets `host.parts_of` choose.
     """
 
     tma: bool = False
@@ -101,7 +101,7 @@ class Config(Tiling):
     def shared(self, problem: Problem) -> int:
         """Upper bound of the bytes of shared memory that the kernel takes."""
         part = self.block_m * self.block_n // self.slices(IDENTITY.value)
-        # The operands of tf32 that run along the output are turned around on their way.
+        # tf32 operands that run along the output are transposed in shared memory.
         turned = problem.direction == "wgrad" and problem.dtype == torch.float32
         operands = (self.num_stages + turned) * (self.block_m + self.block_n) * self.bytes_k
         staged = (self.tma + self.persistent) * part * problem.dtype.itemsize
@@ -135,8 +135,8 @@ def _operand(
 ):
     """Tile (BLOCK_J, BLOCK_K) of the first operand or (BLOCK_K, BLOCK_J) of the second.
 
-    The rows of an operand in memory run along k or along j. Beyond k the tile is 0; beyond `size`
-    it is anything, for no element there is kept.
+    The rows of an operand in memory run along k or along j. Beyond k the tile is 0. Beyond `size`
+    its contents do not matter, because those elements are not stored.
     """
     if TMA:
         at_j, at_k = first_j.to(tl.int32), first_k.to(tl.int32)
@@ -146,7 +146,7 @@ def _operand(
         if ALONG_K == SECOND:
             tile = tile.T
     else:
-        # The first operand passes through registers only, where it must but be in the same order.
+        # The first operand stays in registers, where only its order must match.
         rows = tiles.dealt_rows(BLOCK_K) if DEAL and not SECOND else tl.arange(0, BLOCK_K)
         i = tl.expand_dims(first_k + rows, 1 if SECOND else 0)
         j = tl.expand_dims(first_j + tl.arange(0, BLOCK_J), 0 if SECOND else 1)
@@ -200,7 +200,7 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr = TILE.k
     SLICES: tl.constexpr = TILE.slices
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
-    # Products with the width of a vector show the compiler that rows start at multiples of it.
+    # These products show the compiler that rows start at multiples of a vector's width.
     m = m_vectors.to(INDEX) * VECTOR_M
     n = n_vectors.to(INDEX) * VECTOR_N
     k = k_vectors.to(INDEX) * VECTOR_K
@@ -210,14 +210,14 @@ def _gemm_kernel(
     tiles_n = tl.cdiv(n, BLOCK_N).to(tl.int32)
     steps = tl.cdiv(k, BLOCK_K).to(tl.int32)
     if not TMA:
-        # Where there is nothing to sum, one step of zeros. Were there none, products of tensor
-        # cores might each wait for the one before.
+        # Run one all-zero step when k = 0: with a possibly empty loop the compiler may serialise
+        # the wgmma instructions.
         steps = tl.maximum(steps, 1)
     count = tiles_m * tiles_n * splits
 
     first = tl.program_id(0)
-    # In wgrad the compiler sees that there is one tile, and keeps no registers for another. In the
-    # other directions it would spill some to have more programs resident.
+    # With one tile a program, as in wgrad, the compiler reserves no registers for the next. In the
+    # other directions it would then spill to raise occupancy.
     LOOP: tl.constexpr = PERSISTENT or A_ALONG_K
     stop = count if LOOP else first + 1
     hop = tl.num_programs(0) if LOOP else 1
@@ -315,7 +315,7 @@ def linear_act(
 def linear(
     x: Tensor, weight: Tensor, *, tf32: bool | None = None, config: Config | None = None
 ) -> Tensor:
-    """X weightᵀ, as `linear_act` takes and returns them."""
+    """Compute x @ weight.T; see `linear_act` for the shapes."""
     _require("linear", x, weight)
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear", weight=(weight, (n, k)))
@@ -336,7 +336,7 @@ def linear_dgrad(
     tf32: bool | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dz weight, times φ̂′ of the layer before if `saved` is given, and its sums over channels.
+    """Compute dz @ weight, times φ̂′ of the layer before if `saved` is given, and channel sums.
 
     Args:
         dz: (M, K), gradient of this layer's pre-activation.
@@ -374,7 +374,7 @@ def linear_dgrad(
 def linear_wgrad(
     dz: Tensor, x: Tensor, *, tf32: bool | None = None, config: Config | None = None
 ) -> Tensor:
-    """Dzᵀ x, the gradient of the weight.
+    """Compute dz.T @ x, the gradient of the weight.
 
     Args:
         dz: (M, K), gradient of the pre-activation.
@@ -397,7 +397,7 @@ def linear_wgrad(
 
 
 def deals(gpu: Gpu, block_m: int, block_n: int) -> bool:
-    """Whether wgrad of tf32 deals its operands, see `tiles.deal`.
+    """Whether wgrad of tf32 reorders its operands with `tiles.deal`.
 
     Only the tensor cores of sm_90 and sm_100 read operands from shared memory.
     """
@@ -408,7 +408,7 @@ def why_not(*matrices: Tensor | None) -> str | None:
     """Why these kernels cannot run on such operands, or None if they can.
 
     Args:
-        matrices: x, weight, dz, residual, saved: what is to be passed; None is skipped.
+        matrices: x, weight, dz, residual or saved, whichever will be passed; None is skipped.
     """
     given = [t for t in matrices if t is not None]
     for t in given:
@@ -425,7 +425,7 @@ def why_not(*matrices: Tensor | None) -> str | None:
     return host.no_products(given[0])
 
 
-#: Everything that `config_for` chooses from; of what costs the same, it takes the first.
+#: The configurations `config_for` chooses from; among those of equal cost it takes the first.
 CONFIGS: tuple[Config, ...] = (
     Config(128, 256, tma=True, persistent=True),
     Config(128, 128, num_stages=4, tma=True, persistent=True),
@@ -445,42 +445,42 @@ CONFIGS: tuple[Config, ...] = (
 
 
 def runs(config: Config, problem: Problem, gpu: Gpu) -> bool:
-    """Whether a configuration, one's own perhaps, can run."""
+    """Whether a configuration can run; it need not be one of `CONFIGS`."""
     if config.tma and (gpu.arch < 90 or not problem.describable):
         return False
     return config.shared(problem) <= gpu.shared
 
 
 def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
-    """Those of `CONFIGS` that run without spilling registers, for a search among them."""
+    """Those of `CONFIGS` that can run and do not spill registers."""
 
     def suits(config: Config) -> bool:
-        # Without tensor cores, a longer step is unrolled into too many registers.
+        # Without tensor cores a longer step is unrolled and takes too many registers.
         if (config.bytes_k == 64) == problem.tensor_cores:
             return False
         each = config.block_m * config.block_n // (32 * config.num_warps)
         if each > 64:
             mixes = problem.direction == "forward" and problem.reads
             return gpu.arch == 90 and problem.dtype.itemsize == 2 and not mixes
-        # Rows that are not aligned take more addresses.
+        # Unaligned rows need more addresses, and so more registers.
         return problem.access == 16 or each < 64 or config.num_warps == 8
 
     return tuple(c for c in CONFIGS if suits(c) and runs(c, problem, gpu))
 
 
 def launch_options(tiling: Tiling, activation: int, persistent: bool = False) -> dict[str, int]:
-    """What a launch with this activation passes to the compiler."""
+    """Compiler options of a launch with this activation."""
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     alone = persistent and activation not in epilogue.STRAIGHT
     if tiling.slices(activation) > 1 and (alone or activation in _HUNGRY):
-        # Left alone, ptxas spills a few for the sake of one more program at a time.
+        # Without a limit ptxas spills a few registers to make room for one more program.
         options["maxnreg"] = 255
     return options
 
 
 @tunable(configs_for)
 def config_for(problem: Problem, gpu: Gpu) -> Config:
-    """The configuration taken without a search: the first of those that `cost` finds cheapest."""
+    """The first of the configurations that `host.cost` finds cheapest, without measuring."""
 
     def cost_of(config: Config) -> float:
         splits, chunk = _splits(problem, config, gpu)
@@ -508,7 +508,7 @@ class _Layout(NamedTuple):
 
     Attributes:
         rows, cols: its shape.
-        stride: elements from row to row, of which a matrix of one row has no say.
+        stride: elements from row to row; the number of columns for a single row.
         aligned: whether it begins at a multiple of 16 bytes.
     """
 
@@ -518,14 +518,14 @@ class _Layout(NamedTuple):
     aligned: bool
 
     def access(self, itemsize: int) -> int:
-        """Bytes of the widest access that suits all rows, 16 at most."""
+        """Bytes of the widest access that all rows are aligned to, at most 16."""
         if not self.aligned:
             return itemsize
         return math.gcd(16, self.stride * itemsize, self.cols * itemsize)
 
     @property
     def reach(self) -> int:
-        """Elements from the first to behind the last."""
+        """Number of elements from the first to the last, both included."""
         return (self.rows - 1) * self.stride + self.cols
 
 
@@ -653,7 +653,7 @@ def _multiply(
 
 
 def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
-    """Parts of the reduction, none of them empty, and the steps of each."""
+    """Number of parts of the reduction, none of them empty, and of steps of each."""
     steps = config.steps(problem)
     if problem.direction != "wgrad" or steps < 2:
         return 1, steps
@@ -665,6 +665,6 @@ def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
 def _describe(
     matrix: Tensor, layout: _Layout, block_j: int, block_i: int, rows: bool = True
 ) -> TensorDescriptor:
-    """Descriptor of tiles (block_j, block_i), or of their transposes if not `rows`."""
+    """Tensor descriptor for tiles (block_j, block_i), transposed unless `rows`."""
     block = [block_j, block_i] if rows else [block_i, block_j]
     return TensorDescriptor(matrix, [layout.rows, layout.cols], [layout.stride, 1], block)

@@ -16,29 +16,30 @@ from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED
 
 Direction = Literal["forward", "dgrad", "wgrad"]
-#: What is multiplied.
+#: The dtypes that the kernels multiply.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: Whether kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-#: From so many elements on, indices are 64 bits wide; a masked tile may reach beyond the tensor.
+#: From this many elements on, indices are 64 bits wide; the margin is for masked tiles, which may
+#: reach beyond the tensor.
 WIDE = 2**31 - 2**22
-#: Bytes of shared memory that one block may have, where it is not the least, 99 KiB.
+#: Bytes of shared memory that one block may use, by compute capability; others have 99 KiB.
 SHARED = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 LEAST_SHARED = 101_376
-#: For `cost`, in multiplications: how long an element of an operand takes from L2, without and with
-#: tensor cores, and what each number of a tile costs at the beginning and the end of its program.
-#: Estimates: in the time of 16 elements an H200 multiplies 2048 pairs, an A100 in that of 12 1024,
-#: without tensor cores in that of 8 128; and instructions counted.
+#: For `cost`, in multiplications: the time to read one element from L2, without and with tensor
+#: cores, and the time a program spends on each number of its tile before and after the loop. The
+#: first are estimated (an H200 multiplies 2048 pairs while it reads 16 elements, an A100 1024 while
+#: it reads 12, without tensor cores 128 while it reads 8), the last from counted instructions.
 READ, ENDS = (16, 96), 256
 
 
 def cdiv(a: int, b: int) -> int:
-    """A / b, rounded up; Triton's own takes microseconds a call on the host."""
+    """a divided by b, rounded up; Triton's own takes microseconds a call on the host."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n, for n ≥ 1."""
+    """The smallest power of two that is at least n, for n ≥ 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -97,22 +98,22 @@ def no_products(t: Tensor) -> str | None:
 
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
-    """Where a launch takes place: kernels go to the current device, whatever their tensors say."""
+    """Make a tensor's device current: Triton launches on the current device."""
     if t.is_cuda:
         return torch.cuda.device(t.device)
-    # In the interpreter NumPy would warn where hardware returns inf or NaN without a word.
+    # In the interpreter NumPy would warn where hardware silently returns inf or NaN.
     return np.errstate(all="ignore")
 
 
 class Launch(NamedTuple):
-    """Of a launch all that does not lie in its tensors' memory.
+    """Launch parameters that depend only on shapes.
 
     Attributes:
         grid: programs.
-        sizes: the kernel's arguments of that kind, in its order.
-        constants: its constexprs and options, but for WIDE.
-        reach: how far apart the places are that it computes, in elements.
-        parts: of the reduction, each with a buffer of its own to write to.
+        sizes: the kernel's integer arguments, in its order.
+        constants: its constexprs and options, except WIDE.
+        reach: largest element offset that it computes.
+        parts: number of parts of the reduction; each writes to its own buffer.
     """
 
     grid: tuple[int, ...]
@@ -135,18 +136,18 @@ def cost(
     tensor_cores: bool,
     gpu: Gpu,
 ) -> float:
-    """How long a launch takes, as multiplications of one multiprocessor: a model, not measured.
+    """Modelled time of a launch, in multiplications of one multiprocessor.
 
-    It ends with the multiprocessor that has most programs: that one multiplies all of their tiles,
-    padding included, and begins and ends each. L2 serves all multiprocessors at once, with the rows
-    and the columns of each tile.
+    The launch ends when the multiprocessor with the most programs does. That one multiplies their
+    tiles, padding included, and pays for the beginning and end of each. L2 serves the rows and
+    columns of all tiles to all multiprocessors.
 
     Args:
         tiling: of the kernel.
         programs: tiles, times the parts of the reduction.
         reduction: of one program, padding included.
-        partial: whether programs leave partial sums, to be read again and added.
-        tensor_cores: whether they multiply.
+        partial: whether programs write partial sums, which are read and added afterwards.
+        tensor_cores: whether tensor cores multiply.
         gpu: where it runs.
     """
     rounds = cdiv(programs, gpu.processors)
@@ -166,12 +167,12 @@ def parts_of(
     tensor_cores: bool,
     gpu: Gpu,
 ) -> tuple[int, int]:
-    """Parts of a reduction in wgrad, none of them empty, and the steps of each.
+    """Number of parts of wgrad's reduction, none of them empty, and of steps of each.
 
     Args:
         tiling: of the kernel.
-        wanted: parts; 0 takes what is cheapest of 1 and of as many as keep all multiprocessors
-            busy once, twice, three or four times.
+        wanted: number of parts; 0 takes the cheapest of 1 and of as many as occupy all
+            multiprocessors once, twice, three or four times.
         tiles: of the output.
         steps: of the whole reduction, 1 or more.
         block_k: length of a step.

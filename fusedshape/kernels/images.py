@@ -1,4 +1,4 @@
-"""What the kernels of convolutions are given: checked, and as channels_last images.
+"""Checks the arguments of convolution kernels, and views them as channels_last images.
 
 A row of pixels (N, C, L) is an image of height 1, a matrix (M, C) are M images of one pixel.
 """
@@ -63,20 +63,20 @@ def _why_not(x: Tensor, weight: Tensor, groups: int = 1, layout: bool = True) ->
 
 
 def check(op: str, x: Tensor, weight: Tensor, layout: bool = True) -> None:
-    """Raise a ValueError where these kernels cannot run; of x in any memory unless `layout`."""
+    """Raise a ValueError if these kernels cannot run; `layout` also demands channels_last."""
     reason = _why_not(x, weight, layout=layout)
     if reason is not None:
         raise ValueError(f"{op}: {reason}")
 
 
 def check_shape(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError where a tensor that is given has another shape."""
+    """Raise a ValueError if t is given and has another shape."""
     if t is not None and tuple(t.shape) != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, it must be {shape}")
 
 
 def vector(op: str, bias: Tensor | None, channels: int) -> Tensor | None:
-    """A bias that is given, contiguous, or a ValueError where it has not a number a channel."""
+    """The bias made contiguous, or None; ValueError unless it has one number a channel."""
     check_shape(op, "bias", bias, (channels,))
     return None if bias is None else bias.contiguous()
 
@@ -90,7 +90,7 @@ def problem_of(
     dilation: Sequence[int],
     dtype: torch.dtype,
 ) -> Problem:
-    """The convolution as one of two dimensions: a row of images is one image of height 1."""
+    """Describe a convolution, in two dimensions: a one-dimensional one has height 1."""
     geometry = tuple(stride), tuple(padding), tuple(dilation)
     multiplied = arithmetic(dtype, linear=len(weight_size) == 2)
     return _checked(op, tuple(input_size), tuple(weight_size), *geometry, multiplied)
@@ -137,7 +137,7 @@ def _checked(
 
 
 def arithmetic(dtype: torch.dtype, linear: bool) -> Arithmetic:
-    """What torch would multiply in: it has a switch for convolutions and one for products."""
+    """The arithmetic torch would use; its switches for convolutions and products differ."""
     if dtype == torch.float16:
         return "float16"
     if dtype == torch.bfloat16:
@@ -152,7 +152,7 @@ def shape_like(x: Tensor, images: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_images(t: Tensor) -> Tensor:
-    """T with two spatial dimensions."""
+    """View t as (N, C, H, W)."""
     return t if t.ndim == 4 else t.unsqueeze(2) if t.ndim == 3 else t[:, :, None, None]
 
 
@@ -161,19 +161,19 @@ def _is_packed(images: Tensor) -> bool:
 
 
 def packed(images: Tensor) -> Tensor:
-    """Images in channels_last memory, copied if need be."""
+    """Make images channels_last; copies them only if they are not."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Channels_last, with as many dimensions as `shape` has."""
+    """An uninitialised channels_last tensor of a shape of 2 to 4 dimensions."""
     batch, channels, *rest = shape
     t = like.new_empty(batch, *rest, channels)
     return t.movedim(-1, 1)
 
 
 def as_matrix(t: Tensor) -> Tensor:
-    """(N, C, …) as (pixels, channels), a view of what is channels_last."""
+    """Reshape (N, C, …) to (pixels, channels); a view if t is channels_last."""
     return t.movedim(1, -1).reshape(-1, t.shape[1])
 
 

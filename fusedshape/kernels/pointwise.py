@@ -5,8 +5,8 @@ These kernels have been interpreted and compiled, but not yet run on a GPU.
 A dense tensor is seen as a matrix whose rows are contiguous in memory. Channels innermost
 (channels_last, linear layers): a row is a pixel, a column a channel. Otherwise (NCHW): a row is one
 channel of one image, a column a position in it. Without bias and bias gradient: one long row. Each
-program does a tile of it; for the bias gradient it walks down its columns, or along its rows, and
-leaves one partial sum for each, which a second kernel adds up in a fixed order.
+program computes one tile. For the bias gradient it goes down its columns, or along its rows, and
+writes one partial sum for each; a second kernel adds these up in a fixed order.
 
 The launchers are what the ops `fusedshape::triton_*` run. They allocate with torch.empty, read
 nothing from the device and never wait for it, so that CUDA graphs can capture them.
@@ -30,15 +30,15 @@ from fusedshape.kernels.tuned import REMEMBERED
 from fusedshape.reference import opmath_dtype
 from fusedshape.spec import KernelArgs
 
-#: Bytes of a tensor that one program has in flight: 2 vectors of 16 bytes for each of 128 threads.
+#: Bytes of a tensor that one program has in flight: two 16-byte vectors for each of 128 threads.
 TILE_BYTES = 4096
-#: Programs that fill any of today's GPUs; beyond them, each sums over more of its tile's channel.
+#: Enough programs for any of today's GPUs. Larger tensors give each program more to sum instead.
 PROGRAMS = 2048
-#: Columns of a tile that are summed over rows; wider tiles would write more partial sums.
+#: Widest tile whose columns are summed over rows; wider ones would write more partial sums.
 SUM_COLUMNS = 128
 
 NUM_WARPS = 4
-#: Where ptxas, left alone, spills a few registers for the sake of more warps.
+#: Limit for activations with which ptxas would otherwise spill registers to run more warps.
 _MAX_REGISTERS = 128
 _HUNGRY = ids_by_registers("many", "most")
 
@@ -48,7 +48,7 @@ _BIG_ARGS = ["rows", "vectors", "channels", "steps"]
 @triton.jit
 def _bias(bias_ptr, row, col, rows, cols, channels, BY_COLUMN: tl.constexpr, T: tl.constexpr):
     if BY_COLUMN:
-        # Once a row, so that each thread has its columns' bias without an exchange.
+        # Loaded for every row, so that each thread has the bias of its columns without exchange.
         column = col[None, :] + tl.zeros_like(row)[:, None]
         bias = tl.load(bias_ptr + column, mask=column < cols, other=0.0)
     else:
@@ -79,12 +79,12 @@ def _bias_act_kernel(
     WIDE: tl.constexpr,
 ):
     T: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # The product shows the compiler that rows start at multiples of a vector.
+    # This product shows the compiler that rows start at multiples of a vector's width.
     cols = (vectors.to(tl.int64) if WIDE else vectors) * VECTOR
     pid = tl.program_id(0)
     if WIDE:
         pid = pid.to(tl.int64)
-    # A division takes more instructions than all other index arithmetic.
+    # Avoid a division, which takes more instructions than all other index arithmetic.
     tiles = 1 if WHOLE_ROWS else tl.cdiv(cols, COLS)
     row = (pid // tiles) * ROWS + tl.arange(0, ROWS)
     col = (pid % tiles) * COLS + tl.arange(0, COLS)
@@ -148,7 +148,7 @@ def _act_grad_kernel(
         col = first_col + step * COL_STEP + tl.arange(0, COLS)
         inside = (row < rows)[:, None] & (col < cols)[None, :]
         index = row[:, None] * cols + col[None, :]
-        # Outside the tensor the gradient is 0 and φ′ finite, which leaves the sums alone.
+        # Outside the tensor the gradient is 0 and φ′ is finite, so the sums do not change.
         grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(T)
         saved = tl.load(saved_ptr + index, mask=inside, other=0.0)
         if not SAVE_OUTPUT:
@@ -171,11 +171,11 @@ def _act_grad_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How a tensor is cut up: see the module's docstring.
+    """How a tensor is divided among programs; see the module's docstring.
 
     Attributes:
         rows, cols: the matrix.
-        channels: number of channels; 1 where channels do not matter.
+        channels: number of channels; 1 if they do not matter.
         by_column: whether a column, not a row, is one channel.
         vector: elements of one memory access; divides `cols`.
         tile_rows, tile_cols: the tile of one step, powers of two.
@@ -205,7 +205,7 @@ class Plan:
 
 @lru_cache(REMEMBERED)
 def make_plan(numel: int, channels: int, inner: int, itemsize: int, sums: bool) -> Plan:
-    """Cut up a dense tensor whose element i has channel ``(i // inner) % channels``.
+    """Divide a dense tensor whose element i has channel ``(i // inner) % channels``.
 
     Args:
         numel: elements, at least one.
@@ -376,7 +376,7 @@ def _act_grad(
     bias_grad: bool,
     dx: Tensor,
 ) -> Tensor:
-    """Write dx, which may be grad, and return the sums; all three lie in memory alike."""
+    """Write dx, which may be grad, and return the sums; grad, saved and dx share their strides."""
     sum_dtype = opmath_dtype(saved.dtype)
     bias = _check("act_grad", saved, None if save_output else bias, dim)
     if not saved.numel():
@@ -413,7 +413,7 @@ def _act_grad(
 
 
 def launch_options(activation: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps, and where it takes one a limit of registers, of both kernels."""
+    """Number of warps of both kernels and, for some activations, a limit on registers."""
     if dtype == torch.float64 or activation in _HUNGRY:
         return {"num_warps": NUM_WARPS, "maxnreg": _MAX_REGISTERS}
     return {"num_warps": NUM_WARPS}
@@ -453,7 +453,7 @@ def _bias_act(
 
 
 def _check(op: str, x: Tensor, bias: Tensor | None, dim: int) -> Tensor | None:
-    """Raise where a kernel would read beyond its tensors; return bias contiguous."""
+    """Raise if a kernel would read beyond its tensors; return the bias made contiguous."""
     reason = host.not_served(x)
     if reason is not None:
         raise ValueError(f"{op}: {reason}")
@@ -468,14 +468,14 @@ def _check(op: str, x: Tensor, bias: Tensor | None, dim: int) -> Tensor | None:
 
 
 def _channels(x: Tensor, dim: int, matter: bool) -> tuple[int, int]:
-    """Number of channels and their stride; (1, 1) where they do not matter."""
+    """Number of channels and their stride; (1, 1) if they do not matter."""
     if not matter or x.shape[dim] == 1:  # the stride of a dimension of size 1 means nothing
         return 1, 1
     return x.shape[dim], x.stride(dim)
 
 
 def _strides(x: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of the dimensions in which x has a choice."""
+    """Stride and size of the dimensions of more than one element."""
     return [(s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1]
 
 
@@ -492,5 +492,5 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _laid_out_like(out: Tensor, x: Tensor) -> Tensor:
-    """Return x if its strides are those of `out`, else `out` filled with x."""
+    """Return x if it has the strides of `out`, else `out` filled with x."""
     return x if _strides(x) == _strides(out) else out.copy_(x)

@@ -1,4 +1,4 @@
-"""Partial sums that programs have left, added up in a fixed order: the same bits in every run."""
+"""Adds up the partial sums of programs in a fixed order, so that every run gives the same bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusedshape.kernels.host import cdiv, next_power_of_2
 
 #: Partial sums of a channel that one program adds up.
 CHANNEL_PARTS = 4096
-#: Numbers that one program of `add_parts` reads at a time, and of how many parts at most.
+#: How many numbers one program of `add_parts` reads at a time, and from at most how many parts.
 SUM_TILE, SUM_PARTS = 2048, 32
 
 
@@ -79,7 +79,7 @@ def _sum_kernel(
     size = vectors.to(INDEX) * VECTOR
     i = tl.program_id(0).to(INDEX) * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), tl.float32)
-    # One part at a time, each would wait for memory.
+    # Several parts are loaded at a time, because each load waits for memory.
     for first in range(0, parts, ROWS):
         part = first + tl.arange(0, ROWS)
         inside = (part < parts)[:, None] & (i < size)[None, :]
@@ -88,7 +88,7 @@ def _sum_kernel(
 
 
 def add_parts(parts: Tensor, out: Tensor) -> None:
-    """Add up `parts`, float32 (number, *out.shape), into `out`, in the same order in every run."""
+    """Add up `parts`, float32 (number, *out.shape), and write the sum to `out`."""
     number, size = parts.shape[0], out.numel()
     vector = math.gcd(4, size)
     rows = min(SUM_PARTS, next_power_of_2(number))

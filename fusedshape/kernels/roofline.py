@@ -1,8 +1,8 @@
-"""Bytes and FLOPs of each convolution kernel, and the least time a GPU needs for them.
+"""Bytes and FLOPs of each convolution kernel, and a lower bound of the time a GPU needs for them.
 
-Pure arithmetic: no Triton, no device. A kernel's traffic counts every element of its tensors that
-it must touch once; what caches make cheaper or tiles make dearer is left out, so that the estimate
-is a bound: no kernel is faster than ``max(bytes / bandwidth, flops / rate)``.
+This is arithmetic: no Triton, no device. A kernel's traffic counts once every element that it must
+touch. Nothing is faster than ``max(bytes / bandwidth, flops / rate)``; tiles that are read several
+times make real kernels slower.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """A convolution of `batch` images of (channels, height, width) with as many groups as 1.
+    """A convolution of `batch` images of (channels, height, width), in one group.
 
     Attributes:
         batch: images.
@@ -50,7 +50,7 @@ class Problem:
         stride: of rows and columns.
         padding: zeros on either side of rows and columns.
         dilation: distance of taps.
-        arithmetic: what is multiplied; sums are float32.
+        arithmetic: how products are computed; sums are float32.
 
     Raises:
         ValueError: no output.
@@ -130,11 +130,11 @@ class Problem:
 
 
 class Traffic(NamedTuple):
-    """What a kernel does at least.
+    """The least that a kernel has to do.
 
     Attributes:
-        bytes: read and written in global memory.
-        flops: multiplications and additions of the product; the activation's are not counted.
+        bytes: read from and written to global memory.
+        flops: multiplications and additions of the product; the activation is not counted.
     """
 
     bytes: int
@@ -199,7 +199,7 @@ def traffic(
 
 
 def _read(p: Problem, size: int, d: int) -> int:
-    """Rows (or columns) of the input that some tap reads."""
+    """Number of rows (or columns) of the input that some tap reads."""
     taps = range(0, p.dilation[d] * p.kernel[d], p.dilation[d])
     outputs = range(p._out(size, d))
     rows = {o * p.stride[d] - p.padding[d] + t for o in outputs for t in taps}
@@ -208,7 +208,7 @@ def _read(p: Problem, size: int, d: int) -> int:
 
 @dataclass(frozen=True)
 class Roof:
-    """What one GPU can do at most.
+    """The most that one GPU can do.
 
     Attributes:
         name: of the GPU.
@@ -233,7 +233,7 @@ class Roof:
         return self.tf32 if arithmetic == "tf32" else self.float32
 
     def seconds(self, cost: Traffic, arithmetic: Arithmetic = "bfloat16") -> float:
-        """The least time for `cost`: that of its bytes or that of its FLOPs, whichever is longer.
+        """Lower bound of the time for `cost`: that of its bytes or its FLOPs, whichever is longer.
 
         Example:
             >>> cost = traffic(Problem(256, 64, 56, 56, 64), "conv_act")
@@ -264,7 +264,7 @@ class Layer(NamedTuple):
     Attributes:
         name: stage and what it is.
         problem: the convolution.
-        count: times the network has it.
+        count: how often the network has it.
     """
 
     name: str
@@ -273,7 +273,7 @@ class Layer(NamedTuple):
 
 
 def resnet50(batch: int, arithmetic: Arithmetic = "bfloat16") -> list[Layer]:
-    """The 53 convolutions of ResNet-50 at 224 × 224 (stride in the 3×3), those alike counted.
+    """The 53 convolutions of ResNet-50 at 224 × 224, stride in the 3×3, equal ones listed once.
 
     Args:
         batch: images.

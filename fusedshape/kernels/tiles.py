@@ -13,13 +13,13 @@ from fusedshape.kernels import epilogue
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel that ends with an activation cuts up its work.
+    """How a kernel that ends with an activation divides its work.
 
     Attributes:
         block_m, block_n: the tile of the output, powers of two, 16 or more.
         bytes_k: of the reduction in one step, a power of two.
         num_warps: warps of one program.
-        num_stages: steps in flight.
+        num_stages: steps in flight at a time.
         group_m: rows of tiles that are done together, to share operands in L2.
     """
 
@@ -36,10 +36,10 @@ class Tiling:
         return Tile(self.block_m, self.block_n, self.bytes_k // itemsize, slices, self.group_m)
 
     def slices(self, activation: int, mixes: bool = False) -> int:
-        """Parts in which a tile is finished.
+        """Number of column slices in which a tile goes through the epilogue.
 
-        Parts of 32 numbers a thread, of 16 where a residual comes in, or, of several, where an
-        activation is curved: beside the rest of the tile there are no registers for more.
+        A slice has 32 numbers a thread; 16 with a residual, or if there are several slices and the
+        activation is curved. Registers hold the rest of the tile meanwhile, so larger slices spill.
         """
         each = self.block_m * self.block_n // (32 * self.num_warps)
         parts = max(1, min(4, each // 32))
@@ -53,7 +53,7 @@ class Tile(NamedTuple):
     Attributes:
         m, n: rows and columns.
         k: of the reduction in one step.
-        slices: parts in which it is finished.
+        slices: number of column slices in which it goes through the epilogue.
         group: rows of tiles that are done together.
     """
 
@@ -66,7 +66,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def place(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of the index-th tile: down GROUP_M of them, then to the right."""
+    """Row and column of the index-th tile, going down GROUP_M tiles before moving right."""
     width = GROUP_M * tiles_n
     first = (index // width) * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
@@ -77,9 +77,9 @@ def place(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 def load_across(pointers, mask, PRECISION: tl.constexpr):
     """Load a tile whose rows in memory run across the reduction.
 
-    Tensor cores take tf32 along the reduction only. Left to itself, the compiler has the copy to
-    shared memory turn the tile around, which then moves 4 bytes at a time. The copy of integers
-    moves rows as they lie, 16 bytes at a time; they become numbers on the way to tensor cores.
+    Tensor cores take tf32 along the reduction only. By default the compiler transposes the tile
+    while it copies it to shared memory, 4 bytes at a time. Loaded as integers, rows are copied as
+    they lie, 16 bytes at a time, and transposed on the way to the tensor cores.
     """
     if PRECISION == "tf32":
         integers = pointers.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -91,12 +91,12 @@ def load_across(pointers, mask, PRECISION: tl.constexpr):
 
 @triton.jit
 def deal(tile):
-    """Change the order of rows and columns of a tile that is turned around in shared memory.
+    """Reorder the rows and columns of a tile that is transposed in shared memory.
 
-    As it was loaded, a thread has 4 neighbours of a row. Each belongs to another row once turned:
-    writes of 4 bytes, those of up to 16 threads to one bank. Dealt, it has 4 neighbours of a
-    column, and the next thread those of the next column: writes of 16 bytes, to all banks. Rows
-    follow each other as `dealt_rows` says; in every 32 columns, 8 · 4 become 4 · 8.
+    A thread loads 4 neighbours of a row. Transposed as they are, they belong to 4 rows: writes of 4
+    bytes, with up to 16 threads on one bank. Reordered, a thread has 4 neighbours of a column, and
+    the next thread those of the next column: writes of 16 bytes, over all banks. `dealt_rows` gives
+    the new order of rows; in every 32 columns, 8 · 4 become 4 · 8.
     """
     ROWS: tl.constexpr = tile.shape[0]
     COLS: tl.constexpr = tile.shape[1]
@@ -113,7 +113,7 @@ def dealt_rows(ROWS: tl.constexpr):
 
 @triton.jit
 def gather_columns(tile):
-    """Undo what `deal` did to columns."""
+    """Undo what `deal` did to the columns."""
     ROWS: tl.constexpr = tile.shape[0]
     COLS: tl.constexpr = tile.shape[1]
     parts = tl.reshape(tile, (ROWS, COLS // 32, 4, 8))
@@ -122,10 +122,10 @@ def gather_columns(tile):
 
 @triton.jit
 def slices(z, COUNT: tl.constexpr):
-    """Z cut into COUNT parts side by side, a power of two: a tuple of tiles.
+    """Split tile z into COUNT column slices, a power of two, as a tuple.
 
-    A tensor core's tile holds up to 128 numbers a thread, and an activation worked out on all of
-    them at once spills registers; on 32 at a time few do, on 16 hardly one does.
+    A tile of tensor cores has up to 128 numbers a thread. Computing an activation on all of them at
+    once spills registers; on 32 at a time few activations do, on 16 hardly any.
     """
     if COUNT == 1:
         parts = (z,)

@@ -1,4 +1,4 @@
-"""Configurations of kernels: the one a model picks, unless measurements have found a faster one."""
+"""Which configuration a kernel uses: the cost model's choice, or a pinned one that was measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-#: Choices that are remembered, so that shapes that never come back fill no memory.
+#: Size of each memo, so that shapes that never return do not fill memory.
 REMEMBERED = 4096
 
 
@@ -19,11 +19,10 @@ class _Pin(NamedTuple):
 
 
 class Tunable:
-    """A pure choice of a configuration by its arguments, which `pin` overrules.
+    """A function from arguments to a configuration, which `pin` overrides.
 
-    The last but one argument is the problem, a frozen dataclass. Its size (`batch` of a
-    convolution; of a product `m`, or in wgrad `k`) is what a pin covers a range of; in all else
-    problems must be the same.
+    The last argument but one is the problem, a frozen dataclass. A pin covers a range of its size
+    (`batch` of a convolution; of a product `m`, or `k` in wgrad); all else must be equal.
 
     Args:
         choose: the choice.
@@ -42,7 +41,7 @@ class Tunable:
         _ALL.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        """The configuration to take; a look into a dictionary from the second time on."""
+        """The configuration to use; from the second call on this is one dictionary lookup."""
         if _listener is not None and _listener[0] == threading.get_ident():
             _listener[1].append((self, args))
         try:
@@ -56,22 +55,22 @@ class Tunable:
         return config
 
     def pinned(self, *args: Any) -> Any | None:
-        """The configuration pinned for these arguments, if there is one."""
+        """The configuration pinned for these arguments, or None."""
         family, size = family_of(args)
         fits = (pin.config for pin in self._pins.get(family, ()) if pin.low <= size <= pin.high)
         return next(fits, None)
 
     def pin(self, args: tuple[Any, ...], low: int, high: int, config: Any) -> None:
-        """Take `config` for problems like that in `args` of sizes low to high, both included.
+        """Use `config` for problems like that in `args` of sizes from low to high, both included.
 
-        What is pinned later goes before what was pinned earlier.
+        A later pin takes precedence over an earlier one.
         """
         self._pins.setdefault(family_of(args)[0], []).insert(0, _Pin(low, high, config))
         self._memo.clear()
 
     @contextmanager
     def trying(self, args: tuple[Any, ...], config: Any) -> Iterator[None]:
-        """Take `config` for exactly these arguments for a while."""
+        """Use `config` for exactly these arguments within the context."""
         before = self(*args)
         self._memo[args] = config
         try:
@@ -91,7 +90,7 @@ _listener: tuple[int, list[tuple[Tunable, tuple[Any, ...]]]] | None = None
 
 @contextmanager
 def asked() -> Iterator[list[tuple[Tunable, tuple[Any, ...]]]]:
-    """Collect which choices this thread asks for, and with which arguments; do not nest."""
+    """Collect the choices that this thread asks for, with their arguments; do not nest."""
     global _listener
     log: list[tuple[Tunable, tuple[Any, ...]]] = []
     _listener = threading.get_ident(), log
@@ -110,7 +109,7 @@ def unpin() -> None:
 def tunable(
     candidates: Callable[..., tuple[Any, ...]],
 ) -> Callable[[Callable[..., Any]], Tunable]:
-    """Decorate a choice out of `candidates` of the same arguments.
+    """Make a function that chooses among `candidates(*args)` a `Tunable`.
 
     Example:
         >>> from fusedshape.kernels.roofline import Problem
@@ -127,7 +126,7 @@ def tunable(
 
 
 def family_of(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
-    """The arguments with their problem's size taken out, and that size."""
+    """The arguments with their problem's size set to 0, and that size."""
     *before, problem, gpu = args
     along = "k" if getattr(problem, "direction", None) == "wgrad" else "m"
     field = "batch" if hasattr(problem, "batch") else along
