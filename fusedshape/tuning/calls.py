@@ -60,16 +60,16 @@ def each_call(model: nn.Module, inputs: Sequence[Any], read: Callable[[Call], _T
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             copies = [fake.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
-            found = _run(model, names, copies, read)
+            found = _read_calls(model, names, copies, read)
     # A model whose forward looks at numbers must really run.
     except Exception:
-        found = _run(model, names, inputs, read)
+        found = _read_calls(model, names, inputs, read)
     if not found:
         raise ValueError(f"none of the model's {len(names)} fused layers is called by its forward")
     return found
 
 
-def _run(
+def _read_calls(
     model: nn.Module, names: dict[nn.Module, str], inputs: Sequence[Any], read: Callable[[Call], _T]
 ) -> list[_T]:
     found: list[_T] = []

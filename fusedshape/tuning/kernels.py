@@ -15,7 +15,7 @@ from fusedshape.tuning.problems import bucket
 _KERNELS = ("conv", "gemm")
 
 
-class Choice(NamedTuple):
+class KernelConfig(NamedTuple):
     """One configuration of a kernel.
 
     Attributes:
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], device: torch.device) -> Choice:
+    def from_json(cls, data: dict[str, Any], device: torch.device) -> KernelConfig:
         """Inverse of `to_json`, on a device of the same kind.
 
         Raises:
@@ -76,12 +76,12 @@ def adopt(record: Record, device: torch.device) -> str:
     A configuration that is pinned already, by the same shapes under another activation, stays.
 
     Raises:
-        ValueError, ImportError: as `Choice.from_json`.
+        ValueError, ImportError: as `KernelConfig.from_json`.
     """
     if record.kernel is not None:
-        choice = Choice.from_json(record.kernel, device)
-        if choice.tunable.pinned(*choice.args) is None:
-            choice.pin(record.size)
+        own = KernelConfig.from_json(record.kernel, device)
+        if own.tunable.pinned(*own.args) is None:
+            own.pin(record.size)
     return record.engine
 
 

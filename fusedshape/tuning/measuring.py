@@ -20,7 +20,7 @@ from fusedshape.ops.problem import Direction, Problem
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import contest
 from fusedshape.tuning.cache import Record
-from fusedshape.tuning.kernels import Choice
+from fusedshape.tuning.kernels import KernelConfig
 from fusedshape.tuning.problems import (
     empty_layer,
     operands,
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 class _Entrant(NamedTuple):
     engine: str
-    choice: Choice | None
+    config: KernelConfig | None
     call: Callable[[], Sequence[Tensor]]
 
 
@@ -101,10 +101,10 @@ def _measure(direction: Direction, problem: Problem, device: torch.device, clock
     if verdict.winner is None:
         record = Record("aten", None, size_of(problem), verdict.base_seconds, verdict.seconds)
         return Result(record, verdict.wrong, failed | verdict.failed)
-    name, choice, _ = entrants[verdict.winner]
-    if choice is not None:
-        choice.pin(size_of(problem))
-    kernel = None if choice is None else choice.to_json()
+    name, config, _ = entrants[verdict.winner]
+    if config is not None:
+        config.pin(size_of(problem))
+    kernel = None if config is None else config.to_json()
     record = Record(name, kernel, size_of(problem), verdict.base_seconds, verdict.seconds)
     return Result(record, verdict.wrong, failed | verdict.failed)
 
@@ -140,7 +140,7 @@ def _entrants(name: str, call: Callable[[], Sequence[Tensor]]) -> dict[str, _Ent
 
     return {
         f"{name} {config}": _Entrant(
-            name, Choice(tunable, args, config), functools.partial(with_config, config)
+            name, KernelConfig(tunable, args, config), functools.partial(with_config, config)
         )
         for config in configs
     }
