@@ -77,8 +77,8 @@ def test_convolutions(arch: int) -> None:
         ChainLayer(v, None, LEAKY, stride=2, engine="triton"),
     ]
     backward(conv_chain(x, layers), x, w, b, v)
-    assert names().count("_conv_kernel") == 4
-    assert names().count("_wgrad_kernel") == 2
+    assert names().count("conv_kernel") == 4
+    assert names().count("wgrad_kernel") == 2
     assert {launch.arch for launch in LAUNCHES} == {arch}
 
 

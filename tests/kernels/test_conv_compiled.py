@@ -42,7 +42,7 @@ MIDDLE = Config(128, 64, 128, 4, 4)
 @pytest.fixture(autouse=True)
 def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     """Launchers that take CPU tensors, and keep launches instead of launching."""
-    found = {name: Recorder(getattr(conv, name)) for name in ("_conv_kernel", "_wgrad_kernel")}
+    found = {name: Recorder(getattr(conv, name)) for name in ("conv_kernel", "wgrad_kernel")}
     for name, recorder in found.items():
         monkeypatch.setattr(conv, name, recorder)
     monkeypatch.setattr(reduction, "_sum_kernel", Recorder(reduction._sum_kernel))
@@ -111,7 +111,7 @@ class Compiler:
             conv.conv_dgrad(*args, save, True, config=config)
         else:
             conv.conv_wgrad(dz, x, weight.shape, *geometry, config=config)
-        name = "_wgrad_kernel" if direction == "wgrad" else "_conv_kernel"
+        name = "wgrad_kernel" if direction == "wgrad" else "conv_kernel"
         return self.recorders[name].compile(arch)
 
 
@@ -130,7 +130,7 @@ def check(kernel: Compiled, arch: int, config: Config, dtype: torch.dtype) -> No
     assert kernel.vectors("st") > 0
     assert not kernel.widths("st") - {4, 16}  # 4: the sums
     assert not kernel.widths("ld") - {4, 8, 16}  # 4 and 8: the bias
-    if ".entry _wgrad_kernel" in kernel.ptx:  # which has nothing but operands to read
+    if ".entry wgrad_kernel" in kernel.ptx:  # which has nothing but operands to read
         assert not kernel.widths("ld")
     assert kernel.index_types() == {"i32"}
 
