@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedshape.activations import ids_by_registers
 from fusedshape.kernels import epilogue, host, reduction, tiles
-from fusedshape.kernels.epilogue import IDENTITY, Epilogue, Kind
+from fusedshape.kernels.epilogue import IDENTITY, Epilogue, Kind, Operands
 from fusedshape.kernels.host import DTYPES, Direction, Gpu, Launch, cdiv
 from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED, tunable
@@ -633,9 +633,10 @@ def _multiply(
     plan = _plan(problem, config, gpu, layouts, end.kind)
     with host.on_device(out):
         parts = out if plan.parts == 1 else out.new_empty(plan.parts * m, n, dtype=torch.float32)
-        sums = None
+        sums, ends = None, end.operands
         if column_sums:
             sums = out.new_empty(cdiv(m, config.block_m), n, dtype=torch.float32)
+            ends = Operands(ends.bias, ends.aux, sums, ends.spec, ends.factors)
         tensors: tuple[Tensor | TensorDescriptor, ...] = a, b, parts
         if config.tma:
             tile, (a_along_k, b_along_k) = plan.constants["TILE"], problem.along_k
@@ -645,7 +646,6 @@ def _multiply(
                 _describe(b, layouts.b, tile.n, tile.k, b_along_k),
                 parts if plan.parts > 1 else _describe(out, layouts.out, tile.m, written),
             )
-        ends = end.operands._replace(sums=sums)
         _gemm_kernel[plan.grid](*tensors, ends, *plan.sizes, WIDE=plan.wide, **plan.constants)
         if plan.parts > 1:
             reduction.add_parts(parts.view(plan.parts, m, n), out)
