@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedshape import ActSpec, convert, diagnose, reference, timing, tuning
-from fusedshape.bench import cases, plot, records, runner, suites, text
+from fusedshape.bench import cases, plot, providers, records, runner, suites, text
 from fusedshape.bench.providers import _undecided
 from fusedshape.cli import main
 from fusedshape.models import vanilla_convnet
@@ -510,15 +510,18 @@ def test_layers_of_more_elements_than_32_bits_count(kind: str) -> None:
 def few_cases(*suites: str) -> Iterator[cases.Case]:
     """One of each kind, of the smallest size, and one that no GPU can hold."""
     dtype = "float16" if INTERPRET else "bfloat16"
-    yield cases._linear(suites, (16, 16, 16), dtype, "forward")
-    yield cases._pointwise(suites, "swish", (2, 8, 6, 6), dtype, "backward")
+    plain = cases.Family(suites, dtype, "forward")
+    layer = replace(plain, compiled=tuple(providers.COMPILED))
+    yield cases._linear(layer, (16, 16, 16))
+    yield cases._pointwise(replace(plain, activation="swish", mode="backward"), (2, 8, 6, 6))
     if not INTERPRET:
         convnet = partial(vanilla_convnet, 20, width=8)
-        yield cases._conv(suites, (16, 16, 3, 1, 6), 2, dtype, "step")
-        yield cases._conv(suites, (16, 16, 3, 1, 6), 2, "float32", "backward", activation="tanh")
-        yield cases._chain(suites, 3, (2, 16, 6), dtype)
-        yield cases._net(suites, "convnet", convnet, (4, 2, 8, 8), dtype)
-    yield cases._pointwise(suites, "leaky_relu", (1 << 20, 1 << 20), dtype, "forward")
+        yield cases._conv(replace(layer, mode="step"), (16, 16, 3, 1, 6), 2)
+        other = replace(layer, dtype="float32", mode="backward", activation="tanh")
+        yield cases._conv(other, (16, 16, 3, 1, 6), 2)
+        yield cases._chain(replace(layer, mode="step"), 3, (2, 16, 6))
+        yield cases._net(replace(plain, mode="step"), "convnet", convnet, (4, 2, 8, 8))
+    yield cases._pointwise(plain, (1 << 20, 1 << 20))
 
 
 def test_benchmarks(
