@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,6 +68,8 @@ def save_place(tensor: Tensor, name: str, log: UndoLog) -> None:
 
 def _address(tensor: Tensor) -> int:
     """Where a tensor's memory begins; 0 if it has none."""
+    if isinstance(tensor, FakeTensor):
+        return 0
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):

@@ -168,3 +168,14 @@ def test_info_prints_it(
     assert json.loads(capsys.readouterr().out)["rows"][0]["engine"] == "aten"
     assert main(["info", "--model", "explained:net"]) == 1
     assert "--model and --input belong together" in capsys.readouterr().err
+
+
+def test_it_says_nothing_but_its_table_and_works_in_inference_mode(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    model = nn.Sequential(ShapedLinear(4, 4, spec=LEAKY), ShapedLinear(4, 4, spec=LEAKY))
+    want = explain(model, torch.ones(2, 4))
+    with torch.inference_mode():
+        assert explain(model, torch.ones(2, 4)) == want
+    assert [row.direction for row in want.rows] == ["fprop", "wgrad", "fprop", "dgrad", "wgrad"]
+    assert not recwarn.list

@@ -57,11 +57,9 @@ class TrainConfig:
         method: "TAT", "DKS", "EOC", or None to leave the model's own activations.
         activation: activation of the converted model.
         zeta: target of DKS; None takes the method's default, as for the other targets.
-        q_slope: target of DKS.
         eta: target of TAT with relu and leaky_relu.
         tau: target of TAT with all other activations.
         sigma_b: target of EOC.
-        clamp: take the nearest target that can be reached where the given one cannot.
         init: how `fusedshape.init.init_module_` draws every linear and convolution layer; None
             leaves the model's own weights.
         gain: σ_w of every layer, for method None; the other methods decide it themselves.
@@ -79,6 +77,8 @@ class TrainConfig:
         threads: CPU threads; None leaves torch's setting.
         channels_last: whether models with 2-d convolutions are laid out channels last.
         amp: "bfloat16" for autocast, or None.
+        q_slope: target of DKS; None takes its default.
+        clamp: take the nearest target that can be reached where the given one cannot.
 
     Raises:
         ValueError: a value outside its limits.
@@ -98,11 +98,9 @@ class TrainConfig:
     method: str | None = "TAT"
     activation: str = "leaky_relu"
     zeta: float | None = None
-    q_slope: float | None = None
     eta: float | None = None
     tau: float | None = None
     sigma_b: float | None = None
-    clamp: bool = False
     init: Method | None = "suo"
     gain: float = 1.0
     epochs: int = 20
@@ -118,6 +116,8 @@ class TrainConfig:
     threads: int | None = None
     channels_last: bool = True
     amp: str | None = None
+    q_slope: float | None = None
+    clamp: bool = False
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

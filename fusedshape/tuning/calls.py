@@ -43,8 +43,8 @@ class Call(NamedTuple):
 def each_call(model: nn.Module, inputs: Sequence[Any], read: Callable[[Call], _T]) -> list[_T]:
     """Run a model once and `read` each call of a fused layer in it, in order.
 
-    Nothing is computed where the model can do with fake numbers; only shapes are.
-
+    Nothing is computed where the model can do with fake numbers; only shapes are. The calls are
+    those of a training step, under `torch.inference_mode` too.
 
     Raises:
         ValueError: there is no fused layer in the model, or none is called.
@@ -78,9 +78,14 @@ def _read_calls(
     def note(module: nn.Module, x: Tensor) -> None:
         found.append(read(_call(names[module], module, x, module in chained)))
 
-    with _watched(names, note), torch.enable_grad():
-        model(*inputs)
+    with torch.inference_mode(False), _watched(names, note), torch.enable_grad():
+        model(*[_recordable(x) for x in inputs])
     return found
+
+
+def _recordable(x: Any) -> Any:
+    """The input, as a copy where autograd would refuse it."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 @contextmanager
