@@ -13,7 +13,7 @@ from fusedshape import ShapedConv2d, ShapedLinear, conv_act, explain, linear_act
 from fusedshape.ops import choice, dispatch, engines
 from fusedshape.ops.engines.aten import Aten
 from fusedshape.ops.engines.protocol import LayerEngine, through
-from fusedshape.ops.layer import Before, Layer
+from fusedshape.ops.layer import Before, Layer, share
 from fusedshape.ops.problem import Problem
 from fusedshape.tuning import command
 from tests.support.operands import LEAKY
@@ -41,7 +41,11 @@ class Toy(LayerEngine):
     def fprop(self, x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
         self.calls.append("fprop")
         z = torch.einsum("...i,oi->...o", x, layer.weight)
-        return z if bias is None else z + bias
+        if bias is not None:
+            z = z + bias
+        if layer.shortcut is not None:
+            z = z + share(layer.shortcut.weight) * layer.shortcut.residual
+        return z
 
     def dgrad(
         self, dz: Tensor, x: Tensor, layer: Layer, before: Before | None
