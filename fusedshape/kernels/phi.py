@@ -1,14 +1,14 @@
 """φ and φ′ in Triton, the twins of the rows in `fusedshape.activations`.
 
 `value`, `d1` and `d1_from_output` take the row's id as a constexpr, so that a kernel contains the
-one function it uses. They serve float32 and float64. Everything Triton's interpreter and its
-compilers do not share (tanh, expm1, log1p, atan, …) is built here from what they do share; relative
-accuracy is kept near zeros and in tails, NaN propagates, and nothing finite overflows on the way to
-a finite result.
+one function it uses. They serve float32 and float64. Triton's interpreter and its compilers do not
+share tanh, expm1, log1p, atan and others, so these are built here from functions that they do
+share. The relative error stays small near zeros and in the tails, NaN propagates, and no
+intermediate overflows where the result is finite.
 
-Pointwise passes and the ends of other kernels are only as fast as φ takes few instructions. In
-float32 it is made of what is a single one, exp2, rsqrt and sqrt, and of polynomials: Triton's exp
-takes 5 instructions, a division 8, a logarithm 25.
+The speed of pointwise passes and of other kernels' epilogues depends on how few instructions φ
+takes. In float32, φ is therefore made of polynomials and of functions that are one instruction
+each (exp2, rsqrt, sqrt): Triton's exp takes 5 instructions, a division 8, a logarithm 25.
 
 In a jitted function a Python float keeps its 53 bits only as a direct operand beside a float64
 tensor: assigned to a name, or given to `tl.where`, it becomes float32. Hence the literals in place,
@@ -55,12 +55,13 @@ SQRT_2_OVER_PI = tl.constexpr(math.sqrt(2 / math.pi))
 INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
 TWO_OVER_SQRT_PI = tl.constexpr(2 / math.sqrt(math.pi))
 
-# Polynomials, constant first. Those for float32 are minimax, each coefficient rounded before the
-# next ones were fitted; errors are relative.
-# (exp(x) - 1)/x for -7/16 ≤ x ≤ 0: 4.6e-8; Taylor for float64.
+# Coefficients of polynomials, the constant first. The float32 ones are minimax fits, in which each
+# coefficient was rounded before the next ones were fitted. The figure after each range is the
+# largest relative error, for float32 and, where a second one follows, for float64.
+# (exp(x) - 1)/x for -7/16 ≤ x ≤ 0: 4.6e-8. float64 has the Taylor series.
 EXPM1_32 = tl.constexpr((1.0, 0.499996811, 0.166596547, 0.0411812775, 0.00698150229))
 EXPM1_64 = tl.constexpr(tuple(1 / math.factorial(k + 1) for k in range(13)))
-# log(1 + t)/t for 0 ≤ t ≤ 1: 3.3e-8 and 4e-17.
+# log(1 + t)/t for 0 ≤ t ≤ 1: 3.3e-8, 4e-17.
 LOG1P_32 = tl.constexpr(
     (
         *(1.0, -0.499996483, 0.3332133, -0.248572171, 0.191538483),
@@ -84,7 +85,7 @@ LOG_32 = tl.constexpr(
         *(-0.168223098, 0.149822742, -0.120672189, 0.0541502424),
     )
 )
-# In t², atan(t)/t for |t| ≤ 1: 1.7e-8 and 4e-17.
+# atan(t)/t as a polynomial in t², for |t| ≤ 1: 1.7e-8, 4e-17.
 ATAN_32 = tl.constexpr(
     (
         *(1.0, -0.333331525, 0.199937671, -0.14211002, 0.106657684),
@@ -101,18 +102,20 @@ ATAN_64 = tl.constexpr(
         *(-0.00014617088163625013, 1.2631178430477426e-05),
     )
 )
-# In t², sin(t)/t for |t| ≤ π/2: 6.2e-9; Taylor for float64.
+# sin(t)/t as a polynomial in t², for |t| ≤ π/2: 6.2e-9. float64 has the Taylor series.
 SIN_32 = tl.constexpr((1.0, -0.166666597, 0.00833306927, -0.000198097769, 2.60609568e-06))
 SIN_64 = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(12)))
-# In t², tanh(t)/t for |t| ≤ 9/16: 4.6e-8.
+# tanh(t)/t as a polynomial in t², for |t| ≤ 9/16: 4.6e-8.
 TANH_32 = tl.constexpr((1.0, -0.333328754, 0.133190557, -0.0525636114, 0.0162300691))
-# In t², erf(t)/t for |t| ≤ 3/4: 7.4e-8; log2(1 - erf(t)) for t ≥ 3/4: 5.9e-8 of erf(t).
+# erf(t)/t as a polynomial in t², for |t| ≤ 3/4: 7.4e-8. log2(1 - erf(t)) for t ≥ 3/4: the error
+# of erf(t) is 5.9e-8.
 ERF_32 = tl.constexpr((1.12837911, -0.376119792, 0.112740532, -0.0263677556, 0.00416473532))
 ERFC_32 = tl.constexpr(
     (-0.00139739818, -1.62107909, -0.931457698, -0.136760592, 0.0243357979, -0.00205811369)
 )
-# exp(a²/2) Φ(-a) for 0 ≤ a ≤ 14, Φ the normal distribution's function: in 1/(a + 3), 9e-8 (and
-# a²/4 times that); as powers of s = (a - 4)/(a + 4), a + 4 times it for all a ≥ 0, 1.2e-16.
+# exp(a²/2) Φ(-a), where Φ is the normal distribution function. float32: a polynomial in 1/(a + 3)
+# for 0 ≤ a ≤ 14; the error is 9e-8, plus a²/4 times that. float64: a + 4 times it is a polynomial
+# in (a - 4)/(a + 4) for all a ≥ 0; the error is 1.2e-16.
 TAIL_32 = tl.constexpr(
     (
         *(-9.7322998e-05, 0.404618561, 1.05857706, 5.02592039),
@@ -160,7 +163,7 @@ def _over(x, w):
 
 @triton.jit
 def _inverse(w):
-    """1/w, or 0 where w ≥ 1 is beyond what can be squared; more exact than `_over`."""
+    """1/w for w ≥ 1, more exact than `_over`; 0 where the square of w overflows float32."""
     return 1.0 / w if w.dtype == tl.float64 else tl.rsqrt(w * w)
 
 
@@ -190,9 +193,10 @@ def _log1p(t):
         lost = tl.where(t < 2.0, (t - (w - 1.0)) / w, 0.0)
         return tl.log(w) + lost
     else:
-        # 1 + t = 2ᵏ (1 + m), -1/4 ≤ m < 1/2, k where floats have it; for k = 0 t loses nothing.
+        # 1 + t = 2ᵏ (1 + m) with -1/4 ≤ m < 1/2; k stays in the exponent's bits. For k = 0 m is t,
+        # so that small t lose no digits.
         k = (w.to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000
-        k = tl.minimum(k, 126 << 23)  # else infinity would turn negative
+        k = tl.minimum(k, 126 << 23)  # so that infinity does not become negative
         shrink = (0x3F800000 - k).to(tl.float32, bitcast=True)
         m = t * shrink + (shrink - 1.0)
         return m * _horner(m, LOG_32, 9) + k.to(tl.float32) * (LN2 / (1 << 23))
@@ -234,7 +238,7 @@ def _atan(u):
 
 @triton.jit
 def _cos2(v):
-    """cos²(v) for v between ±π/2, where it loses nothing to cancellation."""
+    """cos²(v) for |v| ≤ π/2, without cancellation."""
     if v.dtype == tl.float64:
         t = (1.5707963267948966 - tl.abs(v)) + 6.123233995736766e-17
         c = t * _horner(t * t, SIN_64, 12)
@@ -289,9 +293,9 @@ def _sech2(u):
 
 @triton.jit
 def _tail(u):
-    """|u|, exp(-u²/2) and Φ(-|u|) over it, Φ the normal distribution's function.
+    """Return |u|, exp(-u²/2) and Φ(-|u|)/exp(-u²/2), where Φ is the normal distribution function.
 
-    |u| is cut off where Φ(-|u|) is 0, so that infinities make no NaN.
+    |u| is clamped where Φ(-|u|) is 0, so that infinities do not become NaN.
     """
     if u.dtype == tl.float64:
         a = tl.where(tl.abs(u) > 40.0, 40.0, tl.abs(u))
@@ -354,7 +358,7 @@ def value(u, slope, ID: tl.constexpr):
 def d1(u, slope, ID: tl.constexpr):
     """φ′(u); at a kink, the left derivative.
 
-    Where torch works out inf·0 at ±inf, u - u, which is 0 elsewhere, makes it NaN.
+    u - u is 0, and NaN at ±inf: it is added where torch's own backward computes inf·0 there.
     """
     if ID == RELU:
         return 1.0 - (u <= 0).to(u.dtype)
@@ -408,8 +412,8 @@ def d1(u, slope, ID: tl.constexpr):
 def d1_from_output(v, right, slope, ID: tl.constexpr):
     """φ′(u) from v = φ(u), for the activations that save their output.
 
-    `right` says that u > 0 or, but for leaky_relu, that u is NaN. It is asked for apart, because v
-    has gone through the affine output and back: where φ is flat (relu), rounding would put v on
+    `right` says that u > 0 or, for all but leaky_relu, that u is NaN. It is an argument of its own
+    because v was recovered from the rounded output: where φ is flat (relu), rounding could put v on
     either side of 0.
     """
     if ID == RELU:
