@@ -549,7 +549,8 @@ def test_benchmarks(
         for name, candidate in row["candidates"].items():
             assert candidate["status"] == "ok", (row["case"], name, candidate.get("why"))
             assert min(candidate["ms"]) > 0
-            assert candidate["peak_bytes"] > 0
+            # A backward pass may find all its memory among what the allocator has kept.
+            assert candidate["peak_bytes"] >= (0 if row["case"].endswith("backward") else 1)
             if name != "compiled":
                 assert min(candidate["graph_ms"]) > 0, candidate.get("graph_why")
     assert "out of memory" in text.report(record)
