@@ -6,6 +6,7 @@ real one yet.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
@@ -256,6 +257,7 @@ def peak_bytes(candidate: Candidate, device: torch.device) -> int | None:
     """Peak of allocated bytes while preparing and running, above those before; None on a CPU."""
     if device.type != "cuda":
         return None
+    gc.collect()  # garbage that is freed during the run would be subtracted from its peak
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

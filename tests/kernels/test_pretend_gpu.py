@@ -34,7 +34,7 @@ def test_launches_and_compilation() -> None:
 #: One of each kind of tests/test_gpu.py, the quickest.
 QUICK = (
     "(bias_act_against and leaky_relu and float16) or conv_and_linear or test_cuda_graph "
-    "or non_finite or autocast or current_one or benchmarks or diagnose or training "
+    "or non_finite or autocast or current_one or benchmark or diagnose or training "
     "or (every_configuration and 1x1 and dgrad_act)"
 )
 
