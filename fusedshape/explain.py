@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fusedshape.columns import aligned
 from fusedshape.diagnose.kept import kept
 from fusedshape.ops.choice import first_able, only_aten, pinned_engine, rivals
 from fusedshape.ops.engines import ENGINES
@@ -16,7 +17,7 @@ from fusedshape.ops.problem import Direction, Problem, problem_of
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record
 from fusedshape.tuning.calls import Call, each_call
-from fusedshape.tuning.text import aligned, places, shapes
+from fusedshape.tuning.text import places, shapes
 from fusedshape.validate import instance
 
 

@@ -79,6 +79,20 @@ class Commands:
         )
 
 
+def add_model(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add the argument MODEL, which `fusedshape.loading.make_model` takes.
+
+    Args:
+        parser: of the command.
+        verb: what the command does to the model.
+    """
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"model to {verb}: pkg.module:factory, called without arguments",
+    )
+
+
 def shape(text: str) -> tuple[int, ...]:
     """The type of an option that takes the shape of a tensor.
 

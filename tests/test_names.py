@@ -23,6 +23,7 @@ ELSEWHERE = {
     "bench/constants.py": "bench/test_suites.py",
     "bench/plot.py": "bench/test_command.py",
     "bench/text.py": "bench/test_command.py",
+    "columns.py": "bench/test_command.py",
     "guard.py": "diagnose/test_kept.py",
     "interrupts.py": "train/test_checkpoint.py",
     "kernels": "kernels",

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from fusedshape.bench.records import Record, Row
-from fusedshape.bench.text import columns, is_ours, source
+from fusedshape.bench.text import is_ours, source
+from fusedshape.columns import aligned
 from fusedshape.timing import paired_ratios
 
 #: Relative changes smaller than this count as none.
@@ -239,10 +240,11 @@ def report(before: Sequence[Record], after: Sequence[Record]) -> str:
         "",
         "time after ÷ before, each divided by its control in the same run; under 1 is faster",
     ]
-    lines += columns(
-        ["case", "candidate", "control", "ratio", "range", "verdict"],
-        [[c.case, c.candidate, c.control, f"{c.ratio:.3f}", _span(c), c.verdict] for c in changes],
+    head = ["case", "candidate", "control", "ratio", "range", "verdict"]
+    body = (
+        [c.case, c.candidate, c.control, f"{c.ratio:.3f}", _span(c), c.verdict] for c in changes
     )
+    lines.append(aligned([head, *body], left=1))
     left_out = list(lost(before, after))
     if left_out:
         lines += ["", "not compared:", *left_out]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fusedshape.bench.records import Record, Row
+from fusedshape.columns import aligned
 from fusedshape.machine import headline
 
 #: The order of the columns of ratios.
@@ -43,20 +44,18 @@ def _report(record: Record) -> Iterator[str]:
     if record["fits"]:
         yield ""
         head = ["series", "candidate", "metric", "exponent", "at most", ""]
-        yield from columns(
-            head,
+        body = [
             [
-                [
-                    fit["series"],
-                    fit["candidate"],
-                    fit["metric"],
-                    f"{fit['exponent']:.2f}",
-                    f"{fit['at_most']:.2f}",
-                    "" if fit["holds"] else "EXCEEDED",
-                ]
-                for fit in record["fits"]
-            ],
-        )
+                fit["series"],
+                fit["candidate"],
+                fit["metric"],
+                f"{fit['exponent']:.2f}",
+                f"{fit['at_most']:.2f}",
+                "" if fit["holds"] else "EXCEEDED",
+            ]
+            for fit in record["fits"]
+        ]
+        yield aligned([head, *body], left=1)
     bad = list(troubles(record))
     if bad:
         yield ""
@@ -96,7 +95,7 @@ def _group(group: str, rows: Sequence[Row]) -> Iterator[str]:
     yield f"{group}: medians; ratios are other ÷ ours, over 1 is our gain (20th to 80th percentile)"
     kept = [i for i in range(len(head) + len(others)) if i < 3 or any(line[i] for line in body)]
     head += others
-    yield from columns([head[i] for i in kept], [[line[i] for i in kept] for line in body])
+    yield aligned([[line[i] for i in kept] for line in (head, *body)], left=1)
 
 
 def troubles(record: Record) -> Iterator[str]:
@@ -111,17 +110,6 @@ def troubles(record: Record) -> Iterator[str]:
         for name, result in row["candidates"].items():
             if result["status"] != "ok" and result.get("why") != row.get("why"):
                 yield f"{row['case']}: {name}: {result['status']}: {result.get('why', '')}"
-
-
-def columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table whose first column is aligned left and all others right."""
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    for line in (head, *body):
-        first, *rest = (
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        yield "  ".join([first, *rest]).rstrip()
 
 
 def is_ours(name: str) -> bool:

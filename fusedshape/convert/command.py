@@ -12,7 +12,7 @@ import torch
 from fusedshape.convert import convert
 from fusedshape.init import Method
 from fusedshape.loading import load_object, make_model
-from fusedshape.shell import Commands, as_option, message, shape
+from fusedshape.shell import Commands, add_model, as_option, message, shape
 from fusedshape.theory.command import add_network, add_recipe, network_of, recipe_of
 
 
@@ -20,11 +20,7 @@ def declare(commands: Commands) -> None:
     """Declare `fusedshape convert`."""
     about = "say what convert() would do to a model; nothing is changed"
     parser = commands.add("convert", _run, about)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="model to look at: pkg.module:factory, called without arguments",
-    )
+    add_model(parser, "look at")
     add_recipe(parser)
     add_network(parser)
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fusedshape.columns import aligned
 from fusedshape.spec import ActSpec
 from fusedshape.theory import Recipe
 
@@ -80,9 +81,5 @@ class Report:
         head = [f"convert ({self.method}{depth}) {verb}: {counts}", f"  {self.spec}"]
         rows = [("module", "was", "now", "")]
         rows += [(c.path or "(model)", c.was, c.now, c.note) for c in self.changes]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        body = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
-            for row in rows
-        ]
-        return "\n".join(line.rstrip() for line in [*head, "", *body, *self.notes])
+        lines = [*head, "", aligned(rows), *self.notes]
+        return "\n".join(line.rstrip() for line in lines)

@@ -14,18 +14,14 @@ from fusedshape.diagnose import diagnose
 from fusedshape.kinds import features, kind_of
 from fusedshape.loading import load_object, make_model
 from fusedshape.nn import PerLocationNorm
-from fusedshape.shell import Commands, shape
+from fusedshape.shell import Commands, add_model, shape
 
 
 def declare(commands: Commands) -> None:
     """Declare `fusedshape diagnose`."""
     about = "compare a model with what theory says of it, layer by layer, and name what is wrong"
     parser = commands.add("diagnose", _run, about)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="model to diagnose: pkg.module:factory, called without arguments",
-    )
+    add_model(parser, "diagnose")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--data",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fusedshape.columns import aligned
 from fusedshape.diagnose.measure import QUANTILES
 from fusedshape.machine import provenance, write_json
 
@@ -176,15 +177,7 @@ class Diagnosis:
             told = [*told[::step], kept[-1]]
             kept = [i for i in kept if i in told or self.layers[i].path in places]
         lines = [_HEAD, *(_cells(self.layers[i]) for i in kept)]
-        widths = [max(len(line[j]) for line in lines) for j in range(len(_HEAD))]
-        left = 2  # columns that hold text
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if j < left else cell.rjust(width)
-                for j, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return aligned(lines, left=2)
 
     @property
     def verdict(self) -> str:

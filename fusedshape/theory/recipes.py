@@ -102,6 +102,9 @@ class Recipe:
                 if default is None:
                     raise ValueError(f"{self.method}: {_strange(kind, row.name, name, value)}")
             object.__setattr__(self, name, value)
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                flag(self.method, f.name, getattr(self, f.name))
 
     @classmethod
     def activations(cls) -> tuple[str, ...]:
@@ -247,10 +250,6 @@ class TAT(Recipe):
     )
     clamp: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        flag(self.method, "clamp", self.clamp)
-
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class DKS(Recipe):
@@ -289,10 +288,6 @@ class DKS(Recipe):
         why="q = 1 would not be stable",
     )
     clamp: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        flag(self.method, "clamp", self.clamp)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedshape.columns import aligned
 from fusedshape.loading import make_model
 from fusedshape.ops.choice import pinned_engine, rivals
 from fusedshape.ops.problem import Direction, Problem
-from fusedshape.shell import Commands, shape
+from fusedshape.shell import Commands, add_model, shape
 from fusedshape.timing import Clock, clock_for
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record, cache_directory
 from fusedshape.tuning.layers import Layer, fused_layers
 from fusedshape.tuning.measuring import Result, able, measure
 from fusedshape.tuning.problems import is_passed_over, settings
-from fusedshape.tuning.text import aligned, places, shapes
+from fusedshape.tuning.text import places, shapes
 from fusedshape.validate import find_device
 
 _DTYPES = {
@@ -36,11 +37,7 @@ def declare(commands: Commands) -> None:
     """Declare `fusedshape tune`."""
     about = "measure which engine computes each fused layer of a model fastest, and keep it"
     parser = commands.add("tune", _run, about)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="model to tune: pkg.module:factory, called without arguments",
-    )
+    add_model(parser, "tune")
     parser.add_argument(
         "--input", required=True, type=shape, metavar="N,C,H,W", help="shape of the model's input"
     )
@@ -190,7 +187,7 @@ def text(rows: Sequence[Row], kept: bool = True) -> str:
     lines = [("layer", "direction", "input", "weight", "chosen", "aten", "chosen", "gain")]
     for row in rows:
         lines.append((row.layer or ".", row.direction, *shapes(row.problem), *_figures(row)))
-    return "\n".join([aligned(lines, right=3), "", *_summary(rows, kept)])
+    return "\n".join([aligned(lines, left=len(lines[0]) - 3), "", *_summary(rows, kept)])
 
 
 def _figures(row: Row) -> tuple[str, str, str, str]:

@@ -1,4 +1,4 @@
-"""Tables of layers as text: aligned columns, shapes, and where something holds."""
+"""What tables of layers say: shapes, and where something holds."""
 
 from __future__ import annotations
 
@@ -7,25 +7,6 @@ from collections.abc import Sequence
 from fusedshape.ops.problem import Problem
 
 _SHOWN = 3
-
-
-def aligned(lines: Sequence[Sequence[str]], right: int = 0) -> str:
-    """Lines of cells as a table, the last `right` columns aligned to the right.
-
-    Example:
-        >>> print(aligned([("layer", "time"), ("0", "12.5")], right=1))
-        layer  time
-        0      12.5
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = len(widths) - right
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def shapes(problem: Problem) -> tuple[str, str]:

@@ -16,6 +16,8 @@ from fusedshape.kernels import conv, gemm, host, images
 from fusedshape.kernels.conv import Config
 from fusedshape.ops import conv_act, linear_act
 from fusedshape.spec import saves_output
+from tests.support.interpreter import ieee_products, poisoned_memory
+from tests.support.operands import draw as randn
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
@@ -33,18 +35,12 @@ NHWC = torch.channels_last
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fill what torch.empty returns with NaN, and multiply float32 as such."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.conv.fp32_precision = before
+    with ieee_products(torch.backends.cudnn.conv), poisoned_memory():
+        yield
 
 
 def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    t = torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+    t = randn(*shape, dtype=dtype, seed=seed)
     return t.contiguous(memory_format=NHWC) if t.ndim == 4 else t
 
 

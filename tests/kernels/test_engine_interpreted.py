@@ -19,6 +19,8 @@ from fusedshape.ops.choice import install_chooser
 from fusedshape.ops.engines.triton import INTERPRET
 from fusedshape.ops.problem import Direction, Problem
 from fusedshape.spec import saves_output
+from tests.support.interpreter import ieee_products
+from tests.support.operands import draw as randn
 from tests.support.specs import shaped
 
 pytestmark = [
@@ -39,15 +41,12 @@ KINDS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 @pytest.fixture(autouse=True)
 def ieee() -> Iterator[None]:
     """Multiply float32 as such."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    with ieee_products(torch.backends.cudnn.conv):
+        yield
 
 
 def draw(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    t = torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+    t = randn(*shape, dtype=dtype, seed=seed)
     return t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
 
 

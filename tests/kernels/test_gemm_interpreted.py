@@ -12,6 +12,8 @@ from torch import Tensor
 from fusedshape import ActSpec, reference
 from fusedshape.kernels import gemm, host, reduction
 from fusedshape.kernels.gemm import CONFIGS, Config
+from tests.support.interpreter import ieee_products, poisoned_memory
+from tests.support.operands import draw
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
@@ -40,18 +42,8 @@ SHAPES = [(1, 1, 1), (5, 3, 7), (70, 40, 24), (33, 37, 17), (3, 100, 2), (64, 16
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fill what torch.empty returns with NaN, and multiply float32 as such."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
-def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+    with ieee_products(torch.backends.cuda.matmul), poisoned_memory():
+        yield
 
 
 def operands(

@@ -13,6 +13,8 @@ from torch import Tensor
 from fusedshape import ACTIVATIONS, ActSpec, reference
 from fusedshape.activations import Activation
 from fusedshape.kernels import epilogue, host, phi, pointwise, reduction
+from tests.support.interpreter import poisoned_memory
+from tests.support.operands import draw
 from tests.support.specs import SPECS, shaped
 from tests.support.tolerance import assert_as_good_as
 
@@ -30,11 +32,9 @@ BY_NAME = {"ids": lambda row: row.name}
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fill what torch.empty returns with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    pointwise.make_plan.cache_clear()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        pointwise.make_plan.cache_clear()
+        yield
     pointwise.make_plan.cache_clear()
 
 
@@ -45,11 +45,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pointwise, "PROGRAMS", 5)
     monkeypatch.setattr(pointwise, "SUM_COLUMNS", 4)
     monkeypatch.setattr(reduction, "CHANNEL_PARTS", 2)
-
-
-def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
 
 
 @triton.jit
