@@ -16,9 +16,8 @@ from fusedshape.ops.layer import Layer
 from fusedshape.ops.problem import Direction, Problem, problem_of
 from fusedshape.tuning import chooser
 from fusedshape.tuning.cache import Record
-from fusedshape.tuning.calls import Call, each_call
+from fusedshape.tuning.calls import Call, Inputs, check_ready, each_call
 from fusedshape.tuning.text import places, shapes
-from fusedshape.validate import instance
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Explanation:
         return "\n".join([aligned(lines), "", *(f"{k} {places(v)}" for k, v in left.items())])
 
 
-def explain(model: nn.Module, *inputs: Any) -> Explanation:
+def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     r"""Tell which engine computes each fused layer in each direction, and why the others do not.
 
     The answer holds for a training step of this process, with its tuning mode and what has been
@@ -93,6 +92,7 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         model: with ShapedConv1d/2d/3d or ShapedLinear in it, as `fusedshape.convert` makes them, on
             any device.
         inputs: what the model is called with; their layout counts.
+        named: the same by name.
 
     Returns:
         A row for each direction of each call of a fused layer: "fprop", "dgrad" where the input
@@ -100,8 +100,8 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: there is no fused layer in the model, none is called, or a layer insists on an
-            engine that cannot compute it.
+        ValueError: there is no fused layer in the model, none is called, a parameter is lazy, or a
+            layer insists on an engine that cannot compute it.
 
     Example:
         >>> import torch
@@ -113,9 +113,9 @@ def explain(model: nn.Module, *inputs: Any) -> Explanation:
         >>> sorted(row.others)
         ['native', 'triton']
     """
-    instance("explain", "model", model, nn.Module)
+    check_ready("explain", model)
     with kept(model):
-        found = each_call(model, inputs, _rows)
+        found = each_call(model, Inputs(inputs, named), _rows)
     return Explanation(tuple(row for rows in found for row in rows))
 
 
@@ -124,7 +124,7 @@ def _rows(call: Call) -> list[Row]:
     problem = problem_of(x, layer)
     reasons = {name: engine.why_not(x, layer) for name, engine in ENGINES.items()}
     if asked != "auto":
-        found = dict.fromkeys(directions, _asked(asked, reasons))
+        found = dict.fromkeys(directions, _asked(path, asked, reasons))
     elif only_aten(asked, x):
         found = dict.fromkeys(directions, _not_chosen(x, layer, reasons))
     else:
@@ -141,10 +141,13 @@ def _others(engine: str, reasons: _Reasons, otherwise: Mapping[str, str]) -> dic
     return {n: why or otherwise[n] for n, why in reasons.items() if n != engine}
 
 
-def _asked(asked: str, reasons: _Reasons) -> _Found:
+def _asked(path: str, asked: str, reasons: _Reasons) -> _Found:
     """The module names an engine, or a backend, which "aten" takes."""
     if reasons[asked] is not None:
-        raise ValueError(f"engine {asked!r} cannot run this layer: {reasons[asked]}")
+        where = repr(path) if path else "the model"
+        raise ValueError(
+            f"explain: {where}: engine {asked!r} cannot run this layer: {reasons[asked]}"
+        )
     why = dict.fromkeys(reasons, f"the layer asks for {asked}")
     return asked, "asked for", _others(asked, reasons, why)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,33 @@ def test_an_engine_that_is_asked_for() -> None:
     rows = explain(net(engine="aten"), images()).rows
     assert {(r.engine, r.reason) for r in rows} == {("aten", "asked for")}
     assert {explain(net(backend="reference"), images()).rows[0].reason} == {"asked for"}
-    with pytest.raises(ValueError, match="cannot run this layer: backend 'triton' serves CUDA"):
+    with pytest.raises(ValueError, match="'0': engine 'triton' cannot run this layer: backend"):
         explain(net(engine="triton"), images())
+
+
+def test_inputs_by_name_and_in_structures() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, batch: dict[str, Tensor], *, scale: Tensor) -> Tensor:
+            return self.net(batch["x"]) * scale
+
+    model, batch, scale = Scaled(), {"x": images()}, torch.ones(())
+    expected = [(f"net.{row.layer}", row.engine) for row in explain(model.net, images()).rows]
+    assert [(row.layer, row.engine) for row in explain(model, batch, scale=scale).rows] == expected
+    assert len(tuning.fused_layers(model, batch, scale=scale)) == 2
+
+
+@pytest.mark.parametrize("ask", [explain, tuning.fused_layers])
+def test_a_lazy_model_is_refused_by_name(ask: Callable[..., object]) -> None:
+    model = nn.Sequential(nn.LazyConv2d(64, 1), *net())
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' is lazy, it has no shape yet; run the model"
+    ):
+        ask(model, images())
+    assert isinstance(model[0], nn.LazyConv2d)
 
 
 def test_chains_and_other_devices() -> None:

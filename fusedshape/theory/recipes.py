@@ -168,7 +168,7 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         del values["activation"]
         said = [f"{n}={v!r}" for n, v in values.items() if v is not None and v is not False]
-        return f"{self.method}({', '.join([repr(self.activation), *said])})"
+        return f"{type(self).__name__}({', '.join([repr(self.activation), *said])})"
 
     def to_dict(self) -> dict[str, Any]:
         """The method and its arguments as plain data, ready for JSON.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from fusedshape.kinds import FusedLayer, kind_of
 from fusedshape.nn import ShapedChain, chain_rows
@@ -18,6 +19,7 @@ from fusedshape.ops.choice import asked_engine
 from fusedshape.ops.conv import padded
 from fusedshape.ops.layer import Layer
 from fusedshape.ops.problem import Direction
+from fusedshape.validate import instance
 
 _T = TypeVar("_T")
 
@@ -40,7 +42,27 @@ class Call(NamedTuple):
     directions: tuple[Direction, ...]
 
 
-def each_call(model: nn.Module, inputs: Sequence[Any], read: Callable[[Call], _T]) -> list[_T]:
+class Inputs(NamedTuple):
+    """What a model is called with, by position and by name."""
+
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+def check_ready(verb: str, model: nn.Module) -> None:
+    """Raise if a model cannot be run yet.
+
+    Raises:
+        TypeError: it is no nn.Module.
+        ValueError: a parameter is lazy.
+    """
+    instance(verb, "model", model, nn.Module)
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(f"{verb}: {lazy[0]!r} is lazy, it has no shape yet; run the model first")
+
+
+def each_call(model: nn.Module, inputs: Inputs, read: Callable[[Call], _T]) -> list[_T]:
     """Run a model once and `read` each call of a fused layer in it, in order.
 
     Nothing is computed where the model can do with fake numbers; only shapes are. The calls are
@@ -59,8 +81,8 @@ def each_call(model: nn.Module, inputs: Sequence[Any], read: Callable[[Call], _T
         )
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            copies = [fake.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
-            found = _read_calls(model, names, copies, read)
+            shapes = tree_map_only(Tensor, fake.from_tensor, inputs)
+            found = _read_calls(model, names, shapes, read)
     # A model whose forward looks at numbers must really run.
     except Exception:
         found = _read_calls(model, names, inputs, read)
@@ -70,7 +92,7 @@ def each_call(model: nn.Module, inputs: Sequence[Any], read: Callable[[Call], _T
 
 
 def _read_calls(
-    model: nn.Module, names: dict[nn.Module, str], inputs: Sequence[Any], read: Callable[[Call], _T]
+    model: nn.Module, names: dict[nn.Module, str], inputs: Inputs, read: Callable[[Call], _T]
 ) -> list[_T]:
     found: list[_T] = []
     chained = _chained(model)
@@ -79,13 +101,14 @@ def _read_calls(
         found.append(read(_call(names[module], module, x, module in chained)))
 
     with torch.inference_mode(False), _watched(names, note), torch.enable_grad():
-        model(*[_recordable(x) for x in inputs])
+        args, named = tree_map_only(Tensor, _recordable, inputs)
+        model(*args, **named)
     return found
 
 
-def _recordable(x: Any) -> Any:
+def _recordable(x: Tensor) -> Tensor:
     """The input, as a copy where autograd would refuse it."""
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+    return x.clone() if x.is_inference() else x
 
 
 @contextmanager

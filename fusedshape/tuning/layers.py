@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fusedshape.ops.problem import Direction, Problem, problem_of
-from fusedshape.tuning.calls import Call, each_call
-from fusedshape.validate import instance
+from fusedshape.tuning.calls import Call, Inputs, check_ready, each_call
 
 
 class Layer(NamedTuple):
@@ -25,7 +24,7 @@ class Layer(NamedTuple):
     directions: tuple[Direction, ...]
 
 
-def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
+def fused_layers(model: nn.Module, *inputs: Any, **named: Any) -> list[Layer]:
     """Run a model once and say what its fused layers were asked for, in the order of the calls.
 
     Nothing is computed where the model can do with fake numbers; only shapes are.
@@ -33,12 +32,14 @@ def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
     Args:
         model: with ShapedConv1d/2d/3d or ShapedLinear in it, as `fusedshape.convert` leaves them.
         inputs: what the model is called with.
+        named: the same by name.
 
     Returns:
         A layer for each call of one.
 
     Raises:
-        ValueError: there is no fused layer in the model, or none is called.
+        TypeError: model is no nn.Module.
+        ValueError: there is no fused layer in the model, none is called, or a parameter is lazy.
 
     Example:
         >>> import torch
@@ -47,8 +48,8 @@ def fused_layers(model: nn.Module, *inputs: Any) -> list[Layer]:
         >>> [(layer.path, layer.directions) for layer in fused_layers(model, torch.zeros(2, 8))]
         [('0', ('fprop', 'wgrad'))]
     """
-    instance("fused_layers", "model", model, nn.Module)
-    return each_call(model, inputs, _layer)
+    check_ready("fused_layers", model)
+    return each_call(model, Inputs(inputs, named), _layer)
 
 
 def _layer(call: Call) -> Layer:

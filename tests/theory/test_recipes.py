@@ -56,6 +56,13 @@ def test_a_repr_can_be_pasted(recipe: Recipe) -> None:
     assert recipe != type(recipe)(recipe.activation)
 
 
+def test_a_subclass_prints_its_own_name() -> None:
+    class Mine(TAT):
+        pass
+
+    assert repr(Mine("tanh")) == "Mine('tanh', tau=0.3)"
+
+
 def test_the_table_of_methods() -> None:
     assert list(METHODS) == ["TAT", "DKS", "EOC"]
     assert list(TARGETS) == ["eta", "tau", "zeta", "q_slope", "sigma_b"]
