@@ -142,7 +142,7 @@ def _declare_info(commands: Commands) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     if (args.model is None) != (args.input is None):
-        raise ValueError("--model and --input belong together; give both, or neither")
+        args.parser.error("--model and --input belong together; give both, or neither")
     if args.model is not None:
         model, x = make_model(args.model), torch.zeros(args.input)
         if x.ndim == 4:
