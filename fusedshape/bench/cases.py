@@ -13,7 +13,7 @@ from torch import nn
 from fusedshape import theory
 from fusedshape.activations import ACTIVATIONS
 from fusedshape.bench import constants, providers
-from fusedshape.bench.providers import How, Mode, Problem
+from fusedshape.bench.providers import How, Mode, Task
 from fusedshape.convert import convert
 from fusedshape.diagnose import diagnose
 from fusedshape.models import vanilla_convnet, vanilla_mlp, vanilla_resnet, vanilla_vgg16
@@ -104,7 +104,7 @@ class Case:
 
     name: str
     suites: tuple[str, ...]
-    build: Callable[[Setting], Problem]
+    build: Callable[[Setting], Task]
     parameters: dict[str, Any] = field(default_factory=dict)
     timed: bool = True
 
@@ -160,7 +160,7 @@ class Family:
             tuple(name for name in self.compiled if name in setting.compiled),
         )
 
-    def case(self, name: str, build: Callable[[How], Problem], **parameters: Any) -> Case:
+    def case(self, name: str, build: Callable[[How], Task], **parameters: Any) -> Case:
         """A case with these parameters, the dtype and the mode."""
         return Case(
             name,
@@ -251,7 +251,7 @@ def _accuracy(suites: tuple[str, ...], activation: str, method: str, dtype: str)
     side of a kink z was.
     """
 
-    def build(setting: Setting, scale: float, weight: float | None) -> Problem:
+    def build(setting: Setting, scale: float, weight: float | None) -> Task:
         spec = theory.solve(method, activation, depth=DEPTH)
         return providers.accuracy(spec, scale, weight, Family(suites, dtype).how(setting))
 
@@ -298,7 +298,7 @@ class _Loop(nn.Module):
 
 
 def _tracing(depth: int, loop: bool) -> Case:
-    def build(setting: Setting) -> Problem:
+    def build(setting: Setting) -> Task:
         # Layers have one feature, because the time per layer is what is measured.
         chain = (m for _ in range(depth) for m in (nn.Linear(1, 1), nn.ReLU()))
         model = _Loop(depth) if loop else nn.Sequential(*chain)
@@ -307,7 +307,7 @@ def _tracing(depth: int, loop: bool) -> Case:
             return {"depth": torch.tensor(theory.trace_wiring(model).depth)}
 
         own = Candidate(lambda _: theory.trace_wiring(model), check=check, claims=True)
-        return Problem({"fused": own}, lambda: {"depth": torch.tensor(depth)})
+        return Task({"fused": own}, lambda: {"depth": torch.tensor(depth)})
 
     name = "trace a loop" if loop else "trace a chain"
     series = {"series": name, "size": depth, "metric": "ms"}
@@ -320,7 +320,7 @@ def _diagnosing(
 ) -> Case:
     """The time of diagnose beside that of one forward pass."""
 
-    def build(setting: Setting) -> Problem:
+    def build(setting: Setting) -> Task:
         generator = torch.Generator().manual_seed(setting.seed)
         model, x = make(), torch.randn(shape, generator=generator)
         depth = convert(model, generator=generator).depth
@@ -334,7 +334,7 @@ def _diagnosing(
             return {"depth": torch.tensor(len(layers))}
 
         own = Candidate(lambda _: diagnose(model, x), check=check, claims=True)
-        return Problem(
+        return Task(
             {"fused": own, "bare": Candidate(forward)}, lambda: {"depth": torch.tensor(depth)}
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import theory
-from fusedshape.bench.providers import Problem
+from fusedshape.bench.providers import Task
 from fusedshape.spec import ActSpec
 from fusedshape.theory import maps
 from fusedshape.timing import Candidate
@@ -113,7 +113,7 @@ def achieved(method: str, spec: ActSpec, depth: int, eta: float = ETA) -> tuple[
 
 def constants(
     method: str, activation: str, depth: int, *, eta: float = ETA, beside: bool = True
-) -> Problem:
+) -> Task:
     """Solve for the constants of one activation in a plain chain, beside dks.
 
     Both are checked against the conditions of the method to 1e-3, because dks meets some of them
@@ -132,14 +132,14 @@ def constants(
     if beside:
         dks = _Dks(method, activation, depth)
         candidates["dks"] = Candidate(dks.run, check=dks.check, self_timed=True, most=1)
-    return Problem(
+    return Task(
         candidates,
         lambda: {"conditions": achieved(method, solve(), depth, eta)[1]},
         tolerance=1e-3,
     )
 
 
-def importing() -> Problem:
+def importing() -> Task:
     """Seconds that importing this library adds to importing torch, and those of torch.
 
     The bytecode of both is cached first, as it is after an installation.
@@ -160,4 +160,4 @@ def importing() -> Problem:
         return Candidate(run, self_timed=True)
 
     fused = replace(seconds("import torch", "import fusedshape"), claims=True)
-    return Problem({"fused": fused, "bare": seconds("pass", "import torch")})
+    return Task({"fused": fused, "bare": seconds("pass", "import torch")})

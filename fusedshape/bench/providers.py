@@ -88,7 +88,7 @@ def stock(z: Tensor, spec: ActSpec) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Task:
     """One thing to compute, and all candidates that compute it.
 
     Attributes:
@@ -134,7 +134,7 @@ class Work:
     folds: Callable[[str], bool] = lambda name: name != "x"
     layers: int = 1
 
-    def problem(self, how: How) -> Problem:
+    def problem(self, how: How) -> Task:
         """The problem, with a candidate from every provider."""
         spec, leaves, mode = self.spec, self.leaves, how.mode
         bare, eager = self.compose(lambda z: z), self.compose(lambda z: stock(z, spec))
@@ -171,7 +171,7 @@ class Work:
             return _step(eager, double, grad.double())
 
         forward, backward = self.traffic
-        return Problem(
+        return Task(
             found,
             truth,
             leaves["x"].dtype,
@@ -255,7 +255,7 @@ def asked(op: Callable[..., Any], device: torch.device) -> dict[str, dict[str, A
     return found
 
 
-def pointwise(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
+def pointwise(spec: ActSpec, shape: Sequence[int], how: How) -> Task:
     """Bias and activation of a given tensor."""
     x = how.randn(*shape).requires_grad_()
     view = (-1, *[1] * (x.ndim - 2))
@@ -279,7 +279,7 @@ def pointwise(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
     ).problem(how)
 
 
-def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, how: How) -> Problem:
+def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, how: How) -> Task:
     """Errors of the activation alone, or of a 1×1 convolution with a residual added before it.
 
     Args:
@@ -314,7 +314,7 @@ def accuracy(spec: ActSpec, scale: float, residual_weight: float | None, how: Ho
     return _in_both_forms(forms, leaves, grad)
 
 
-def _in_both_forms(forms: Mapping[str, Form], leaves: Leaves, grad: Tensor) -> Problem:
+def _in_both_forms(forms: Mapping[str, Form], leaves: Leaves, grad: Tensor) -> Task:
     """This library's form and the eager one, whose errors are reported without a limit.
 
     In the tails the errors of the eager form are as large as the numbers themselves; tests demand
@@ -329,10 +329,10 @@ def _in_both_forms(forms: Mapping[str, Form], leaves: Leaves, grad: Tensor) -> P
         double = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
         return _step(forms["eager"], double, grad.double())
 
-    return Problem(found, truth, grad.dtype, tolerance=math.inf)
+    return Task(found, truth, grad.dtype, tolerance=math.inf)
 
 
-def convolution(spec: ActSpec, shape: Sequence[int], batch: int, how: How) -> Problem:
+def convolution(spec: ActSpec, shape: Sequence[int], batch: int, how: How) -> Task:
     """A convolution and its activation.
 
     Args:
@@ -353,7 +353,7 @@ def convolution(spec: ActSpec, shape: Sequence[int], batch: int, how: How) -> Pr
         name: lambda x, weight, bias, ask=ask: conv_act(x, weight, bias, spec, **geometry, **ask)
         for name, ask in asked(conv_act, x.device).items()
     }
-    layer = roofline.Problem(
+    layer = roofline.Convolution(
         batch,
         cin,
         size,
@@ -373,7 +373,7 @@ def convolution(spec: ActSpec, shape: Sequence[int], batch: int, how: How) -> Pr
     ).problem(how)
 
 
-def linear(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
+def linear(spec: ActSpec, shape: Sequence[int], how: How) -> Task:
     """A linear layer and its activation; shape is rows, input features, output features."""
     rows, inner, outer = shape
     x = how.randn(rows, inner).requires_grad_()
@@ -385,7 +385,7 @@ def linear(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
         name: lambda x, weight, bias, ask=ask: linear_act(x, weight, bias, spec, **ask)
         for name, ask in asked(linear_act, x.device).items()
     }
-    layer = roofline.Problem(
+    layer = roofline.Convolution(
         rows, inner, 1, 1, outer, (1, 1), padding=(0, 0), arithmetic=_arithmetic(x.dtype)
     )
     weight = _weights(outer, inner, 1, "", how)
@@ -395,7 +395,7 @@ def linear(spec: ActSpec, shape: Sequence[int], how: How) -> Problem:
     return work.problem(how)
 
 
-def chain(spec: ActSpec, depth: int, shape: Sequence[int], how: How) -> Problem:
+def chain(spec: ActSpec, depth: int, shape: Sequence[int], how: How) -> Task:
     """`depth` equal 3×3 convolutions with their activations; shape is batch, channels, size."""
     batch, channels, size = shape
     x = how.randn(batch, channels, size, size).requires_grad_()
@@ -429,7 +429,9 @@ def chain(spec: ActSpec, depth: int, shape: Sequence[int], how: How) -> Problem:
     fused = {name: by_layer(ask) for name, ask in ways.items()}
     ways.pop("reference")
     fused |= {name.replace("fused", "fused chain"): one_node(ask) for name, ask in ways.items()}
-    layer = roofline.Problem(batch, channels, size, size, channels, arithmetic=_arithmetic(x.dtype))
+    layer = roofline.Convolution(
+        batch, channels, size, size, channels, arithmetic=_arithmetic(x.dtype)
+    )
     forward, backward = _conv_traffic(layer, True)
     total = (
         Traffic(depth * forward.bytes, depth * forward.flops),
@@ -478,7 +480,7 @@ class _Stock(nn.Module):
         return stock(x, self.spec)
 
 
-def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) -> Problem:
+def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) -> Task:
     """A net of plain layers and nn.ReLU, shaped by TAT, with the gradients of all parameters.
 
     Args:
@@ -528,7 +530,7 @@ def network(build: Callable[[], nn.Sequential], shape: Sequence[int], how: How) 
         return _Net(copy.deepcopy(eager).double(), x.double(), grad.double()).check()
 
     leaves = (x, *(p for net in nets.values() for p in net.model.parameters()))
-    return Problem(found, truth, how.dtype, leaves=leaves, tolerance=EITHER_BRANCH)
+    return Task(found, truth, how.dtype, leaves=leaves, tolerance=EITHER_BRANCH)
 
 
 def fold(
@@ -576,7 +578,7 @@ def _arithmetic(dtype: torch.dtype) -> roofline.Arithmetic:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
-def _conv_traffic(layer: roofline.Problem, dgrad: bool) -> tuple[Traffic, Traffic]:
+def _conv_traffic(layer: roofline.Convolution, dgrad: bool) -> tuple[Traffic, Traffic]:
     """Traffic of a perfectly fused layer: 2 passes forward; backward 3 of dgrad and 2 of wgrad."""
     wgrad = traffic(layer, "conv_wgrad")
     if not dgrad:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusedshape.bench import records
 from fusedshape.bench.cases import Case, Setting
-from fusedshape.bench.providers import Problem
+from fusedshape.bench.providers import Task
 from fusedshape.bench.records import Record, Row
 from fusedshape.bench.suites import SUITES, Suite
 from fusedshape.files import remove_leftovers
@@ -241,7 +241,7 @@ class _Run:
         return row
 
 
-def measure(row: Row, problem: Problem, run: Any, timed: bool) -> None:
+def measure(row: Row, problem: Task, run: Any, timed: bool) -> None:
     """Fill a row with errors, memory and, if `timed`, times.
 
     Args:
@@ -283,7 +283,7 @@ def measure(row: Row, problem: Problem, run: Any, timed: bool) -> None:
 
 
 def check(
-    problem: Problem, candidates: Mapping[str, Candidate], results: Mapping[str, dict[str, Any]]
+    problem: Task, candidates: Mapping[str, Candidate], results: Mapping[str, dict[str, Any]]
 ) -> None:
     """Compare every candidate with float64, eager first; note errors and wrong candidates."""
     if problem.truth is None:
@@ -337,7 +337,7 @@ def errors(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def timings(row: Row, problem: Problem, clock: Clock, suite: Suite, prefix: str) -> None:
+def timings(row: Row, problem: Task, clock: Clock, suite: Suite, prefix: str) -> None:
     """Time all good candidates in turns; if one fails, the others start again without it."""
     results = row["candidates"]
     dropped: set[str] = set()
@@ -467,7 +467,7 @@ def _good(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name, result in results.items() if result["status"] == "ok"]
 
 
-def _rates(row: Row, problem: Problem, ceiling: Mapping[str, float]) -> None:
+def _rates(row: Row, problem: Task, ceiling: Mapping[str, float]) -> None:
     """GB/s and TFLOP/s of each candidate, and their share of the measured ceilings."""
     matmul = ceiling.get(f"matmul {str(problem.dtype)[6:]} TFLOP/s")
     for result in row["candidates"].values():

@@ -23,7 +23,7 @@ from fusedshape.kernels.epilogue import Epilogue, Kind
 from fusedshape.kernels.host import Direction, Launch, cdiv
 from fusedshape.kernels.images import why_not
 from fusedshape.kernels.implicit_gemm import conv_kernel, wgrad_kernel
-from fusedshape.kernels.roofline import Problem
+from fusedshape.kernels.roofline import Convolution
 from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED, tunable
 from fusedshape.spec import KernelArgs
@@ -69,7 +69,7 @@ _TILES = (
 )
 #: The shipped configurations of each direction; the tests compile them ahead of time.
 CONFIGS: dict[Direction, tuple[Config, ...]] = {
-    "forward": _TILES,
+    "fprop": _TILES,
     "dgrad": _TILES,
     "wgrad": (
         Config(256, 128, 128, 8, 3),
@@ -84,7 +84,7 @@ CONFIGS: dict[Direction, tuple[Config, ...]] = {
 FMA_CONFIGS = (Config(64, 64, 64, 8, 2), Config(32, 32, 64, 4, 2))
 
 
-def candidates(direction: Direction, problem: Problem, gpu: host.Gpu) -> tuple[Config, ...]:
+def candidates(direction: Direction, problem: Convolution, gpu: host.Gpu) -> tuple[Config, ...]:
     """The shipped configurations that fit into the shared memory and registers of a GPU."""
     shipped = CONFIGS[direction] if _tensor_cores(problem) else FMA_CONFIGS
     read = problem.out_channels if direction == "dgrad" else problem.channels
@@ -95,7 +95,7 @@ def candidates(direction: Direction, problem: Problem, gpu: host.Gpu) -> tuple[C
 
 
 @tunable(candidates)
-def config_for(direction: Direction, problem: Problem, gpu: host.Gpu) -> Config:
+def config_for(direction: Direction, problem: Convolution, gpu: host.Gpu) -> Config:
     """The first of the shipped configurations that `host.cost` finds cheapest.
 
     Args:
@@ -109,7 +109,7 @@ def config_for(direction: Direction, problem: Problem, gpu: host.Gpu) -> Config:
     )
 
 
-def _cost(config: Config, direction: Direction, problem: Problem, gpu: host.Gpu) -> float:
+def _cost(config: Config, direction: Direction, problem: Convolution, gpu: host.Gpu) -> float:
     p = problem
     block_k = config.bytes_k // p.itemsize
     if direction == "wgrad":
@@ -130,13 +130,13 @@ def _flat(channels: int, taps: int) -> bool:
     return channels <= FLAT_CHANNELS and taps > 1
 
 
-def _dgrad_rows(problem: Problem) -> int:
+def _dgrad_rows(problem: Convolution) -> int:
     """Number of input pixels with remainder 0 of the stride; no other remainder has more."""
     height = cdiv(problem.height, problem.stride[0])
     return problem.batch * height * cdiv(problem.width, problem.stride[1])
 
 
-def _wgrad_tiles(config: Config, problem: Problem) -> int:
+def _wgrad_tiles(config: Config, problem: Convolution) -> int:
     p = problem
     if _flat(p.channels, p.taps):
         across = cdiv(p.taps * p.channels, config.block_n)
@@ -145,7 +145,7 @@ def _wgrad_tiles(config: Config, problem: Problem) -> int:
     return across * cdiv(p.out_channels, config.block_m)
 
 
-def _splits(config: Config, problem: Problem, gpu: host.Gpu) -> tuple[int, int]:
+def _splits(config: Config, problem: Convolution, gpu: host.Gpu) -> tuple[int, int]:
     """Number of parts of wgrad's sum over pixels, and of steps of each; no part is empty."""
     block_k = config.bytes_k // problem.itemsize
     steps = cdiv(problem.pixels, block_k)
@@ -234,7 +234,7 @@ def _forward(
     end = epilogue.forward(bias, residual, residual_weight, kernel_args)
     y = images.empty(x, shape)
     if y.numel():
-        config = config or config_for("forward", problem, host.gpu_of(x.device))
+        config = config or config_for("fprop", problem, host.gpu_of(x.device))
         _launch(problem, config, images.as_images(x), images.as_images(weight), y, end)
     return y
 
@@ -366,7 +366,7 @@ def conv_wgrad(
 
 
 def _launch(
-    problem: Problem, config: Config, a: Tensor, weight: Tensor, out: Tensor, end: Epilogue
+    problem: Convolution, config: Config, a: Tensor, weight: Tensor, out: Tensor, end: Epilogue
 ) -> None:
     plan = _plan(problem, config, end.kind, end.mixes)
     with host.on_device(a):
@@ -380,7 +380,7 @@ def _launch(
 
 
 @lru_cache(REMEMBERED)
-def _plan(problem: Problem, config: Config, kind: Kind, mixes: bool) -> Launch:
+def _plan(problem: Convolution, config: Config, kind: Kind, mixes: bool) -> Launch:
     p, dgrad = problem, kind.grad
     sides = (p.channels, p.height, p.width), (p.out_channels, p.out_height, p.out_width)
     (channels, height, width), (written, *written_size) = sides[::-1] if dgrad else sides
@@ -412,7 +412,7 @@ def _plan(problem: Problem, config: Config, kind: Kind, mixes: bool) -> Launch:
 
 
 @lru_cache(REMEMBERED)
-def _wgrad_plan(problem: Problem, config: Config, gpu: host.Gpu) -> Launch:
+def _wgrad_plan(problem: Convolution, config: Config, gpu: host.Gpu) -> Launch:
     p = problem
     block_k = config.bytes_k // p.itemsize
     splits, steps = _splits(config, p, gpu)
@@ -437,7 +437,7 @@ def _wgrad_plan(problem: Problem, config: Config, gpu: host.Gpu) -> Launch:
     return Launch((_wgrad_tiles(config, p), splits), sizes, constants, max(reach), splits)
 
 
-def _reach(problem: Problem, channels: int, height: int, width: int) -> int:
+def _reach(problem: Convolution, channels: int, height: int, width: int) -> int:
     """Largest element offset that any tap can address in such images, padding included."""
     rows, cols = (
         pad + dilation * taps
@@ -448,13 +448,13 @@ def _reach(problem: Problem, channels: int, height: int, width: int) -> int:
     return (problem.batch * height * width + rows * width + cols) * channels
 
 
-def _tensor_cores(problem: Problem) -> bool:
+def _tensor_cores(problem: Convolution) -> bool:
     return problem.arithmetic != "float32"
 
 
-def _precision(problem: Problem) -> str:
+def _precision(problem: Convolution) -> str:
     return "tf32" if problem.arithmetic == "tf32" else "ieee"
 
 
-def _is_gemm(problem: Problem, config: Config | gemm.Config | None) -> bool:
+def _is_gemm(problem: Convolution, config: Config | gemm.Config | None) -> bool:
     return problem.is_gemm and not isinstance(config, Config)

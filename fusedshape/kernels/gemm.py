@@ -5,7 +5,7 @@ These kernels have been interpreted and compiled, but not yet run on a GPU.
 A layer is y = φ̂(x wᵀ + b) on row-major matrices x (M, C), w (K, C), y (M, K). Forward, dgrad and
 wgrad are the same kernel over operands that lie differently in memory:
 
-    forward   (M, K) = x · wᵀ    rows of both run along the reduction    ends with φ̂
+    fprop     (M, K) = x · wᵀ    rows of both run along the reduction    ends with φ̂
     dgrad     (M, C) = dz · w    rows of w run along the output          ends with the φ̂′ before it
     wgrad     (K, C) = dzᵀ · x   rows of both run along the output       split over M
 
@@ -48,11 +48,11 @@ _SIZES += ["splits", "chunk"]
 
 
 @dataclass(frozen=True)
-class Problem:
+class Product:
     """One product (m, n) = (m, k) · (k, n).
 
     Attributes:
-        direction: forward, dgrad or wgrad.
+        direction: fprop, dgrad or wgrad.
         m, n, k: sizes.
         dtype: of the operands.
         precision: of products of float32: "ieee" or "tf32"; "ieee" for other dtypes.
@@ -81,7 +81,7 @@ class Problem:
         """Whether the rows of either operand run along the reduction."""
         # Tensor cores take tf32 along the reduction only, so `linear_dgrad` transposes the weight.
         turned = self.direction == "dgrad" and self.dtype == torch.float32
-        return self.direction != "wgrad", self.direction == "forward" or turned
+        return self.direction != "wgrad", self.direction == "fprop" or turned
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Config(Tiling):
     persistent: bool = False
     splits: int = 0
 
-    def shared(self, problem: Problem) -> int:
+    def shared(self, problem: Product) -> int:
         """Upper bound of the bytes of shared memory that the kernel takes."""
         part = self.block_m * self.block_n // self.slices(IDENTITY.value)
         # tf32 operands that run along the output are transposed in shared memory.
@@ -107,11 +107,11 @@ class Config(Tiling):
         staged = (self.tma + self.persistent) * part * problem.dtype.itemsize
         return max(operands, 4 * part) + staged + 9_216
 
-    def tiles(self, problem: Problem) -> int:
+    def tiles(self, problem: Product) -> int:
         """Tiles of the output."""
         return cdiv(problem.m, self.block_m) * cdiv(problem.n, self.block_n)
 
-    def steps(self, problem: Problem) -> int:
+    def steps(self, problem: Product) -> int:
         """Steps along the reduction."""
         return cdiv(problem.k, self.bytes_k // problem.dtype.itemsize)
 
@@ -308,7 +308,7 @@ def linear_act(
     y = x.new_empty(m, n)
     bias = None if bias is None else bias.contiguous()
     end = epilogue.forward(bias, residual, residual_weight, kernel_args)
-    _multiply("forward", k, (x, weight, y), end, tf32, config)
+    _multiply("fprop", k, (x, weight, y), end, tf32, config)
     return y
 
 
@@ -320,7 +320,7 @@ def linear(
     (m, k), n = x.shape, weight.shape[0]
     _fit("linear", weight=(weight, (n, k)))
     y = x.new_empty(m, n)
-    _multiply("forward", k, (x, weight, y), Epilogue(), tf32, config)
+    _multiply("fprop", k, (x, weight, y), Epilogue(), tf32, config)
     return y
 
 
@@ -363,7 +363,7 @@ def linear_dgrad(
         bias = None
     _fit("linear_dgrad", weight=(weight, (k, n)), saved=(saved, (m, n)), bias=(bias, (n,)))
     if dz.dtype == torch.float32:
-        weight = weight.t().contiguous()  # see Problem.along_k
+        weight = weight.t().contiguous()  # see Product.along_k
     dx = dz.new_empty(m, n)
     bias = None if bias is None else bias.contiguous()
     end = epilogue.backward(bias, saved, None, kernel_args, save_output)
@@ -444,14 +444,14 @@ CONFIGS: tuple[Config, ...] = (
 )
 
 
-def runs(config: Config, problem: Problem, gpu: Gpu) -> bool:
+def runs(config: Config, problem: Product, gpu: Gpu) -> bool:
     """Whether a configuration can run; it need not be one of `CONFIGS`."""
     if config.tma and (gpu.arch < 90 or not problem.describable):
         return False
     return config.shared(problem) <= gpu.shared
 
 
-def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
+def configs_for(problem: Product, gpu: Gpu) -> tuple[Config, ...]:
     """Those of `CONFIGS` that can run and do not spill registers."""
 
     def suits(config: Config) -> bool:
@@ -460,7 +460,7 @@ def configs_for(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
             return False
         each = config.block_m * config.block_n // (32 * config.num_warps)
         if each > 64:
-            mixes = problem.direction == "forward" and problem.reads
+            mixes = problem.direction == "fprop" and problem.reads
             return gpu.arch == 90 and problem.dtype.itemsize == 2 and not mixes
         # Unaligned rows need more addresses, and so more registers.
         return problem.access == 16 or each < 64 or config.num_warps == 8
@@ -479,7 +479,7 @@ def launch_options(tiling: Tiling, activation: int, persistent: bool = False) ->
 
 
 @tunable(configs_for)
-def config_for(problem: Problem, gpu: Gpu) -> Config:
+def config_for(problem: Product, gpu: Gpu) -> Config:
     """The first of the configurations that `host.cost` finds cheapest, without measuring."""
 
     def cost_of(config: Config) -> float:
@@ -553,7 +553,7 @@ class _Layouts(NamedTuple):
 @lru_cache(REMEMBERED)
 def _problem(
     direction: Direction, dtype: torch.dtype, precision: str, k: int, layouts: _Layouts
-) -> Problem:
+) -> Product:
     *operands, aux = layouts
     access = min(t.access(dtype.itemsize) for t in layouts if t is not None)
     describable = all(
@@ -561,11 +561,11 @@ def _problem(
         for t in operands
     )
     sizes = layouts.out.rows, layouts.out.cols, k
-    return Problem(direction, *sizes, dtype, precision, access, describable, aux is not None)
+    return Product(direction, *sizes, dtype, precision, access, describable, aux is not None)
 
 
 @lru_cache(REMEMBERED)
-def _plan(problem: Problem, config: Config, gpu: Gpu, layouts: _Layouts, kind: Kind) -> Launch:
+def _plan(problem: Product, config: Config, gpu: Gpu, layouts: _Layouts, kind: Kind) -> Launch:
     m, n, k = problem.m, problem.n, problem.k
     a, b, _, aux = layouts
     a_along_k, b_along_k = problem.along_k
@@ -578,7 +578,7 @@ def _plan(problem: Problem, config: Config, gpu: Gpu, layouts: _Layouts, kind: K
     programs = config.tiles(problem) * splits
     if config.persistent:
         programs = min(programs, gpu.processors)
-    mixes = problem.direction == "forward" and problem.reads
+    mixes = problem.direction == "fprop" and problem.reads
     tile = config.tile(problem.dtype.itemsize, kind.activation, mixes)
     sizes = (
         *(m // vector_m, n // vector_n, k // vector_k),
@@ -652,7 +652,7 @@ def _multiply(
         return None if sums is None else reduction.channel_sums(sums)
 
 
-def _splits(problem: Problem, config: Config, gpu: Gpu) -> tuple[int, int]:
+def _splits(problem: Product, config: Config, gpu: Gpu) -> tuple[int, int]:
     """Number of parts of the reduction, none of them empty, and of steps of each."""
     steps = config.steps(problem)
     if problem.direction != "wgrad" or steps < 2:

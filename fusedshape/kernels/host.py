@@ -15,7 +15,7 @@ from fusedshape.compiling import constant_for_dynamo
 from fusedshape.kernels.tiles import Tiling
 from fusedshape.kernels.tuned import REMEMBERED
 
-Direction = Literal["forward", "dgrad", "wgrad"]
+Direction = Literal["fprop", "dgrad", "wgrad"]
 #: The dtypes that the kernels multiply.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: Whether kernels run in Triton's interpreter, on CPU tensors.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedshape.kernels import host
 from fusedshape.kernels.host import DTYPES
-from fusedshape.kernels.roofline import Arithmetic, Problem
+from fusedshape.kernels.roofline import Arithmetic, Convolution
 from fusedshape.kernels.tuned import REMEMBERED
 
 
@@ -89,7 +89,7 @@ def problem_of(
     padding: Sequence[int],
     dilation: Sequence[int],
     dtype: torch.dtype,
-) -> Problem:
+) -> Convolution:
     """Describe a convolution, in two dimensions: a one-dimensional one has height 1."""
     geometry = tuple(stride), tuple(padding), tuple(dilation)
     multiplied = arithmetic(dtype, linear=len(weight_size) == 2)
@@ -105,7 +105,7 @@ def _checked(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     arithmetic: Arithmetic,
-) -> Problem:
+) -> Convolution:
     n = len(weight_size) - 2
     if len(input_size) != n + 2 or input_size[1] != weight_size[1]:
         raise ValueError(
@@ -129,7 +129,7 @@ def _checked(
         return first, second
 
     height, width = two(input_size[2:], 1)
-    return Problem(
+    return Convolution(
         *(input_size[0], input_size[1], height, width, weight_size[0]),
         *(two(weight_size[2:], 1), two(stride, 1), two(padding, 0), two(dilation, 1)),
         arithmetic=arithmetic,

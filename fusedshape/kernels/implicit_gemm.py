@@ -3,7 +3,7 @@
 One kernel computes the convolution and its gradient with respect to the input. In both,
 each output pixel is a sum over taps and channels of pixels of the tensor that is read (x or dz):
 
-    forward   y[i] = Σ_t w[t] · x[i · stride − padding + t · dilation]
+    fprop     y[i] = Σ_t w[t] · x[i · stride − padding + t · dilation]
     dgrad     dx[a + i · stride] = Σ_t w[first + t · step] · dz[i + origin − t · hop]
 
 In dgrad, pixels of dx with the same remainder a of the stride meet the same taps, so each remainder

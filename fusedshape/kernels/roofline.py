@@ -37,7 +37,7 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Problem:
+class Convolution:
     """A convolution of `batch` images of (channels, height, width), in one group.
 
     Attributes:
@@ -56,7 +56,7 @@ class Problem:
         ValueError: no output.
 
     Example:
-        >>> stem = Problem(32, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))
+        >>> stem = Convolution(32, 3, 224, 224, 64, (7, 7), (2, 2), (3, 3))
         >>> stem.out_height, stem.out_width
         (112, 112)
     """
@@ -75,8 +75,8 @@ class Problem:
     def __post_init__(self) -> None:
         if min(self.out_height, self.out_width) < 1:
             raise ValueError(
-                f"Problem: a kernel of {self.kernel} with dilation {self.dilation} reaches beyond "
-                f"an input of {(self.height, self.width)} padded by {self.padding}; pad more"
+                f"Convolution: a kernel of {self.kernel} with dilation {self.dilation} reaches "
+                f"beyond an input of {(self.height, self.width)} padded by {self.padding}; pad more"
             )
 
     def _out(self, size: int, d: int) -> int:
@@ -142,7 +142,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    problem: Problem, kernel: Kernel, *, residual: bool = False, splits: int = 1
+    problem: Convolution, kernel: Kernel, *, residual: bool = False, splits: int = 1
 ) -> Traffic:
     """Bytes and FLOPs of one kernel.
 
@@ -170,7 +170,7 @@ def traffic(
         splits: parts of wgrad's sum over pixels.
 
     Example:
-        >>> layer = Problem(32, 64, 56, 56, 64)
+        >>> layer = Convolution(32, 64, 56, 56, 64)
         >>> traffic(layer, "conv_act")
         Traffic(bytes=25764096, flops=7398752256)
         >>> traffic(layer, "act").bytes
@@ -198,7 +198,7 @@ def traffic(
     raise ValueError(f"traffic: kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
 
 
-def _read(p: Problem, size: int, d: int) -> int:
+def _read(p: Convolution, size: int, d: int) -> int:
     """Number of rows (or columns) of the input that some tap reads."""
     taps = range(0, p.dilation[d] * p.kernel[d], p.dilation[d])
     outputs = range(p._out(size, d))
@@ -236,7 +236,7 @@ class Roof:
         """Lower bound of the time for `cost`: that of its bytes or its FLOPs, whichever is longer.
 
         Example:
-            >>> cost = traffic(Problem(256, 64, 56, 56, 64), "conv_act")
+            >>> cost = traffic(Convolution(256, 64, 56, 56, 64), "conv_act")
             >>> round(1e6 * ROOFS["A100"].seconds(cost))
             190
         """
@@ -268,7 +268,7 @@ class Layer(NamedTuple):
     """
 
     name: str
-    problem: Problem
+    problem: Convolution
     count: int
 
 
@@ -296,8 +296,8 @@ def resnet50(batch: int, arithmetic: Arithmetic = "bfloat16") -> list[Layer]:
 def _resnet50(batch: int) -> Iterator[Layer]:
     def conv(
         c: int, size: int, k: int, kernel: int = 1, stride: int = 1, padding: int = 0
-    ) -> Problem:
-        return Problem(
+    ) -> Convolution:
+        return Convolution(
             batch, c, size, size, k, (kernel, kernel), (stride, stride), (padding, padding)
         )
 

@@ -112,14 +112,14 @@ def tunable(
     """Make a function that chooses among `candidates(*args)` a `Tunable`.
 
     Example:
-        >>> from fusedshape.kernels.roofline import Problem
+        >>> from fusedshape.kernels.roofline import Convolution
         >>> @tunable(lambda problem, gpu: ("small", "large"))
         ... def config_for(problem, gpu):
         ...     return "small"
-        >>> config_for(Problem(8, 64, 56, 56, 64), "gpu")
+        >>> config_for(Convolution(8, 64, 56, 56, 64), "gpu")
         'small'
-        >>> config_for.pin((Problem(8, 64, 56, 56, 64), "gpu"), 5, 8, "large")
-        >>> [config_for(Problem(n, 64, 56, 56, 64), "gpu") for n in (4, 5, 8, 9)]
+        >>> config_for.pin((Convolution(8, 64, 56, 56, 64), "gpu"), 5, 8, "large")
+        >>> [config_for(Convolution(n, 64, 56, 56, 64), "gpu") for n in (4, 5, 8, 9)]
         ['small', 'large', 'large', 'small']
     """
     return lambda choose: Tunable(choose, candidates)

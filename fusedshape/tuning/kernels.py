@@ -12,7 +12,8 @@ from fusedshape.kernels.tuned import Tunable, family_of
 from fusedshape.tuning.cache import Record
 from fusedshape.tuning.problems import bucket
 
-_KERNELS = ("conv", "gemm")
+#: What each kernel calls its problem.
+_KERNELS = {"conv": "Convolution", "gemm": "Product"}
 
 
 class KernelConfig(NamedTuple):
@@ -52,7 +53,8 @@ class KernelConfig(NamedTuple):
         module = importlib.import_module(f"fusedshape.kernels.{name}")
         host = importlib.import_module("fusedshape.kernels.host")
         try:
-            problem = module.Problem(**{k: _decoded(v) for k, v in data["problem"].items()})
+            kind = getattr(module, _KERNELS[name])
+            problem = kind(**{k: _decoded(v) for k, v in data["problem"].items()})
             args = (*data["before"], problem, host.gpu_of(device))
             candidates = module.config_for.candidates(*args)
         except (KeyError, TypeError, AttributeError) as error:

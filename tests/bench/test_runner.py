@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fusedshape.bench import records, runner, suites
 from fusedshape.bench.cases import Case
-from fusedshape.bench.providers import Problem
+from fusedshape.bench.providers import Task
 from fusedshape.bench.runner import run_suite
 from fusedshape.cli import main
 from fusedshape.files import with_checksum
@@ -47,7 +47,7 @@ def test_no_speed_up_of_what_is_wrong(
 def test_an_engine_that_cannot_run(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
     """It is said; only one that computes something else makes the row wrong."""
 
-    def build() -> Problem:
+    def build() -> Task:
         made = problem()
         other = problem(wrong=True) if wrong else raising(ValueError("engine cannot run"))()
         named = {**made.candidates, "fused triton": other.candidates["fused"]}
@@ -61,7 +61,7 @@ def test_an_engine_that_cannot_run(monkeypatch: pytest.MonkeyPatch, wrong: bool)
 
 
 def test_a_wrong_yardstick_is_no_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build() -> Problem:
+    def build() -> Task:
         good = problem()
         return replace(good, truth=lambda: {"y": torch.full((64,), 100.0, dtype=torch.float64)})
 
@@ -72,7 +72,7 @@ def test_a_wrong_yardstick_is_no_yardstick(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build() -> Problem:
+    def build() -> Task:
         made = problem()
         nan = replace(
             made.candidates["fused"], check=lambda: {"y": torch.full((64,), float("nan"))}
@@ -86,7 +86,7 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("after", [0, 3], ids=["at the check", "while timed"])
 def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    def build() -> Problem:
+    def build() -> Task:
         calls = iter(range(10**9))
 
         def fill() -> None:
@@ -105,7 +105,7 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, after: int) -> 
 
 
 def test_out_of_memory_of_a_gpu_and_while_building(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build() -> Problem:
+    def build() -> Task:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
     install(monkeypatch, full=build, other=raising(ValueError("no such thing\nmore")))
@@ -130,7 +130,7 @@ def test_interrupt_keeps_rows(
 def test_termination_keeps_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    def build() -> Problem:
+    def build() -> Task:
         return problem(then=lambda: signal.raise_signal(signal.SIGTERM))
 
     install(monkeypatch, one=problem, two=build)
@@ -163,7 +163,7 @@ def test_two_runs_do_not_share_a_file(
     if old:
         out.write_text("{}")
 
-    def other() -> Problem:
+    def other() -> Task:
         (tmp_path / "other.json").write_bytes(smoke.read_bytes())
         os.replace(tmp_path / "other.json", out)
         return problem()
@@ -191,8 +191,8 @@ def test_limit_skips_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checks_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
 
-    def build(name: str) -> Callable[[], Problem]:
-        def make() -> Problem:
+    def build(name: str) -> Callable[[], Task]:
+        def make() -> Task:
             order.append(name)
             return problem()
 
@@ -209,8 +209,8 @@ def test_checks_leave_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A case takes a second of a clock of its own; checks first may take three of ten."""
     now, order = [0.0], []
 
-    def build(name: str) -> Callable[[], Problem]:
-        def make() -> Problem:
+    def build(name: str) -> Callable[[], Task]:
+        def make() -> Task:
             order.append(name)
             now[0] += 1.0
             return problem()

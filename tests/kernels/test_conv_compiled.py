@@ -29,13 +29,13 @@ from fusedshape import ACTIVATIONS
 from fusedshape.bench.cases import VGG16
 from fusedshape.kernels import conv, gemm, host, images, reduction
 from fusedshape.kernels.conv import Config, Direction
-from fusedshape.kernels.roofline import Arithmetic, Problem, resnet50
+from fusedshape.kernels.roofline import Arithmetic, Convolution, resnet50
 from tests.support.specs import shaped
 
 pytestmark = pytest.mark.skipif(host.INTERPRETED, reason="kernels are interpreted")
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DIRECTIONS: tuple[Direction, ...] = ("forward", "dgrad", "wgrad")
+DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "wgrad")
 MIDDLE = Config(128, 64, 128, 4, 4)
 
 
@@ -100,7 +100,7 @@ class Compiler:
         dz = layer.tensor(layer.out, size, dtype)
         weight = layer.tensor(layer.channels, layer.kernel, dtype, batch=layer.out)
         bias = torch.empty(layer.out)
-        if direction == "forward":
+        if direction == "fprop":
             residual = dz if aux else None
             args: tuple[Any, ...] = (x, weight, bias, residual, 0.5, *geometry, spec.kernel_args)
             conv.conv_act(*args, config=config)
@@ -144,8 +144,8 @@ def test_largest_tiles(direction: Direction, arch: int, compiled: Compiler) -> N
 
 def test_hungry_activation_in_the_largest_tile(compiled: Compiler) -> None:
     config = Config(128, 256)
-    assert config in conv.CONFIGS["forward"]
-    check(compiled("forward", 90, config, activation="asinh"), 90, config, BF16)
+    assert config in conv.CONFIGS["fprop"]
+    check(compiled("fprop", 90, config, activation="asinh"), 90, config, BF16)
 
 
 def test_strided_dgrad(compiled: Compiler) -> None:
@@ -159,8 +159,8 @@ def test_strided_dgrad(compiled: Compiler) -> None:
 @pytest.mark.parametrize(
     ("direction", "config"),
     [
-        *[("forward", c) for c in (Config(128, 256), Config(128, 128), MIDDLE)],
-        *[("forward", c) for c in (Config(256, 128, num_stages=4), Config(256, 64, 64, 8, 4))],
+        *[("fprop", c) for c in (Config(128, 256), Config(128, 128), MIDDLE)],
+        *[("fprop", c) for c in (Config(256, 128, num_stages=4), Config(256, 64, 64, 8, 4))],
         *[("dgrad", c) for c in (Config(128, 128, 64, 8, 4), MIDDLE, Config(64, 128, 128, 4))],
         *[("dgrad", c) for c in (Config(256, 128, num_stages=4), Config(256, 64, 64, 8, 4))],
         *[("wgrad", c) for c in conv.CONFIGS["wgrad"][:3]],
@@ -182,13 +182,13 @@ def test_tensor_cores_are_what_a_step_waits_for(
 
 
 def test_half(compiled: Compiler) -> None:
-    check(compiled("forward", 90, MIDDLE, F16), 90, MIDDLE, F16)
+    check(compiled("fprop", 90, MIDDLE, F16), 90, MIDDLE, F16)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tf32(direction: Direction, arch: int, compiled: Compiler) -> None:
-    tf32 = Problem(2, 256, 14, 14, 256, arithmetic="tf32")
+    tf32 = Convolution(2, 256, 14, 14, 256, arithmetic="tf32")
     config = conv.candidates(direction, tf32, GPUS[arch])[0]
     kernel = compiled(direction, arch, config, F32, tf32=True)
     check(kernel, arch, config, F32)
@@ -207,7 +207,7 @@ def test_float32_without_tensor_cores(direction: Direction, compiled: Compiler) 
 
 
 def test_channels_that_are_no_multiple_of_a_vector(compiled: Compiler) -> None:
-    kernel = compiled("forward", 90, MIDDLE, layer=Layer(channels=68))
+    kernel = compiled("fprop", 90, MIDDLE, layer=Layer(channels=68))
     assert kernel.copies() == {8}
     assert multiplies(kernel) == TENSOR_CORES[90]
     assert_no_spills(kernel)
@@ -222,17 +222,17 @@ def check_stem(direction: Direction, arch: int, config: Config, compiled: Compil
     assert_no_spills(kernel)
 
 
-@pytest.mark.parametrize(("direction", "arch"), [("forward", 80), ("wgrad", 90)])
+@pytest.mark.parametrize(("direction", "arch"), [("fprop", 80), ("wgrad", 90)])
 def test_image_of_three_channels(direction: Direction, arch: int, compiled: Compiler) -> None:
-    problem = Problem(2, 3, 28, 28, 64, (7, 7), (2, 2), (3, 3))
+    problem = Convolution(2, 3, 28, 28, 64, (7, 7), (2, 2), (3, 3))
     check_stem(direction, arch, conv.config_for(direction, problem, GPUS[arch]), compiled)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("direction", ["forward", "wgrad"])
+@pytest.mark.parametrize("direction", ["fprop", "wgrad"])
 def test_every_tile_of_an_image(direction: Direction, arch: int, compiled: Compiler) -> None:
-    problem = Problem(2, 3, 28, 28, 64, (7, 7), (2, 2), (3, 3))
+    problem = Convolution(2, 3, 28, 28, 64, (7, 7), (2, 2), (3, 3))
     for config in conv.candidates(direction, problem, GPUS[arch]):
         check_stem(direction, arch, config, compiled)
 
@@ -264,10 +264,10 @@ def test_index_width(compiled: Compiler, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_configuration(
     direction: Direction, config: Config, arch: int, compiled: Compiler
 ) -> None:
-    if config not in conv.candidates(direction, Problem(2, 256, 14, 14, 256), GPUS[arch]):
+    if config not in conv.candidates(direction, Convolution(2, 256, 14, 14, 256), GPUS[arch]):
         pytest.skip("beyond this GPU's shared memory")
     check(compiled(direction, arch, config), arch, config, BF16)
-    tf32 = Problem(2, 256, 14, 14, 256, arithmetic="tf32")
+    tf32 = Convolution(2, 256, 14, 14, 256, arithmetic="tf32")
     if config in conv.candidates(direction, tf32, GPUS[arch]):
         check(compiled(direction, arch, config, F32, tf32=True), arch, config, F32)
     if direction != "wgrad":
@@ -278,8 +278,8 @@ def test_every_configuration(
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation(name: str, arch: int, compiled: Compiler) -> None:
-    plain = Problem(2, 256, 14, 14, 256)
-    for direction, aux in (("forward", False), ("forward", True), ("dgrad", True)):
+    plain = Convolution(2, 256, 14, 14, 256)
+    for direction, aux in (("fprop", False), ("fprop", True), ("dgrad", True)):
         for config in conv.candidates(direction, plain, GPUS[arch]):
             if config.block_m * config.block_n >= 128**2:  # where registers are tightest
                 kernel = compiled(direction, arch, config, activation=name, aux=aux)
@@ -299,21 +299,21 @@ def test_heuristic_takes_what_fits() -> None:
 
 def test_heuristic_makes_tiles_as_large_as_the_problem() -> None:
     gpu = GPUS[90]
-    large = Problem(64, 256, 56, 56, 256)
+    large = Convolution(64, 256, 56, 56, 256)
     for direction in DIRECTIONS:
         config = conv.config_for(direction, large, gpu)
         assert min(config.block_m, config.block_n) == 128
-    few = Problem(1, 512, 7, 7, 512)
-    assert conv.config_for("forward", few, gpu).block_m == 64
-    assert conv.config_for("forward", Problem(64, 64, 56, 56, 64), gpu).block_n == 64
-    assert conv.config_for("dgrad", Problem(64, 3, 56, 56, 64), gpu).block_n == 32
+    few = Convolution(1, 512, 7, 7, 512)
+    assert conv.config_for("fprop", few, gpu).block_m == 64
+    assert conv.config_for("fprop", Convolution(64, 64, 56, 56, 64), gpu).block_n == 64
+    assert conv.config_for("dgrad", Convolution(64, 3, 56, 56, 64), gpu).block_n == 32
 
 
 @pytest.mark.parametrize("pixels", [(1, 7), (32, 14), (256, 56)])
 @pytest.mark.parametrize("channels", [3, 64, 512])
 def test_splits_cover_all_pixels(channels: int, pixels: tuple[int, int]) -> None:
     batch, size = pixels
-    problem = Problem(batch, channels, size, size, channels)
+    problem = Convolution(batch, channels, size, size, channels)
     for config in conv.candidates("wgrad", problem, GPUS[90]):
         splits, steps = conv._splits(config, problem, GPUS[90])
         block = config.bytes_k // problem.itemsize
@@ -321,23 +321,23 @@ def test_splits_cover_all_pixels(channels: int, pixels: tuple[int, int]) -> None
         assert splits == 1 or splits * conv._wgrad_tiles(config, problem) <= 132 * 8
 
 
-def vgg16(batch: int, arithmetic: Arithmetic) -> list[Problem]:
-    return [Problem(batch, c, n, n, out, arithmetic=arithmetic) for c, out, _, _, n in VGG16]
+def vgg16(batch: int, arithmetic: Arithmetic) -> list[Convolution]:
+    return [Convolution(batch, c, n, n, out, arithmetic=arithmetic) for c, out, _, _, n in VGG16]
 
 
 def launched(
-    direction: Direction, p: Problem, gpu: host.Gpu
+    direction: Direction, p: Convolution, gpu: host.Gpu
 ) -> tuple[gemm.Config | Config, int, float]:
     """The pinned tiling, how many programs it has, and how many products each number takes."""
     if p.is_gemm:
         sizes = {
-            "forward": (p.pixels, p.out_channels, p.channels),
+            "fprop": (p.pixels, p.out_channels, p.channels),
             "dgrad": (p.pixels, p.channels, p.out_channels),
             "wgrad": (p.out_channels, p.channels, p.pixels),
         }
         half = p.itemsize == 2
         how = (BF16 if half else F32), ("ieee" if half else "tf32")
-        product = gemm.Problem(direction, *sizes[direction], *how, reads=direction == "dgrad")
+        product = gemm.Product(direction, *sizes[direction], *how, reads=direction == "dgrad")
         tiling = gemm.config_for(product, gpu)
         splits, steps = gemm._splits(product, tiling, gpu)
         return tiling, tiling.tiles(product) * splits, steps * tiling.bytes_k / p.itemsize

@@ -219,7 +219,7 @@ def test_wide_indices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(CASES[name], F32, shaped("leaky_relu"), SMALL)
 
 
-@pytest.mark.parametrize("direction", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
 def test_every_shipped_tile(direction: conv.Direction) -> None:
     case = Case((1, 33, 5, 4), 34, (2, 1), padding=(1, 0))
     x, weight, dz = operands(case, F16)
@@ -227,7 +227,7 @@ def test_every_shipped_tile(direction: conv.Direction) -> None:
     truth = truth_of(case, x.double(), weight.double(), dz.double())
     spec = IDENTITY.kernel_args
     for config in {*conv.CONFIGS[direction], *conv.FMA_CONFIGS}:
-        if direction == "forward":
+        if direction == "fprop":
             got, i = conv.conv(x, weight, *case.geometry, config=config), 0
         elif direction == "dgrad":
             args = (dz, weight, None, None, case.x, *case.geometry, spec, True, True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusedshape import ACTIVATIONS, ActSpec
 from fusedshape.kernels import gemm, host, reduction
-from fusedshape.kernels.gemm import Config, Problem
+from fusedshape.kernels.gemm import Config, Product
 from tests.support.specs import shaped
 
 pytestmark = pytest.mark.skipif(host.INTERPRETED, reason="kernels are interpreted")
@@ -45,7 +45,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
 
 
 def launch(
-    problem: Problem, config: Config, spec: ActSpec, save_output: bool, view: Any = lambda t: t
+    problem: Product, config: Config, spec: ActSpec, save_output: bool, view: Any = lambda t: t
 ) -> None:
     """Call the launcher of a problem with empty tensors; `view` is taken of each operand."""
     m, n, k = problem.m, problem.n, problem.k
@@ -56,7 +56,7 @@ def launch(
 
     aux = empty(m, n) if problem.reads else None
     bias = torch.empty(n)
-    if problem.direction == "forward":
+    if problem.direction == "fprop":
         x, weight = empty(m, k), empty(n, k)
         args = (x, weight, bias, aux, 0.5, spec.kernel_args)
         gemm.linear_act(*args, tf32=tf32, config=config)
@@ -69,9 +69,9 @@ def launch(
 
 def problem(
     direction: str, dtype: torch.dtype = BF16, precision: str = "ieee", reads: bool = True
-) -> Problem:
+) -> Product:
     reads = reads and direction != "wgrad"
-    return Problem(direction, 512, 512, 512, dtype, precision, reads=reads)
+    return Product(direction, 512, 512, 512, dtype, precision, reads=reads)
 
 
 class Checker:
@@ -79,7 +79,7 @@ class Checker:
         self.monkeypatch, self.launches = monkeypatch, launches
 
     def __call__(
-        self, arch: int, problem: Problem, config: Config, name: str, save_output: bool = True
+        self, arch: int, problem: Product, config: Config, name: str, save_output: bool = True
     ) -> Compiled:
         """Compile one launch and hold it to what is promised of every configuration."""
         self.monkeypatch.setattr(host, "gpu_of", lambda device: GPUS[arch])
@@ -107,7 +107,7 @@ def check(monkeypatch: pytest.MonkeyPatch, launches: dict[str, Recorder]) -> Che
     return Checker(monkeypatch, launches)
 
 
-DIRECTIONS = ["forward", "dgrad", "wgrad"]
+DIRECTIONS = ["fprop", "dgrad", "wgrad"]
 ARITHMETIC = {"bf16": (BF16, "ieee"), "tf32": (F32, "tf32"), "ieee": (F32, "ieee")}
 
 
@@ -223,7 +223,7 @@ def test_every_configuration(arch: int, direction: str, arithmetic: str, check: 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_activation(arch: int, name: str, check: Checker) -> None:
     """Where registers are tightest: 64 numbers a thread and more."""
-    for direction, reads in (("forward", False), ("forward", True), ("dgrad", True)):
+    for direction, reads in (("fprop", False), ("fprop", True), ("dgrad", True)):
         p = problem(direction, reads=reads)
         for config in gemm.configs_for(p, GPUS[arch]):
             each = config.block_m * config.block_n // (32 * config.num_warps)

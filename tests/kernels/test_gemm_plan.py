@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from fusedshape import ACTIVATIONS
 from fusedshape.kernels import gemm
-from fusedshape.kernels.gemm import CONFIGS, Config, Problem
+from fusedshape.kernels.gemm import CONFIGS, Config, Product
 from fusedshape.kernels.host import Gpu
 
 BF16, F32 = torch.bfloat16, torch.float32
 H200, A100 = Gpu(90, 132), Gpu(80, 108)
 sizes = st.integers(1, 100_000)
 problems = st.builds(
-    Problem,
-    st.sampled_from(["forward", "dgrad", "wgrad"]),
+    Product,
+    st.sampled_from(["fprop", "dgrad", "wgrad"]),
     *(sizes, sizes, st.integers(0, 10_000_000)),
     st.sampled_from([torch.float16, BF16, F32]),
     st.sampled_from(["ieee", "tf32"]),
@@ -29,7 +29,7 @@ gpus = st.builds(Gpu, st.sampled_from([80, 86, 89, 90, 100, 120]), st.integers(1
 
 
 @given(problem=problems, gpu=gpus)
-def test_there_is_always_one_that_runs(problem: Problem, gpu: Gpu) -> None:
+def test_there_is_always_one_that_runs(problem: Product, gpu: Gpu) -> None:
     config = gemm.config_for(problem, gpu)
     assert config in gemm.configs_for(problem, gpu)
     assert set(gemm.configs_for(problem, gpu)) <= set(CONFIGS)
@@ -39,7 +39,7 @@ def test_there_is_always_one_that_runs(problem: Problem, gpu: Gpu) -> None:
 
 @given(problem=problems, gpu=gpus, splits=st.integers(0, 50))
 def test_splits_cover_the_reduction_and_none_is_empty(
-    problem: Problem, gpu: Gpu, splits: int
+    problem: Product, gpu: Gpu, splits: int
 ) -> None:
     config = replace(gemm.config_for(problem, gpu), splits=splits)
     parts, chunk = gemm._splits(problem, config, gpu)
@@ -51,9 +51,9 @@ def test_splits_cover_the_reduction_and_none_is_empty(
 
 
 @pytest.mark.parametrize("gpu", [H200, A100], ids=["H200", "A100"])
-@pytest.mark.parametrize("direction", ["forward", "dgrad", "wgrad"])
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
 def test_large_products_take_large_tiles(direction: str, gpu: Gpu) -> None:
-    problem = Problem(direction, 4096, 4096, 4096, BF16)
+    problem = Product(direction, 4096, 4096, 4096, BF16)
     largest = max(c.block_m * c.block_n for c in gemm.configs_for(problem, gpu))
     config = gemm.config_for(problem, gpu)
     assert config.block_m * config.block_n == largest
@@ -61,7 +61,7 @@ def test_large_products_take_large_tiles(direction: str, gpu: Gpu) -> None:
 
 
 @given(problem=problems, gpu=gpus)
-def test_tiles_are_not_mostly_padding(problem: Problem, gpu: Gpu) -> None:
+def test_tiles_are_not_mostly_padding(problem: Product, gpu: Gpu) -> None:
     """Padding is multiplied too: half of a smaller tile at most in either direction."""
     config = gemm.config_for(problem, gpu)
     padded = config.tiles(problem) * config.block_m * config.block_n
@@ -71,7 +71,7 @@ def test_tiles_are_not_mostly_padding(problem: Problem, gpu: Gpu) -> None:
 
 def test_wgrad_fills_the_gpu() -> None:
     for channels in (64, 256, 1024):
-        problem = Problem("wgrad", channels, channels, 64 * 14 * 14 * 16, BF16)
+        problem = Product("wgrad", channels, channels, 64 * 14 * 14 * 16, BF16)
         config = gemm.config_for(problem, H200)
         parts, _ = gemm._splits(problem, config, H200)
         assert H200.processors / 2 < parts * config.tiles(problem) <= 2 * H200.processors

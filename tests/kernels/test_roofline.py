@@ -6,23 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedshape.kernels.roofline import KERNELS, ROOFS, Problem, Traffic, resnet50, traffic
+from fusedshape.kernels.roofline import KERNELS, ROOFS, Convolution, Traffic, resnet50, traffic
 
 PROBLEMS = [
-    Problem(2, 3, 9, 8, 5),
-    Problem(1, 4, 11, 7, 6, (3, 2), (2, 3), (1, 0), (2, 1)),
-    Problem(3, 2, 8, 9, 4, (1, 1), (2, 2), (0, 0)),
-    Problem(1, 2, 6, 6, 2, (2, 2), (4, 4), (0, 0)),
-    Problem(2, 2, 3, 3, 2, (5, 5), (1, 1), (3, 4)),
+    Convolution(2, 3, 9, 8, 5),
+    Convolution(1, 4, 11, 7, 6, (3, 2), (2, 3), (1, 0), (2, 1)),
+    Convolution(3, 2, 8, 9, 4, (1, 1), (2, 2), (0, 0)),
+    Convolution(1, 2, 6, 6, 2, (2, 2), (4, 4), (0, 0)),
+    Convolution(2, 2, 3, 3, 2, (5, 5), (1, 1), (3, 4)),
 ]
 
 
-def convolve(p: Problem, x: Tensor, weight: Tensor) -> Tensor:
+def convolve(p: Convolution, x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(x, weight, None, p.stride, p.padding, p.dilation)
 
 
 @pytest.mark.parametrize("p", PROBLEMS)
-def test_counts_are_those_of_the_tensors(p: Problem) -> None:
+def test_counts_are_those_of_the_tensors(p: Convolution) -> None:
     x = torch.ones(p.batch, p.channels, p.height, p.width, requires_grad=True)
     weight = torch.ones(p.out_channels, p.channels, *p.kernel)
     y = convolve(p, x, weight)
@@ -40,7 +40,7 @@ def test_counts_are_those_of_the_tensors(p: Problem) -> None:
 
 def test_passes_over_activations() -> None:
     """Where a layer is wide, everything but activations vanishes: 4 passes become 2, 7 become 5."""
-    p = Problem(4096, 8, 64, 64, 8)
+    p = Convolution(4096, 8, 64, 64, 8)
     one = 2 * p.pixels * p.out_channels
 
     def passes(*kernels: str) -> float:
@@ -68,13 +68,13 @@ def test_roofs_order_gpus_and_bound_layers() -> None:
             assert seconds == sorted(seconds, reverse=True)
             h200 = ROOFS["H200"]
             assert h200.seconds(cost) >= max(cost.bytes / h200.bandwidth, cost.flops / h200.half)
-    slow = traffic(Problem(32, 512, 14, 14, 512, arithmetic="float32"), "conv")
+    slow = traffic(Convolution(32, 512, 14, 14, 512, arithmetic="float32"), "conv")
     assert ROOFS["A100"].seconds(slow, "float32") == slow.flops / 19.5e12
     assert ROOFS["A100"].seconds(slow, "tf32") == slow.flops / 156e12
 
 
 def test_no_output_and_unknown_kernel() -> None:
     with pytest.raises(ValueError, match=r"reaches beyond an input of \(2, 2\).*pad more"):
-        Problem(1, 1, 2, 2, 1, (5, 5))
+        Convolution(1, 1, 2, 2, 1, (5, 5))
     with pytest.raises(ValueError, match=r"kernel='gemm' is unknown; known: conv, "):
         traffic(PROBLEMS[0], "gemm")  # type: ignore[arg-type]

@@ -13,13 +13,13 @@ import torch
 
 from fusedshape.bench import records, suites
 from fusedshape.bench.cases import Case
-from fusedshape.bench.providers import Problem
+from fusedshape.bench.providers import Task
 from fusedshape.timing import Candidate
 
 CPU = torch.device("cpu")
 
 
-def problem(*, wrong: bool = False, then: Callable[[], Any] = lambda: None) -> Problem:
+def problem(*, wrong: bool = False, then: Callable[[], Any] = lambda: None) -> Task:
     """Three providers of x + 1; `then` runs when the library's own is at work."""
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
@@ -30,7 +30,7 @@ def problem(*, wrong: bool = False, then: Callable[[], Any] = lambda: None) -> P
     def stock(_: object = None) -> torch.Tensor:
         return x + 1.0
 
-    return Problem(
+    return Task(
         {
             "bare": Candidate(stock),
             "fused": Candidate(own, check=lambda: {"y": own()}, claims=True),
@@ -40,7 +40,7 @@ def problem(*, wrong: bool = False, then: Callable[[], Any] = lambda: None) -> P
     )
 
 
-def install(monkeypatch: pytest.MonkeyPatch, **builds: Callable[[], Problem]) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, **builds: Callable[[], Task]) -> None:
     """Make the suite "smoke" one of these cases."""
     made = tuple(
         Case(f"pointwise/{name}", ("smoke",), lambda setting, build=build: build())
@@ -49,7 +49,7 @@ def install(monkeypatch: pytest.MonkeyPatch, **builds: Callable[[], Problem]) ->
     monkeypatch.setattr(suites, "CASES", made)
 
 
-def raising(error: BaseException) -> Callable[[], Problem]:
+def raising(error: BaseException) -> Callable[[], Task]:
     def fail() -> None:
         raise error
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedshape.kernels.roofline import Problem as KernelProblem
+from fusedshape.kernels.roofline import Convolution
 from fusedshape.kernels.tuned import asked, tunable
 from fusedshape.ops.problem import Problem
 from fusedshape.tuning import problems
@@ -62,11 +62,11 @@ def test_keys() -> None:
 
 def test_pins_cover_a_bucket() -> None:
     @tunable(lambda problem, gpu: ("small", "large"))
-    def config_for(problem: KernelProblem, gpu: str) -> str:
+    def config_for(problem: Convolution, gpu: str) -> str:
         return "small"
 
-    def args(batch: int, width: int = 8) -> tuple[KernelProblem, str]:
-        return KernelProblem(batch, 4, 8, width, 4), "gpu"
+    def args(batch: int, width: int = 8) -> tuple[Convolution, str]:
+        return Convolution(batch, 4, 8, width, 4), "gpu"
 
     assert config_for(*args(6)) == "small"
     with config_for.trying(args(6), "large"):
