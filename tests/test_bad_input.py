@@ -200,7 +200,7 @@ def builder(f: Any, **given: int) -> Entry:
 
 
 def entered(manager: Callable[..., Any]) -> Callable[..., Any]:
-    """`manager`, entered and left again."""
+    """Enter a context manager and leave it again."""
 
     def wrapped(**given: Any) -> Any:
         with manager(**given):
@@ -570,7 +570,7 @@ def public() -> Iterator[str]:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Fail where a call does not end."""
+    """Fail if the call inside does not end in time."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"still running after {SECONDS} s")

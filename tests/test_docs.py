@@ -154,7 +154,7 @@ def installs(arguments: list[str]) -> None:
 
 
 def always(arguments: list[str]) -> None:
-    """Programs of everybody's."""
+    """Programs that every machine is expected to have."""
 
 
 MODEL = "fusedshape.models:vanilla_vgg16"

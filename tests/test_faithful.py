@@ -101,7 +101,7 @@ class Asking(nn.Module):
 
 
 class AskingItself(Asking):
-    """The same in the forward itself."""
+    """A model that asks for the type of its input in its own forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.layer(x))

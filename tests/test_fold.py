@@ -54,7 +54,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def assert_stock(folded: nn.Module) -> None:
-    """Nothing of this library is left."""
+    """Fail if a module or function of this library is left in the model."""
     assert isinstance(folded, fx.GraphModule)
     assert all(type(m).__module__.startswith("torch.") for m in folded.modules() if m is not folded)
     for node in folded.graph.nodes:

@@ -200,7 +200,7 @@ def pickled(module: nn.Module) -> nn.Module:
 
 
 class Leaves(fx.Tracer):
-    """Knows our modules as leaves."""
+    """A tracer that does not look into our modules."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__.startswith("fusedshape") or super().is_leaf_module(

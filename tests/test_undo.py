@@ -18,7 +18,7 @@ class Noisy(nn.Linear):
 
 
 def change(log: UndoLog, model: nn.Sequential) -> None:
-    """One of every kind of write."""
+    """Write once in every way that the log must undo."""
     for name, module in model.named_modules():
         log.module(module, name)
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -59,7 +59,7 @@ def test_networks_are_measured_as_one_node_too() -> None:
     assert nodes[0] == nodes[1] > 0
 
     def count(candidate: Candidate) -> int:
-        """Nodes of the graph."""
+        """Count the nodes of the autograd graph."""
         assert candidate.graph is not None
         seen: set[Any] = set()
         left: list[Any] = [candidate.graph().grad_fn]  # type: ignore[attr-defined]

@@ -71,7 +71,7 @@ def test_broken_files_are_refused(
 
 
 def numbers(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where the numbers of a record are."""
+    """The keys that lead to the numbers of a record."""
     if isinstance(data, float) and data > 0:
         yield path
     pairs = (

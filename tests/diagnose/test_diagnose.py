@@ -142,7 +142,7 @@ def test_other_precisions_are_measured_in_float32_or_better(dtype: torch.dtype) 
 
 
 class Nosy(nn.Module):
-    """Changes all it can in its forward."""
+    """A model whose forward changes everything that a forward can."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -40,7 +40,7 @@ KINDS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 
 @pytest.fixture(autouse=True)
 def ieee() -> Iterator[None]:
-    """Multiply float32 as such."""
+    """Multiply float32 without rounding it to tf32."""
     with ieee_products(torch.backends.cudnn.conv):
         yield
 

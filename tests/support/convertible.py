@@ -442,7 +442,7 @@ class TakesTwo(nn.Module):
 
 
 def see(module: nn.Module, args: Any, out: Any) -> None:
-    """A hook that only looks."""
+    """A hook that changes nothing."""
 
 
 def watched_block() -> nn.Module:

@@ -119,7 +119,7 @@ def network(kind: str, spec: ActSpec) -> nn.Module:
 
 
 def composed(kind: str, r: Callable[[float], float], c: float) -> float:
-    """The same networks by hand."""
+    """The maps of the same networks, composed by hand."""
     if kind == "resnet":
         for _ in range(3):
             c = 0.36 * c + 0.64 * r(r(c))

@@ -61,7 +61,7 @@ def test_what_is_put_is_got(
 
 
 def damages() -> st.SearchStrategy[Callable[[bytes], bytes]]:
-    """What may become of a file."""
+    """Ways in which a file of the cache may be damaged."""
 
     def replaced(name: str, value: Any) -> Callable[[bytes], bytes]:
         return lambda content: json.dumps(json.loads(content) | {name: value}).encode()

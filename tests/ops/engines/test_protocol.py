@@ -29,7 +29,7 @@ def operands(geometry: Geometry | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def product(x: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:
-    """The oracle, in float64."""
+    """The product in float64, which the engines are held against."""
     if geometry is None:
         return F.linear(x.double(), weight.double())
     return torch.convolution(x.double(), weight.double(), None, *geometry)
