@@ -33,7 +33,7 @@ ELSEWHERE = {
     "reference.py": "test_activations.py",
     "spec.py": "test_activations.py",
     "theory/command.py": "test_cli.py",
-    "tracing.py": "test_rewriting.py",
+    "tracing": "test_rewriting.py",
     "tuning/calls.py": "tuning/test_chooser.py",
     "tuning/kernels.py": "kernels",
     "tuning/text.py": "tuning/test_command.py",

@@ -1,0 +1,30 @@
+"""Reads the forward of one nn.Module as torch.fx graphs, in which its children are leaves."""
+
+from fusedshape.tracing.forwards import Reading, read, trace
+from fusedshape.tracing.graphs import (
+    is_plain,
+    memory_roots,
+    required,
+    take_over,
+    tensor_args,
+    write_out_of_place,
+)
+from fusedshape.tracing.norms import behind_norm
+from fusedshape.tracing.source import reachable_code, reached_by
+from fusedshape.tracing.tracer import Slot
+
+__all__ = [
+    "Reading",
+    "Slot",
+    "behind_norm",
+    "is_plain",
+    "memory_roots",
+    "reachable_code",
+    "reached_by",
+    "read",
+    "required",
+    "take_over",
+    "tensor_args",
+    "trace",
+    "write_out_of_place",
+]
