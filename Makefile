@@ -1,6 +1,7 @@
 # make demo: set up and train the demo.  make test: set up and pass the tests.
 # make docs: build the documentation into build/docs.
 # make test-newest: pass them with the newest torch, after every change to ops.
+# make gpu: nine minutes on an NVIDIA GPU, with whatever Python, torch and triton $(PYTHON) has.
 # make exhaustive: compile every configuration of every kernel for every GPU, diagnose hundreds of
 #   nets; half an hour.
 PYTHON ?= python3
@@ -16,7 +17,7 @@ SPHINX := $(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 # Compiling csrc, checking types and building the documentation take one core each.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test check docs test-newest exhaustive clean
+.PHONY: demo test check docs test-newest exhaustive gpu clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
@@ -46,6 +47,9 @@ test-newest:
 
 exhaustive: .venv/ready
 	$(PYTEST) $(WORKERS) -m exhaustive
+
+gpu:
+	$(PYTHON) -m bench.gpu --out runs/gpu
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
