@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fusedshape import ActSpec, NormalizedSum, ShapedLinear, convert, reweight_shortcuts
 from fusedshape.models import rescaled_resnet, vanilla_resnet
-from fusedshape.models.residual import RescaledBlock
+from fusedshape.models.resnet import RescaledBlock
 from fusedshape.theory.network import resnet
 from fusedshape.theory.trace import trace_wiring
 from tests.support.zoo import V1

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fusedshape.validate import integer, shown
+from fusedshape.validate import integer
 
-RESNET_STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
@@ -82,55 +81,6 @@ def vanilla_mlp(
     for i in range(depth):
         layers += [nn.Linear(width if i else in_features, width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(width, num_classes))
-
-
-def vanilla_resnet(
-    depth: int = 50, num_classes: int = 1000, in_channels: int = 3, width: int = 64
-) -> nn.Sequential:
-    """The residual branches of a pre-activation ("v2") bottleneck ResNet, one after the other.
-
-    Stem 7×7 convolution of stride 2, 3×3 max pool of stride 2, blocks of ReLU and convolution
-    (1×1, 3×3, 1×1), a last ReLU, global average pool and head. A stage's first 3×3 convolution has
-    its stride. ResNet-50 has 49 nonlinear layers.
-
-    Args:
-        depth: 50, 101 or 152.
-        num_classes: outputs of the head.
-        in_channels: channels of the input; `fusedshape.nn.PerLocationNorm` before the net adds one.
-        width: channels of the stem and of the first stage's bottleneck.
-
-    Returns:
-        (N, in_channels, H, W) → (N, num_classes).
-
-    Raises:
-        ValueError: an unknown depth or a size below 1.
-
-    Source: the wiring of He et al. 2016, arXiv 1603.05027, without shortcuts and normalisation.
-
-    Example:
-        >>> net = vanilla_resnet(50, width=4)
-        >>> sum(isinstance(m, nn.ReLU) for m in net)
-        49
-    """
-    if type(depth) is not int or depth not in RESNET_STAGES:
-        raise ValueError(f"vanilla_resnet: depth={shown(depth)}; known: {sorted(RESNET_STAGES)}")
-    positive("vanilla_resnet", num_classes=num_classes, in_channels=in_channels, width=width)
-    layers: list[nn.Module] = [
-        nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
-        nn.MaxPool2d(3, stride=2, padding=1),
-    ]
-    channels = width
-    for stage, blocks in enumerate(RESNET_STAGES[depth]):
-        inner = width * 2**stage
-        for block in range(blocks):
-            stride = 2 if stage and not block else 1
-            layers += [nn.ReLU(), nn.Conv2d(channels, inner, 1)]
-            layers += [nn.ReLU(), nn.Conv2d(inner, inner, 3, stride=stride, padding=1)]
-            layers += [nn.ReLU(), nn.Conv2d(inner, 4 * inner, 1)]
-            channels = 4 * inner
-    return nn.Sequential(
-        *layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)
-    )
 
 
 def vanilla_vgg16(num_classes: int = 1000, in_channels: int = 3) -> nn.Sequential:

@@ -46,7 +46,8 @@ Op = Literal[
 _OFF_ONE = 1e-4
 DEEPEST = 10**12  # plain chain
 _LONGEST_LOOP = 10**7
-_BLOCKS = {
+#: Blocks of each stage of a ResNet, by depth.
+RESNET_BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -580,8 +581,10 @@ def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:
         >>> resnet(50)(1.0, lambda y: y * 1.01) == chain(49)(1.0, lambda y: y * 1.01)
         True
     """
-    if type(depth) is not int or depth not in _BLOCKS:
-        raise ValueError(f"resnet: depth must be one of {sorted(_BLOCKS)}, got {shown(depth)}")
+    if type(depth) is not int or depth not in RESNET_BLOCKS:
+        raise ValueError(
+            f"resnet: depth must be one of {sorted(RESNET_BLOCKS)}, got {shown(depth)}"
+        )
     shortcut_weight = real("resnet", "shortcut_weight", shortcut_weight)
     if not 0 <= shortcut_weight < 1:
         raise ValueError(f"resnet: shortcut_weight must be in [0, 1), got {shortcut_weight}")
@@ -593,7 +596,7 @@ def resnet(depth: int, shortcut_weight: float = 0.0) -> SubnetMax:
 
     def subnet_max(x: float, r: LayerMap) -> float:
         alone = branch(x, r)
-        for group, blocks in enumerate(_BLOCKS[depth]):
+        for group, blocks in enumerate(RESNET_BLOCKS[depth]):
             for block in range(blocks):
                 projected = block == 0 and (deep or group > 0)
                 through = branch(x, r)
