@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, nn
 
+from fusedshape.convert.normalisation import strip
 from fusedshape.convert.plan import plan_for
 from fusedshape.convert.reading import read
 from fusedshape.convert.refusals import refuse_model
@@ -45,9 +46,11 @@ def convert(
     init: Method | None = "suo",
     generator: Generator | None = None,
     fuse: bool = True,
-    replace: Sequence[type[nn.Module]] = (nn.ReLU,),
+    replace: Sequence[type[nn.Module]] | Literal["all"] = (nn.ReLU,),
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    normalisation: Literal["strip"] | None = None,
     strip_batchnorm: bool = False,
+    add_biases: bool | None = None,
     on_untraceable: Literal["error", "report"] = "error",
     dry_run: bool = False,
     backend: Backend = "auto",
@@ -100,12 +103,19 @@ def convert(
         generator: source of randomness for `init`; None takes torch's default.
         fuse: whether to fuse at all.
         replace: the activation classes to replace, with their functional forms. They must have no
-            parameters.
+            parameters. "all" replaces every activation that torch has but gates, which are those
+            that scale another value, and bounded ones at the network's end; nn.PReLU then goes with
+            its parameter.
         filter_fn: called as ``filter_fn(name, module)`` with each activation module and, for
             functional calls, with the module that makes them; False leaves them alone.
-        strip_batchnorm: replace BatchNorm by nn.Identity, or by the children that its own forward
-            calls on the normalised input. Its state_dict keys vanish, and layers made without a
-            bias stay without one.
+        normalisation: None refuses normalisation over the batch or over locations. "strip" takes
+            out BatchNorm, GroupNorm, InstanceNorm and their like, LayerNorm and RMSNorm unless the
+            model holds attention, and weight standardisation, weight norm and spectral norm. An
+            nn.Identity, or what a module does behind its norm, takes the place, and the keys of the
+            norms leave the state_dict.
+        strip_batchnorm: take out BatchNorm alone.
+        add_biases: whether layers whose output was normalised get a bias if they have none; the
+            report names the new keys. Default: with ``normalisation="strip"``.
         on_untraceable: what to do about a module whose forward may call such an activation but
             cannot be traced faithfully, because it branches on values or shapes, takes optional
             arguments, draws random numbers, keeps state, or switches gradients or autocast:
@@ -148,14 +158,16 @@ def convert(
         fuse=fuse,
         replace=replace,
         filter_fn=filter_fn,
+        normalisation=normalisation,
         strip_batchnorm=strip_batchnorm,
+        add_biases=add_biases,
         on_untraceable=on_untraceable,
         dry_run=dry_run,
         backend=backend,
         chain=chain,
         example=example,
     )
-    refuse_model(model, tuple(replace), strip_batchnorm)
+    refuse_model(model, request)
     for device in sorted({p.device.type for p in model.parameters()} or {"cpu"}):
         reason = None if backend == "auto" else unavailable(backend, device)
         if reason is not None:
@@ -168,7 +180,10 @@ def _convert(model: nn.Module, request: Request, log: UndoLog) -> Report:
     for path, module in model.named_modules():
         log.module(module, path)
     log.generator(torch.default_generator)  # a filter_fn may draw
-    plan = plan_for(read(model, request))
-    if not request.dry_run:
+    stripped = strip(model, request, log)
+    plan = plan_for(read(model, request), (stripped,))
+    if request.dry_run:
+        log.undo()
+    else:
         plan.apply(log)
     return plan.report

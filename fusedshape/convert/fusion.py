@@ -149,7 +149,7 @@ class Fusing:
             return ""
         if hooked(site.module):
             return "the activation has hooks"
-        if _is_sequential(site.owner) or site.owner in self.calls.stripped:
+        if _is_sequential(site.owner):
             return "the activation is shared with other places"
         return ""
 
@@ -245,7 +245,7 @@ class _Paths:
         called = self.calls.called(owner, node)
         if called is None or called in self.calls.acts or hooked(called):
             return False
-        return type(called) is nn.Identity or self.calls.stripped.get(called) == ()
+        return type(called) is nn.Identity
 
     def _open(self, module: nn.Module | None) -> fx.Graph | None:
         """The graph of a module into which a tensor can be followed: one graph, without hooks."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
 from fusedshape.convert.calls import Calls
-from fusedshape.kinds import kind_of
 from fusedshape.nodes import is_query
 from fusedshape.torch_ops import name_of, writes
 from fusedshape.tracing import memory_roots, tensor_args
@@ -17,20 +16,20 @@ from fusedshape.tracing import memory_roots, tensor_args
 Value = tuple[nn.Module, fx.Node]
 
 
-def writers(calls: Calls, saved: bool) -> dict[fx.Node, nn.Module]:
+def writers(calls: Calls, kept: Sequence[Value]) -> dict[fx.Node, nn.Module]:
     """Nodes to rewrite out of place, mapped to the module in whose forward each stands.
 
-    They change an activation's output, which backward may need, or what was a normalisation's
-    output, which will be the output of the layer before it.
+    They change a value that must stay what it is: an activation's output, which backward may need,
+    or a normalisation's, which will be the output of what stands before it.
 
     Args:
         calls: the model's calls.
-        saved: whether activations need their outputs for backward.
+        kept: the values that must stay.
 
     Raises:
         ValueError: the difference would be seen, as the tensor is used again afterwards.
     """
-    found = _found_writers(calls, saved)
+    found = _found_writers(calls, kept)
     # A module that no longer writes in place does not in its other calls either.
     modules = {calls.called(owner, node) for node, owner in found.items()}
     found |= {n: o for module in modules if module is not None for o, n in calls.calls[module]}
@@ -45,11 +44,11 @@ def writers(calls: Calls, saved: bool) -> dict[fx.Node, nn.Module]:
     return found
 
 
-def _found_writers(calls: Calls, saved: bool) -> dict[fx.Node, nn.Module]:
+def _found_writers(calls: Calls, kept: Sequence[Value]) -> dict[fx.Node, nn.Module]:
     """Follow the values that must stay, in and out of modules, to what writes on their memory."""
     own = {site.node for site in calls.sites}
     memory = _Memory(calls, own)
-    stack = _kept_values(calls, saved)
+    stack = list(kept)
     seen = {node for _, node in stack}
     found: dict[fx.Node, nn.Module] = {}
     while stack:
@@ -114,16 +113,6 @@ class _Memory:
         return [(node, user) for node in sharing for user in node.users]
 
 
-def _kept_values(calls: Calls, saved: bool) -> list[Value]:
-    """The values that must stay what they are."""
-    found: list[Value] = [(site.owner, site.node) for site in calls.sites if saved]
-    for norm in calls.stripped:
-        own = calls.calls.get(norm, [])
-        if not all(_is_of_a_layer(calls, *call) for call in own):
-            found += calls.placeholders(norm) if norm in calls.graphs else own
-    return found
-
-
 def _carried(calls: Calls, owner: nn.Module, user: fx.Node) -> list[Value] | None:
     """What a value is called where a node takes it out of, or into, a module; else None."""
     if user.op == "output":
@@ -137,12 +126,6 @@ def _writes(owner: nn.Module, node: fx.Node) -> bool:
     module = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
     flagged = node.kwargs.get("inplace") or getattr(module, "inplace", False)
     return writes(name_of(node.target)) or bool(flagged)
-
-
-def _is_of_a_layer(calls: Calls, owner: nn.Module, node: fx.Node) -> bool:
-    """Whether a call takes a layer's output that nobody else takes."""
-    source = node.all_input_nodes[0]
-    return kind_of(calls.called(owner, source)) is not None and len(source.users) == 1
 
 
 def _used_after(place: int, values: list[fx.Node], order: dict[fx.Node, int]) -> fx.Node | None:

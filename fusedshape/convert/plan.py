@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
-from fusedshape.convert.fusion import HOOKS
 from fusedshape.convert.in_place import writers
 from fusedshape.convert.initial import Starts, initialise, starts_for
 from fusedshape.convert.positions import unread_positions
 from fusedshape.convert.reading import Reading
-from fusedshape.convert.report import Change, Report, left_alone
-from fusedshape.kinds import kind_of
+from fusedshape.convert.replacing import like, swap
+from fusedshape.convert.report import Change, Done, Report, left_alone
 from fusedshape.nn import (
     SHAPED,
     ShapedActivation,
@@ -29,12 +28,6 @@ from fusedshape.rewriting import source, subclass
 from fusedshape.tracing import write_out_of_place
 from fusedshape.undo import UndoLog
 
-_HOOK_FLAGS = (
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)
 # Containers with the names of the children that run in one row.
 Runs = Mapping[nn.Module, list[list[str]]]
 _COUNTED = ("fused", "shaped", "rewritten", "stripped", "chained")
@@ -91,10 +84,7 @@ class Plan:
         """Change the model, whose modules the log has saved already."""
         request = self.reading.request
         initialise(self.starts.layers, self.reading.constants, request.generator, log)
-        for parent in (*self.reading.calls.names, *self.swaps.values()):
-            for name, child in parent._modules.items():
-                if child is not None and child in self.swaps:
-                    parent._modules[name] = self.swaps[child]
+        swap((*self.reading.calls.names, *self.swaps.values()), self.swaps)
         for owner, rewrite in self.rewrites.items():
             for name, child in rewrite.children.items():
                 owner.add_module(name, child)
@@ -107,8 +97,12 @@ class Plan:
             container.max_length = longest  # type: ignore[assignment]
 
 
-def plan_for(reading: Reading) -> Plan:
+def plan_for(reading: Reading, before: Sequence[Done] = ()) -> Plan:
     """Plan all that is to be done to a model that was read; its traced graphs are rewritten.
+
+    Args:
+        reading: of the model.
+        before: what earlier stages did to it, for the report.
 
     Raises:
         ValueError: something that cannot be done; the message names the module.
@@ -116,7 +110,8 @@ def plan_for(reading: Reading) -> Plan:
     calls, request = reading.calls, reading.request
     freed: set[nn.Module] = set()
     freeing: dict[nn.Module, list[fx.Node]] = {}
-    for node, owner in writers(calls, saved=reading.constants.spec.saves_output).items():
+    sites = calls.sites if reading.constants.spec.saves_output else ()
+    for node, owner in writers(calls, [(site.owner, site.node) for site in sites]).items():
         called = calls.called(owner, node)
         if called is None:
             freeing.setdefault(owner, []).append(node)
@@ -138,7 +133,7 @@ def plan_for(reading: Reading) -> Plan:
         freed=frozenset(freed),
         chains=tuple(runs),
         starts=starts,
-        report=_report(reading, starts, rows, _counts(steps.values(), runs)),
+        report=_report(reading, starts, before, rows, _counts(steps.values(), runs)),
     )
 
 
@@ -151,13 +146,22 @@ def _counts(steps: Iterable[Step], runs: Runs) -> Counter[str]:
     return counts
 
 
-def _report(reading: Reading, starts: Starts, rows: list[Change], counts: Counter[str]) -> Report:
+def _report(
+    reading: Reading,
+    starts: Starts,
+    before: Sequence[Done],
+    rows: list[Change],
+    counts: Counter[str],
+) -> Report:
     calls, constants, request = reading.calls, reading.constants, reading.request
+    rows = [*(row for done in before for row in done.rows), *rows]
+    for done in before:
+        counts.update(done.counts)
     order = {name: i for i, name in enumerate(calls.names.values())}
     rows.sort(key=lambda row: order[row.path])
     counts["initialised"] = len(starts.layers)
     counts["skipped"] = sum(row.now == row.was for row in rows)
-    stripped = _on_stripped(calls, counts["stripped"]) if counts["stripped"] else ()
+    earlier = [note for done in before for note in done.notes]
     named = [(calls.names[start.layer], start.layer, start.method) for start in starts.layers]
     unread = unread_positions(reading.wired, named)
     return Report(
@@ -167,7 +171,7 @@ def _report(reading: Reading, starts: Starts, rows: list[Change], counts: Counte
         init=request.init,
         dry_run=request.dry_run,
         changes=tuple(rows),
-        notes=(*constants.notes, *reading.notes, *starts.notes, *stripped, *unread),
+        notes=(*constants.notes, *reading.notes, *starts.notes, *earlier, *unread),
         counts=dict(counts),
     )
 
@@ -204,16 +208,12 @@ class _Steps:
             )
             return self._swapped(module, fused, "", "fused")
         if module in fusion.merged:
-            return self._swapped(module, _like(module, place()), "fused into the layer before")
+            return self._swapped(module, like(module, place()), "fused into the layer before")
         if module in calls.acts:
             whys = dict.fromkeys(match.why for match in fusion.of_module(module) if match.why)
             why = "; ".join(whys) or "no call of it was traced"
-            new = _like(module, self._activation())
+            new = like(module, self._activation())
             return self._swapped(module, new, f"not fused: {why}", "shaped")
-        if module in calls.stripped:
-            row = {name: module.get_submodule(name) for name in calls.stripped[module]}
-            rest = nn.Sequential(OrderedDict(row)) if row else nn.Identity()
-            return self._swapped(module, _like(module, rest), "BatchNorm stripped", "stripped")
         if module in fusion.rewritten or module in self.freeing:
             return self._rewritten(module)
         if module in self.freed:
@@ -330,25 +330,7 @@ def _row_of_chain(path: str, runs: list[list[str]]) -> Change:
     return Change(path, "Sequential", "ShapedChain", f"in a row: {note}")
 
 
-def _on_stripped(calls: Calls, count: int) -> tuple[str, ...]:
-    """A note on what is lost with the normalisations."""
-    no_bias = sum(kind_of(module) is not None and module.bias is None for module in calls.names)
-    return (
-        f"{count} BatchNorm layer(s) were stripped: their keys are gone from the "
-        f"state_dict, and {no_bias} layer(s) have no bias (make them with bias=True to have one)",
-    )
-
-
 def _free(owner: nn.Module, word: str) -> Iterator[str]:
     """Names for new children of a module."""
     names = (f"{word}_{i}" for i in range(10**6))
     return (name for name in names if not hasattr(owner, name))
-
-
-def _like(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give a replacement the mode and the hooks of what it replaces."""
-    new.training = old.training
-    for name in (*HOOKS, *_HOOK_FLAGS):
-        if name in vars(old):
-            vars(new)[name] = vars(old)[name]
-    return new

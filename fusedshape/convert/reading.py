@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedshape.convert.calls import Calls, read_calls
 from fusedshape.convert.constants import Constants, constants_for
@@ -14,7 +13,6 @@ from fusedshape.convert.refusals import refuse_calls
 from fusedshape.convert.request import Request
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.theory import Wiring, trace_wiring
-from fusedshape.tracing import behind_norm
 
 
 @dataclass(frozen=True)
@@ -44,28 +42,12 @@ def read(model: nn.Module, request: Request) -> Reading:
     Raises:
         ValueError: a model that cannot be converted, or a recipe that cannot be met in it.
     """
-    calls = read_calls(model, tuple(request.replace), request.filter_fn, stripped_norms(model))
+    calls = read_calls(model, request.classes, request.filter_fn)
     refuse_calls(calls, strict=request.on_untraceable == "error")
     notes = _compared(calls, request)
     fusion = read_fusion(calls, Fusing(calls, request.fuse))
-    wired = trace_wiring(model, strip_batchnorm=request.strip_batchnorm)
+    wired = trace_wiring(model)
     return Reading(request, calls, fusion, wired, constants_for(request, wired), notes)
-
-
-def stripped_norms(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """The normalisations to take out, and which of its children each calls in a row afterwards."""
-    found: dict[nn.Module, tuple[str, ...]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            row = behind_norm(module)
-            if row is None:
-                raise ValueError(
-                    f"convert: {path!r} is a {type(module).__name__}, a BatchNorm whose own "
-                    "forward does more than call children on what it has normalised; replace it "
-                    "by what it does besides normalising"
-                )
-            found[module] = row
-    return found
 
 
 def _compared(calls: Calls, request: Request) -> tuple[str, ...]:
@@ -76,8 +58,7 @@ def _compared(calls: Calls, request: Request) -> tuple[str, ...]:
             "no input was found on which to compare the traced forwards with the model's own; "
             "pass example=",
         )
-    graphs = {m: g for m, g in calls.graphs.items() if m not in calls.stripped}
-    found = unfaithful(calls.model, graphs, args)
+    found = unfaithful(calls.model, calls.graphs, args)
     if found is not None:
         module, difference = found
         raise ValueError(

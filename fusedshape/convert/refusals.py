@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
 from fusedshape.convert.in_place import refuse_overwrites
+from fusedshape.convert.norms import CHANNEL_CLASSES
+from fusedshape.convert.request import Request
 from fusedshape.kinds import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
 from fusedshape.rewriting import Rewritten
@@ -22,20 +23,18 @@ _NORM_FUNCTIONS = (F.batch_norm, F.instance_norm, F.group_norm)
 _SHAPED = (ShapedActivation, ShapedChain, FusedLayer)
 
 
-def refuse_model(
-    model: nn.Module, replace: tuple[type[nn.Module], ...], strip_batchnorm: bool
-) -> None:
+def refuse_model(model: nn.Module, request: Request) -> None:
     """Raise if one of a model's modules makes it impossible to convert.
 
     Args:
         model: the model.
-        replace: the classes of activations to replace.
-        strip_batchnorm: whether BatchNorm is to be taken out.
+        request: what was asked for.
 
     Raises:
         ValueError: the message names the module and what to do about it.
     """
-    if isinstance(model, replace):
+    classes = request.classes
+    if isinstance(model, classes):
         raise ValueError(
             f"convert: the model is itself an {type(model).__name__} and cannot be replaced in "
             "place; make a fusedshape.nn.ShapedActivation of theory.solve's spec instead"
@@ -43,10 +42,15 @@ def refuse_model(
     for path, module in model.named_modules():
         refuse_wrapped("convert", path, module)
         _refuse_module(path, module)
-        if type(module) in replace and any(True for _ in module.parameters()):
+        lost = type(module) in classes and any(True for _ in module.parameters())
+        if lost and not request.replaces_all:
             where, kind = _at(path), type(module).__name__
-            raise ValueError(f"convert: {where} a {kind}, whose parameters would be lost")
-        _refuse_norm(path, module, strip_batchnorm)
+            raise ValueError(
+                f"convert: {where} a {kind}, whose parameters would be lost; pass replace='all' to "
+                "take them out"
+            )
+        if request.normalisation is None:
+            _refuse_norm(path, module, request.strip_batchnorm)
 
 
 def _at(path: str) -> str:
@@ -76,18 +80,19 @@ def _refuse_module(path: str, module: nn.Module) -> None:
 
 def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
     kind = type(module).__name__
-    if isinstance(module, _BatchNorm) and not strip:
-        raise ValueError(
-            f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
-            "Pass strip_batchnorm=True to take BatchNorm out, or build the model without"
-        )
-    look_alike = "batchnorm" in kind.lower() and not isinstance(module, _BatchNorm)
-    if isinstance(module, (_InstanceNorm, nn.GroupNorm)) or look_alike:
+    if isinstance(module, _BatchNorm):
+        if not strip:
+            raise ValueError(
+                f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set "
+                "up. Pass normalisation='strip', or strip_batchnorm=True to take BatchNorm out "
+                "alone, or build the model without"
+            )
+    elif isinstance(module, CHANNEL_CLASSES) or "batchnorm" in kind.lower():
         inside = module._modules.keys()
         rest = f"its {', '.join(inside)}" if inside else "nn.Identity()"
         raise ValueError(
             f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
-            f"Replace it by {rest} and convert again"
+            f"Replace it by {rest} and convert again, or pass normalisation='strip' to take it out"
         )
 
 
@@ -111,7 +116,7 @@ def refuse_calls(calls: Calls, strict: bool) -> None:
         {
             site.node: f"{calls.describe(site.owner)} activates in place ({site.node.name})"
             for site in calls.sites
-            if site.in_place and site.owner not in calls.stripped  # there, the norm's output
+            if site.in_place
         },
     )
     if not calls.sites and not calls.acts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusedshape.columns import aligned
@@ -25,6 +26,21 @@ class Change:
     was: str
     now: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one stage did to a model before the activations were planned.
+
+    Attributes:
+        rows: the report's rows of it.
+        notes: what the user should know of it.
+        counts: what it adds to the report's counts.
+    """
+
+    rows: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 def left_alone(path: str, module: Any, note: str) -> Change:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Generator, nn
 
+from fusedshape.convert.calls import FUNCTIONAL
 from fusedshape.init import Method
 from fusedshape.ops.dispatch import Backend
 from fusedshape.spec import ActSpec
@@ -31,9 +32,11 @@ class Request:
     init: Method | None
     generator: Generator | None
     fuse: bool
-    replace: Sequence[type[nn.Module]]
+    replace: Sequence[type[nn.Module]] | Literal["all"]
     filter_fn: Callable[[str, nn.Module], bool] | None
+    normalisation: Literal["strip"] | None
     strip_batchnorm: bool
+    add_biases: bool | None
     on_untraceable: Literal["error", "report"]
     dry_run: bool
     backend: Backend
@@ -43,6 +46,13 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("fuse", "strip_batchnorm", "dry_run"):
             flag("convert", name, getattr(self, name))
+        if self.add_biases is not None:
+            flag("convert", "add_biases", self.add_biases)
+        if self.add_biases and not self.strips:
+            raise ValueError(
+                "convert: add_biases=True gives biases to layers that lose their normalisation; "
+                "pass normalisation='strip' with it"
+            )
         self._check_network()
         self._check_words()
         self._check_objects()
@@ -68,15 +78,23 @@ class Request:
             raise ValueError(
                 f"convert: on_untraceable={self.on_untraceable!r}; known: 'error', 'report'"
             )
+        if self.normalisation is not None and not _is_word(self.normalisation, "strip"):
+            raise ValueError(
+                f"convert: normalisation={shown(self.normalisation)}; known: 'strip', None"
+            )
         if not isinstance(self.chain, int) or (self.chain is not False and self.chain < 1):
             raise ValueError(
                 f"convert: chain={self.chain!r} must be True, False or a positive integer"
             )
 
     def _check_objects(self) -> None:
-        if not isinstance(self.replace, Sequence) or isinstance(self.replace, (str, bytes)):
-            raise TypeError(f"convert: replace must be a sequence of classes, got {self.replace!r}")
-        for wanted in self.replace:
+        if self.replaces_all:
+            pass
+        elif not isinstance(self.replace, Sequence) or isinstance(self.replace, (str, bytes)):
+            raise TypeError(
+                f"convert: replace must be a sequence of classes, got {self.replace!r}; or 'all'"
+            )
+        for wanted in self.classes:
             if not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
                 raise TypeError(f"convert: replace must hold nn.Module classes, got {wanted!r}")
         function("convert", "filter_fn", self.filter_fn, optional=True)
@@ -84,6 +102,26 @@ class Request:
             raise TypeError(
                 f"convert: generator must be a torch.Generator or None, got {self.generator!r}"
             )
+
+    @property
+    def replaces_all(self) -> bool:
+        """Whether all activations are to be replaced but gates."""
+        return _is_word(self.replace, "all")
+
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """The classes of activations to replace."""
+        return tuple(FUNCTIONAL) if self.replaces_all else tuple(self.replace)  # type: ignore[arg-type]
+
+    @property
+    def strips(self) -> bool:
+        """Whether any normalisation is to be taken out."""
+        return self.normalisation is not None or self.strip_batchnorm
+
+    @property
+    def adds_biases(self) -> bool:
+        """Whether layers that lose their normalisation get a bias."""
+        return self.normalisation is not None if self.add_biases is None else self.add_biases
 
     @property
     def given_wiring(self) -> bool:
