@@ -30,6 +30,8 @@ ELSEWHERE = {
     "loading.py": "train/test_train.py",
     "nodes.py": "test_faithful.py",
     "proxies.py": "test_faithful.py",
+    "ops/engines/cudnn/formulas.py": "ops/engines/cudnn/test_graph.py",
+    "ops/engines/cudnn/terms.py": "ops/engines/cudnn/test_graph.py",
     "reference.py": "test_activations.py",
     "spec.py": "test_activations.py",
     "theory/command.py": "test_cli.py",

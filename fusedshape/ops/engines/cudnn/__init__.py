@@ -1,0 +1,1 @@
+"""The engine "cudnn": convolutions by graphs of cuDNN's, activation included."""
