@@ -2,6 +2,7 @@
 # make docs: build the documentation into build/docs.
 # make test-newest: pass them with the newest torch, after every change to ops.
 # make gpu: nine minutes on an NVIDIA GPU, with whatever Python, torch and triton $(PYTHON) has.
+# make wheel: a source distribution, and a wheel with compiled CPU libraries, into dist.
 # make exhaustive: compile every configuration of every kernel for every GPU, diagnose hundreds of
 #   nets; half an hour.
 PYTHON ?= python3
@@ -17,7 +18,7 @@ SPHINX := $(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 # Compiling csrc, checking types and building the documentation take one core each.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo test check docs test-newest exhaustive gpu clean
+.PHONY: demo test check docs wheel test-newest exhaustive gpu clean
 
 demo: .venv/ready
 	$(BIN)/fusedshape train demo --out runs
@@ -35,6 +36,10 @@ check: .venv/installed
 docs: .venv/installed
 	$(SPHINX)
 	@echo open build/docs/index.html
+
+# Not isolated, because csrc needs a torch to compile against.
+wheel: .venv/installed
+	FUSEDSHAPE_LIBRARIES=1 $(BIN)/python -m build --no-isolation --outdir dist
 
 # The other end of the range of torch versions that is promised: by hand, after every change to ops.
 test-newest:
@@ -61,4 +66,4 @@ gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest fusedshape/_native
+	rm -rf .venv .venv-newest fusedshape/_native build dist

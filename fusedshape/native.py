@@ -1,6 +1,7 @@
 """Finds, builds and loads csrc: the CPU kernels on torch's stable C++ ABI.
 
-Importing compiles nothing: `load` loads the library that `build` made, or remembers why it cannot.
+Importing compiles nothing: `load` loads the library that `build` made for this CPU, else one that
+came with the wheel (`portable` makes those), or remembers why it cannot.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import platform
 import shlex
 import signal
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +28,6 @@ logger = logging.getLogger("fusedshape.native")
 _FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fno-math-errno",  # neither of the two changes a result; both are needed to vectorise
     "-fno-trapping-math",
     "-ffp-contract=fast",
@@ -35,13 +36,20 @@ _FLAGS = (
     "-fPIC",
     "-shared",
 )
+_THIS_CPU = ("-march=native",)
+#: What the libraries of a wheel are compiled for, best first: torch's name of it, and the flags
+#: with which torch compiles its own kernels of that name, so that they run wherever torch's do.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
 # The rows' names make the enumeration of ids, so that the two can never differ.
 _DEFINITIONS = (f"-DFS_ACTIVATIONS={','.join(ACTIVATIONS)}",)
 _DIGEST_SIZE = hashlib.sha256().digest_size
 #: Larger files, in bytes, are no library of ours and are not read.
 _LIMIT = 256 << 20
 
-_loaded = False
+_loaded: Path | None = None
 _reason = "fusedshape.native.load() has not been called"
 
 
@@ -87,16 +95,40 @@ def _cpu_flags() -> str:
     return " ".join(sorted(flags.split())) if flags else platform.processor()
 
 
+def file_name(level: str) -> str:
+    """What a wheel calls the library of these sources for a level of `LEVELS`.
+
+    Example:
+        >>> file_name("AVX2").startswith("cpu-avx2-")
+        True
+    """
+    return f"cpu-{level.lower()}-{_hash(*LEVELS[level])}.so"
+
+
 @functools.cache
 def _file_name() -> str:
+    return f"cpu-{_hash(*_THIS_CPU, _cpu_flags())}.so"
+
+
+def _hash(*built_for: str) -> str:
+    """Of all that makes a library; torch's version does not, because of the stable ABI."""
     key = hashlib.sha256()
     for path in sorted((_sources() / "cpu").iterdir()):
         if path.suffix in (".h", ".cpp"):
             key.update(path.name.encode() + path.read_bytes())
-    torch_version = ".".join(torch.__version__.split(".")[:2])
-    for part in (*_FLAGS, *_DEFINITIONS, torch_version, platform.machine(), _cpu_flags()):
+    for part in (*_FLAGS, *_DEFINITIONS, platform.machine(), *built_for):
         key.update(part.encode() + b"\0")
-    return f"cpu-{key.hexdigest()[:16]}.so"
+    return key.hexdigest()[:16]
+
+
+def _levels() -> list[str]:
+    """The levels of `LEVELS` that this CPU has, best first, as torch found out by cpuid.
+
+    ``$ATEN_CPU_CAPABILITY`` lowers it, as for torch's own kernels.
+    """
+    found = torch.backends.cpu.get_cpu_capability()
+    names = list(LEVELS)
+    return next((names[i:] for i, name in enumerate(names) if found.startswith(name)), [])
 
 
 def _directories() -> tuple[Path, Path]:
@@ -117,15 +149,16 @@ def _distrust(path: Path) -> str | None:
 
 
 def library_path() -> Path:
-    """Where the library for these sources, this torch and this CPU is, or would be built.
+    """Where the library for these sources and this CPU is, or would be built.
 
-    The name carries a hash of all three, so that a library that is stale, or was built for another
-    CPU, is never found. The directory is ``fusedshape/_native`` where that can be written, else
-    ``fusedshape`` in the user's cache directory (``$XDG_CACHE_HOME`` or ``~/.cache``). A library
-    that users other than this one and root may have written is passed over.
+    The name carries a hash of both, so that a library that is stale, or was built for another CPU,
+    is never found. The directory is ``fusedshape/_native`` where that can be written, else
+    ``fusedshape`` in the user's cache directory (``$XDG_CACHE_HOME`` or ``~/.cache``). If nothing
+    has been built, it is the best for this CPU of those that came with the wheel. A library that
+    users other than this one and root may have written is passed over.
 
     Returns:
-        The path; the file need not exist.
+        The path; the file need not exist. Once a library is loaded, its path.
 
     Raises:
         FileNotFoundError: the installation has no csrc directory.
@@ -134,6 +167,23 @@ def library_path() -> Path:
         >>> library_path().suffix
         '.so'
     """
+    if _loaded:
+        return _loaded
+    for path in _candidates():
+        if os.path.isfile(path) and _distrust(path) is None:
+            return path
+    return _built_path()
+
+
+def _candidates() -> list[Path]:
+    """Where `load` looks, in this order."""
+    package, cache = _directories()
+    built = [directory / _file_name() for directory in (package, cache)]
+    return built + [package / file_name(level) for level in _levels()]
+
+
+def _built_path() -> Path:
+    """Where `build` puts the library of this CPU, or has put it."""
     name = _file_name()
     package, cache = _directories()
     for directory in (package, cache):
@@ -143,18 +193,8 @@ def library_path() -> Path:
     return (package if writable and _distrust(package) is None else cache) / name
 
 
-def _refused() -> str | None:
-    """Why an existing library is not loaded; None if there is none, or it can be trusted."""
-    for directory in _directories():
-        path = directory / _file_name()
-        reason = _distrust(path) if os.path.isfile(path) else None
-        if reason is not None:
-            return f"{reason}; what others may have written is not loaded, run `fusedshape build`"
-    return None
-
-
 def build(verbose: bool = False, force: bool = False) -> Path:
-    """Compile csrc for this machine's CPU.
+    """Compile csrc for this machine's CPU; `load` prefers the result to a library of the wheel.
 
     Takes some 20 seconds, needs a C++17 compiler (``$CXX``, else g++) and torch's headers. Safe to
     run from several processes at once. A library that is already loaded stays in use until Python
@@ -177,7 +217,7 @@ def build(verbose: bool = False, force: bool = False) -> Path:
         >>> build().is_file()  # doctest: +SKIP
         True
     """
-    path = library_path()
+    path = _built_path()
     if not force and _problem(path) is None and _distrust(path) is None:
         return path
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -186,20 +226,39 @@ def build(verbose: bool = False, force: bool = False) -> Path:
         raise PermissionError(f"{reason}; nothing is built where others may write")
     remove_leftovers(path.parent)
     with replacing(path) as temporary:
-        _run(_command(temporary), verbose)
-        content = temporary.read_bytes()
-        temporary.write_bytes(content + hashlib.sha256(content).digest())
-        temporary.chmod(0o755)
+        compile_library(temporary, _THIS_CPU, verbose=verbose)
     return path
 
 
-def _command(library: Path) -> list[str]:
+def compile_library(
+    library: Path, flags: Sequence[str], more: Sequence[str] = (), verbose: bool = False
+) -> None:
+    """Compile csrc/cpu into a library that ends with its own digest.
+
+    Args:
+        library: the file to write.
+        flags: what to compile for.
+        more: sources beside those of csrc/cpu, relative to csrc.
+        verbose: as in `build`.
+
+    Raises:
+        RuntimeError: as in `build`.
+    """
+    _run(_command(library, flags, more), verbose)
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    library.chmod(0o755)
+
+
+def _command(library: Path, flags: Sequence[str], more: Sequence[str]) -> list[str]:
     torch_root = Path(torch.__file__).parent
     return [
         *shlex.split(os.environ.get("CXX") or "g++"),
         *_FLAGS,
+        *flags,
         *_DEFINITIONS,
         *(f"cpu/{source.name}" for source in sorted((_sources() / "cpu").glob("*.cpp"))),
+        *more,
         f"-I{torch_root / 'include'}",
         f"-L{torch_root / 'lib'}",
         "-ltorch_cpu",
@@ -259,28 +318,28 @@ def _problem(path: Path) -> str | None:
     try:
         content = read_bytes(path, _LIMIT)
     except (OSError, ValueError) as error:
-        reason = _missing() if isinstance(error, FileNotFoundError) else str(error)
-        return f"{reason}; run `fusedshape build` or fusedshape.native.build()"
+        return str(error)
     if hashlib.sha256(content[:-_DIGEST_SIZE]).digest() != content[-_DIGEST_SIZE:]:
-        return f"{path} is damaged; run `fusedshape build` or fusedshape.native.build()"
+        return f"{path} is damaged"
     return None
 
 
 def _missing() -> str:
-    """Why there is no library of the name that is looked for."""
-    for directory in _directories():
+    """Why there is no library of any name that is looked for."""
+    package, cache = _directories()
+    if any((package / file_name(level)).is_file() for level in LEVELS):
+        return f"this CPU has no AVX2, which the libraries in {package} need"
+    for directory in (package, cache):
         for other in directory.glob("cpu-*.so"):
-            return (
-                f"{other} is out of date: it was built from other sources, or for another torch or "
-                "CPU"
-            )
+            return f"{other} is out of date: it was built from other sources, or for another CPU"
     return "not built yet"
 
 
 def load() -> None:
-    """Load the library that `build` left, if there is one. Never compiles, never raises.
+    """Load the library that `build` left, or else one of the wheel's. Never compiles, never raises.
 
-    Call it again after `build`. What it found is told by `available` and `why_not`.
+    A library that cannot be loaded, or that others may have written, is passed over with a line in
+    the log. Call it again after `build`. What it found is told by `available` and `why_not`.
 
     Example:
         >>> load()
@@ -291,22 +350,39 @@ def load() -> None:
     if _loaded:
         return
     try:
-        path = library_path()
-        problem = _problem(path)
-        refused = None if problem is None and _distrust(path) is None else _refused()
-        if refused is not None:
-            problem = refused
-            logger.warning("CPU tensors are computed without csrc: %s", refused)
-        if problem is None:
-            torch.ops.load_library(path)
+        found = [path for path in _candidates() if os.path.isfile(path)]
+        refusals = []
+        for path in found:
+            refusal = _refusal(path)
+            if refusal is None:
+                _loaded, _reason = path, ""
+                return
+            logger.warning("the CPU library %s", refusal)
+            refusals.append(refusal)
+        problem = refusals[0] if refusals else _missing()
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    _loaded, _reason = problem is None, problem or ""
+    _reason = f"{problem}; run `fusedshape build` or fusedshape.native.build()"
+
+
+def _refusal(path: Path) -> str | None:
+    """Load a library, or say why not."""
+    reason = _distrust(path)
+    if reason is not None:
+        return f"{reason}; what others may have written is not loaded"
+    reason = _problem(path)
+    if reason is not None:
+        return reason
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:  # of another architecture, for one
+        return f"{path} cannot be loaded: {error}"
+    return None
 
 
 def available() -> bool:
     """Whether the CPU kernels are loaded."""
-    return _loaded
+    return bool(_loaded)
 
 
 def why_not() -> str:

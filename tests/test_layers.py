@@ -20,7 +20,7 @@ LAYERS = [
     {"guard"},
     {"proxies"},
     {"reference", "native", "timing", "tracing"},
-    {"kernels", "faithful"},
+    {"kernels", "faithful", "portable"},
     {"theory"},
     {"ops"},
     {"init", "rewriting"},
