@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
+from fusedshape.haar import haar
 from fusedshape.kinds import Taps, kind_of, matrices, phases
 from fusedshape.validate import flag, instance, integer, real, shown
 
@@ -112,9 +113,10 @@ def suo_full_(
     filling = _Filling("suo_full_", weight, groups, transposed, stride, gain, generator)
     with torch.no_grad():
         for part in filling.parts():
-            out, fan_in = part.shape[0], part[0].numel()
+            groups, out = part.shape[:2]
+            fan_in = part[0, 0].numel()
             scale = filling.gain * max(math.sqrt(out / fan_in), 1.0)
-            part.copy_((filling.orthogonal(out, fan_in) * scale).reshape(part.shape))
+            part.copy_(filling.orthogonal(groups, out, fan_in).mul_(scale).reshape(part.shape))
     return weight
 
 
@@ -195,7 +197,7 @@ def gaussian_(
     with torch.no_grad():
         for part in filling.parts():
             noise = _normal(part.shape, weight, generator)
-            part.copy_(noise * (filling.gain / math.sqrt(part[0].numel())))
+            part.copy_(noise * (filling.gain / math.sqrt(part[0, 0].numel())))
     return weight
 
 
@@ -349,16 +351,18 @@ class _Filling:
         assert isinstance(self.stride, tuple)
         return self.stride
 
-    def matrices(self) -> Iterator[Tensor]:
-        """Views of the groups, each (out, in, *kernel); none if the weight has no elements."""
-        if self.weight.numel():
-            yield from matrices(self.weight, self.groups, self.transposed)
+    def matrices(self) -> Tensor:
+        """A view of the groups, (groups, out, in, *kernel)."""
+        return matrices(self.weight, self.groups, self.transposed)
 
     def parts(self) -> Iterator[Tensor]:
-        """Views of the groups' taps that feed the same outputs: all of them, or one phase."""
-        for group in self.matrices():
+        """Views of the taps that feed the same outputs: all of them, or one phase; no empty ones.
+
+        Their shape is (groups, out, in, *taps).
+        """
+        if self.weight.numel():
             for taps in phases(self.strides):
-                yield group[(_ALL, _ALL, *taps)]
+                yield self.matrices()[(_ALL, _ALL, _ALL, *taps)]
 
     def centre(self) -> Taps:
         """The taps of the Delta form: the centre one, or as many around it as the stride is."""
@@ -372,13 +376,11 @@ class _Filling:
         starts = [(k - s + 1) // 2 for k, s in zip(kernel, self.strides, strict=True)]
         return tuple(slice(a, a + s) for a, s in zip(starts, self.strides, strict=True))
 
-    def orthogonal(self, rows: int, cols: int) -> Tensor:
-        """Draw a Haar-uniform matrix of orthonormal rows or columns, whichever are fewer."""
-        tall = _normal((max(rows, cols), min(rows, cols)), self.weight, self.generator)
-        q, r = torch.linalg.qr(tall)
-        # QR alone is not uniform. With a positive diagonal of R it is unique, and then Q is Haar.
-        q = q * torch.where(r.diagonal() < 0, -1.0, torch.ones_like(r.diagonal()))
-        return q if rows >= cols else q.T
+    def orthogonal(self, count: int, rows: int, cols: int) -> Tensor:
+        """Draw Haar-uniform matrices of orthonormal rows or columns, whichever are fewer."""
+        shape = count, min(rows, cols), max(rows, cols)
+        drawn = haar(_normal(shape, self.weight, self.generator).mT)
+        return drawn if rows >= cols else drawn.mT
 
     def _strides(self) -> tuple[int, ...]:
         kernel, stride = self.weight.shape[2:], self.stride
@@ -421,11 +423,12 @@ def _fill_centre(filling: _Filling, keep_q: bool) -> Tensor:
     centre = filling.centre()
     with torch.no_grad():
         filling.weight.zero_()
-        for group in filling.matrices():
-            out, fan_in = group.shape[:2]
+        if filling.weight.numel():
+            groups, out, fan_in = filling.matrices().shape[:3]
             scale = filling.gain * (max(math.sqrt(out / fan_in), 1.0) if keep_q else 1.0)
-            w = filling.orthogonal(out, fan_in) * scale
-            group[(_ALL, _ALL, *centre)] = w.reshape(out, fan_in, *[1] * len(centre))
+            drawn = filling.orthogonal(groups, out, fan_in).mul_(scale)
+            taps = filling.matrices()[(_ALL, _ALL, _ALL, *centre)]
+            taps.copy_(drawn.reshape(*drawn.shape, *[1] * len(centre)))
     return filling.weight
 
 

@@ -13,7 +13,7 @@ import fusedshape
 PACKAGE = Path(fusedshape.__file__).parent
 # From the bottom up: a module may import from its own layer's package and from lower layers.
 LAYERS = [
-    {"validate", "compiling", "columns"},
+    {"validate", "compiling", "columns", "haar"},
     {"activations", "kinds", "windows", "files", "interrupts", "loading", "shell"},
     {"spec", "torch_ops"},
     {"undo", "nodes"},
