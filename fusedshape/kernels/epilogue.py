@@ -219,12 +219,11 @@ def finish(z, operands, row, inside, first_n, n, aux_stride, part, KIND: tl.cons
     SAVE_OUTPUT: tl.constexpr = KIND.save_output
     col = first_n + tl.arange(0, z.shape[1])
     mask = inside[:, None] & (col < n)[None, :]
-    if operands.aux is not None:
-        aux = tl.load(operands.aux + (row[:, None] * aux_stride + col[None, :]), mask, 0.0)
     if operands.bias is not None:
         bias = tl.load(operands.bias + col, col < n, 0.0).to(T)[None, :]
     if KIND.grad:
         if ACTIVATION != IDENTITY:
+            aux = tl.load(operands.aux + (row[:, None] * aux_stride + col[None, :]), mask, 0.0)
             if operands.bias is not None:
                 aux = aux.to(T) + bias
             spec = in_dtype(operands.spec, T)
@@ -236,6 +235,7 @@ def finish(z, operands, row, inside, first_n, n, aux_stride, part, KIND: tl.cons
         if operands.bias is not None:
             z += bias
         if operands.aux is not None:
+            aux = tl.load(operands.aux + (row[:, None] * aux_stride + col[None, :]), mask, 0.0)
             z = mix(z, aux, operands.factors)
         if ACTIVATION != IDENTITY:
             z = act(z, in_dtype(operands.spec, T), ACTIVATION)
