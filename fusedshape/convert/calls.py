@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,7 @@ class Calls:
         unknown: modules that an opaque one may call in ways not known.
         calls: all known calls of each module, (owner, node).
         sites: all known calls of activations to be replaced.
+        left: activation modules of those classes that are not to be replaced, and why.
     """
 
     model: nn.Module
@@ -165,6 +166,14 @@ class Calls:
     unknown: frozenset[nn.Module]
     calls: Mapping[nn.Module, list[tuple[nn.Module, fx.Node]]]
     sites: tuple[Site, ...]
+    left: Mapping[nn.Module, str] = field(default_factory=dict)
+
+    def of_classes(self, classes: tuple[type[nn.Module], ...]) -> Calls:
+        """The same calls, if the activations of other classes were to be replaced."""
+        wanted = Wanted.of(classes, None, self.names)
+        acts = frozenset(module for module in self.names if wanted.has(module))
+        sites = _sites(self.graphs, acts, wanted)
+        return replace(self, wanted=wanted, acts=acts, sites=sites)
 
     def called(self, owner: nn.Module, node: fx.Node) -> nn.Module | None:
         """The module that a node calls."""

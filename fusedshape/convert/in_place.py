@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from fusedshape.convert.calls import Calls
+from fusedshape.convert.values import Value
 from fusedshape.nodes import is_query
 from fusedshape.torch_ops import name_of, writes
 from fusedshape.tracing import memory_roots, tensor_args
-
-#: A value: the module in whose forward a node stands, and the node.
-Value = tuple[nn.Module, fx.Node]
 
 
 def writers(calls: Calls, kept: Sequence[Value]) -> dict[fx.Node, nn.Module]:

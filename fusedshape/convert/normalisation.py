@@ -7,30 +7,29 @@ that output in place works out of place afterwards, unless nobody could see the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fusedshape.convert.attention import attention_in
 from fusedshape.convert.calls import Calls, read_calls
-from fusedshape.convert.in_place import Value, writers
+from fusedshape.convert.in_place import writers
 from fusedshape.convert.norms import Norm, is_norm_class, norm_of
 from fusedshape.convert.replacing import like, swap
 from fusedshape.convert.report import Change, Done
 from fusedshape.convert.request import Request
+from fusedshape.convert.values import Value, Values
 from fusedshape.kinds import features, kind_of
-from fusedshape.nodes import is_query, operation
 from fusedshape.rewriting import source, subclass
 from fusedshape.torch_ops import (
     CONCATS,
     DROPOUTS,
     SAME,
     VIEWS,
-    base,
-    function_of,
 )
 from fusedshape.tracing import write_out_of_place
 from fusedshape.undo import UndoLog
@@ -54,8 +53,23 @@ def strip(model: nn.Module, request: Request, log: UndoLog) -> Done:
         return Done()
     norms = _norms(model, request)
     calls = read_calls(model, stripped={module: norm.row for module, norm in norms.items()})
-    stripping = _Stripping(model, request, norms, calls)
-    return stripping.done(log)
+    attends = attention_in(calls) if request.normalisation is not None else None
+    kept: list[nn.Module] = []
+    if attends is not None:
+        kept = [module for module, norm in norms.items() if norm.location]
+        norms = {module: norm for module, norm in norms.items() if not norm.location}
+        calls = read_calls(model, stripped={module: norm.row for module, norm in norms.items()})
+    done = _Stripping(model, request, norms, calls).done(log)
+    if not kept:
+        return done
+    assert attends is not None
+    kinds = " / ".join(sorted({type(norm).__name__ for norm in kept}))
+    note = (
+        f"{len(kept)} {kinds} layer(s) stay: {calls.describe(attends)} is attention, whose logits "
+        "need inputs of a known size, and the constants know of norms of single locations; replace "
+        "them by nn.Identity() first to be without"
+    )
+    return replace(done, notes=(*done.notes, note))
 
 
 def _norms(model: nn.Module, request: Request) -> dict[nn.Module, Norm]:
@@ -96,7 +110,7 @@ class _Stripping:
         """Take the norms out, and say what was done."""
         swaps = {norm: _rest(norm, found.row) for norm, found in self.norms.items()}
         self.calls.check_held("convert", swaps)
-        biased = self._biased() if self.request.adds_biases else {}
+        biased = self._biased() if self.request.adds_biases else []
         rows = [self._row(norm, new) for norm, new in swaps.items()]
         rows += self._work_out_of_place()
         swap(self.calls.names, swaps)
@@ -147,46 +161,20 @@ class _Stripping:
     def _is_of_a_layer(self, owner: nn.Module, node: fx.Node) -> bool:
         """Whether a call takes a layer's output that nobody else takes."""
         before = node.all_input_nodes[0]
-        return kind_of(self.calls.called(owner, before)) is not None and len(before.users) == 1
+        return self._is_layer((owner, before)) and len(before.users) == 1
 
-    def _biased(self) -> dict[nn.Module, None]:
+    def _biased(self) -> list[nn.Module]:
         """The layers without a bias whose outputs, perhaps cut or joined, are normalised."""
-        found: dict[nn.Module, None] = {}
-        stack = [
-            (o, n.all_input_nodes[0]) for m in self.norms for o, n in self.calls.calls.get(m, [])
-        ]
-        seen = set(stack)
-        while stack:
-            owner, node = stack.pop()
-            called = self.calls.called(owner, node)
-            if called is not None and kind_of(called) is not None:
-                if called._parameters.get("bias", called) is None:
-                    found[called] = None
-                continue
-            new = [value for value in self._before(owner, node, called) if value not in seen]
-            seen.update(new)
-            stack += new
-        return found
+        own = (call for norm in self.norms for call in self.calls.calls.get(norm, []))
+        starts = [(owner, node.all_input_nodes[0]) for owner, node in own]
+        values = Values(self.calls, _PASSING).before(starts, self._is_layer)
+        layers = {self.calls.called(*value) for value in values if self._is_layer(value)}
+        return [m for m in self.calls.names if m in layers and m._parameters.get("bias", m) is None]
 
-    def _before(self, owner: nn.Module, node: fx.Node, called: nn.Module | None) -> list[Value]:
-        """The values that a value is put together from."""
-        if node.op == "placeholder":
-            place = list(node.graph.find_nodes(op="placeholder")).index(node)
-            given = [
-                (o, n.args[place]) for o, n in self.calls.calls.get(owner, []) if n.args[place:]
-            ]
-            return [(o, value) for o, value in given if isinstance(value, fx.Node)]
-        if called is not None and called in self.calls.graphs:
-            return [
-                (called, value)
-                for graph in self.calls.graphs[called]
-                for value in graph.find_nodes(op="output")[0].all_input_nodes
-            ]
-        name = operation(node) if called is None else function_of(called)
-        passes = base(name.rstrip("_")) in _PASSING or type(called) is nn.Identity
-        return [(owner, arg) for arg in node.all_input_nodes if not is_query(arg)] if passes else []
+    def _is_layer(self, value: Value) -> bool:
+        return kind_of(self.calls.called(*value)) is not None
 
-    def _notes(self, biased: Mapping[nn.Module, None]) -> tuple[str, ...]:
+    def _notes(self, biased: Sequence[nn.Module]) -> tuple[str, ...]:
         """What is lost with the norms, and what comes with the biases."""
         if not self.norms:
             return ()

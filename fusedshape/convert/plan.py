@@ -231,6 +231,8 @@ class _Steps:
                 note += " and may call activations that stay as they are"
         elif module not in calls.graphs and calls.wanted.may_be_called_by(module):
             note = "torch's own forward may call activations, which stay as they are"
+        elif module in calls.left:
+            note = calls.left[module]
         elif calls.wanted.kept.get(module):
             note = "left alone by filter_fn"
         elif type(module) in FUNCTIONAL:

@@ -9,6 +9,7 @@ from torch import nn
 from fusedshape.convert.calls import Calls, read_calls
 from fusedshape.convert.constants import Constants, constants_for
 from fusedshape.convert.fusion import Fusing, Fusion, read_fusion
+from fusedshape.convert.gates import left_out, plain_only
 from fusedshape.convert.refusals import refuse_calls
 from fusedshape.convert.request import Request
 from fusedshape.faithful import inputs_for, unfaithful
@@ -43,8 +44,9 @@ def read(model: nn.Module, request: Request) -> Reading:
         ValueError: a model that cannot be converted, or a recipe that cannot be met in it.
     """
     calls = read_calls(model, request.classes, request.filter_fn)
+    calls = plain_only(calls) if request.replaces_all else calls
     refuse_calls(calls, strict=request.on_untraceable == "error")
-    notes = _compared(calls, request)
+    notes = (*_compared(calls, request), *_other_activations(calls))
     fusion = read_fusion(calls, Fusing(calls, request.fuse))
     wired = trace_wiring(model)
     return Reading(request, calls, fusion, wired, constants_for(request, wired), notes)
@@ -67,3 +69,29 @@ def _compared(calls: Calls, request: Request) -> tuple[str, ...]:
             "type of a value in a helper; make that a decision of the constructor"
         )
     return ()
+
+
+def _other_activations(calls: Calls) -> tuple[str, ...]:
+    """A note on the plain activations that stay, and on those that are replaced with parameters."""
+    notes = []
+    left = left_out(calls)
+    if left:
+        number = sum(map(len, left.values()))
+        kinds = "; ".join(f"{len(p)} {kind} ({_few(p)})" for kind, p in left.items())
+        most = ", which is most of them" if number > len(calls.sites) else ""
+        notes.append(
+            f"plain activations of other kinds stay as they are{most}: {kinds}; pass replace='all' "
+            "to replace them too"
+        )
+    lost = [
+        f"{calls.names[act]}.{name}" for act in calls.acts for name, _ in act.named_parameters()
+    ]
+    if lost:
+        notes.append(f"keys that are gone with their activations: {', '.join(map(repr, lost))}")
+    return tuple(notes)
+
+
+def _few(paths: list[str]) -> str:
+    """Some names, the first few."""
+    shown = ", ".join(repr(path) for path in paths[:3])
+    return shown + (", …" if len(paths) > 3 else "")

@@ -164,7 +164,11 @@ def _refuse_no_activation(calls: Calls) -> None:
     raise ValueError(
         "convert: found no activation to replace; looked for "
         f"{calls.wanted.forms} (see the arguments replace and filter_fn)"
-        + (f"; there are {', '.join(others.values())}: pass replace=[{wanted}]" if others else "")
+        + (
+            f"; there are {', '.join(others.values())}: pass replace=[{wanted}], or replace='all'"
+            if others
+            else ""
+        )
     )
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Generator, nn
 
-from fusedshape.convert.calls import FUNCTIONAL
 from fusedshape.init import Method
 from fusedshape.ops.dispatch import Backend
 from fusedshape.spec import ActSpec
 from fusedshape.theory import EOC, Recipe, SubnetMax
 from fusedshape.theory.recipes import recipe_of
+from fusedshape.torch_ops import ACTIVATION_MODULES
 from fusedshape.validate import flag, function, instance, integer, shown
 
 
@@ -111,7 +111,9 @@ class Request:
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:
         """The classes of activations to replace."""
-        return tuple(FUNCTIONAL) if self.replaces_all else tuple(self.replace)  # type: ignore[arg-type]
+        if self.replaces_all:
+            return tuple(ACTIVATION_MODULES)
+        return tuple(cast("Sequence[type[nn.Module]]", self.replace))
 
     @property
     def strips(self) -> bool:
