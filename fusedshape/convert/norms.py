@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class Norm:
 def is_norm_function(node: fx.Node) -> bool:
     """Whether a node calls one of torch's normalisations as a function."""
     return node.op == "call_function" and base(operation(node)) in FUNCTIONS
+
+
+def is_location_function(node: fx.Node) -> bool:
+    """Whether a node calls a function that normalises each location by itself."""
+    return base(operation(node)) in LOCATION_FUNCTIONS
 
 
 def is_norm_class(module: nn.Module) -> bool:
@@ -107,7 +112,7 @@ def _norm_in(graph: fx.Graph, module: nn.Module) -> Norm | None:
         head = head.args[0]
     if len(inputs) != 1 or not isinstance(head, fx.Node) or len(head.users) != 1:
         return None
-    nodes = _between(graph, head)
+    nodes = between(graph, head)
     if inputs[0] not in nodes or any(node.op == "call_module" for node in nodes):
         return None
     if not any(operation(node).rstrip("_") in _ROOTS or is_norm_function(node) for node in nodes):
@@ -121,7 +126,7 @@ def _norm_in(graph: fx.Graph, module: nn.Module) -> Norm | None:
     return _frozen(module, nodes, head, row) or _by_hand(module, nodes, head, row)
 
 
-def _between(graph: fx.Graph, head: fx.Node) -> list[fx.Node]:
+def between(graph: fx.Graph, head: fx.Node) -> list[fx.Node]:
     """The nodes that a value is computed from, and itself, in order."""
     found, stack = {head}, [head]
     while stack:
@@ -175,7 +180,9 @@ def _by_hand(module: nn.Module, nodes: Sequence[fx.Node], head: fx.Node, row: li
     for x, y in _samples(module, nodes, head):
         scaled = evaluate(module, nodes, head, x * _SCALE)
         constant = evaluate(module, nodes, head, x.flip(0))
-        if y.shape != x.shape or torch.equal(constant, y) or _differ(scaled, y):
+        if y.shape != x.shape:  # broadcast: the module takes no inputs of this shape
+            continue
+        if torch.equal(constant, y) or _differ(scaled, y):
             return None
         found = True
     return Norm(location=True, row=tuple(row)) if found else None
@@ -208,6 +215,7 @@ def evaluate(
     head: fx.Node,
     x: Tensor | None = None,
     skipped: fx.Node | None = None,
+    given: Mapping[fx.Node, Tensor] | None = None,
 ) -> Any:
     """Compute a value of a forward that calls no children, in float64 and on copies.
 
@@ -217,12 +225,15 @@ def evaluate(
         head: the value.
         x: the input.
         skipped: a node that is read as the identity.
+        given: values that are taken as they are.
     """
     env: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: env[arg])
-            if node.op == "placeholder":
+            if given and node in given:
+                env[node] = given[node]
+            elif node.op == "placeholder":
                 env[node] = x
             elif node.op == "get_attr":
                 found: Any = module

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from fusedshape.convert.calls import FUNCTIONAL, Calls
 from fusedshape.convert.in_place import refuse_overwrites
-from fusedshape.convert.norms import CHANNEL_CLASSES
+from fusedshape.convert.norms import CHANNEL_CLASSES, norm_of
 from fusedshape.convert.request import Request
 from fusedshape.kinds import FusedLayer
 from fusedshape.nn import ShapedActivation, ShapedChain
@@ -87,13 +87,18 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
                 "up. Pass normalisation='strip', or strip_batchnorm=True to take BatchNorm out "
                 "alone, or build the model without"
             )
-    elif isinstance(module, CHANNEL_CLASSES) or "batchnorm" in kind.lower():
+    elif isinstance(module, CHANNEL_CLASSES) or _normalises(module):
         inside = module._modules.keys()
         rest = f"its {', '.join(inside)}" if inside else "nn.Identity()"
         raise ValueError(
             f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set up. "
             f"Replace it by {rest} and convert again, or pass normalisation='strip' to take it out"
         )
+
+
+def _normalises(module: nn.Module) -> bool:
+    norm = norm_of(module)
+    return norm is not None and not norm.location
 
 
 def refuse_calls(calls: Calls, strict: bool) -> None:
@@ -142,11 +147,11 @@ def _refuse_norm_function(calls: Calls, owner: nn.Module, node: fx.Node) -> None
     if any(arg.op == "placeholder" for arg in _ancestors(node)):
         raise ValueError(
             f"convert: {where} calls F.{name}; normalisation undoes what shaped activations set "
-            "up, build the model without"
+            "up; pass normalisation='strip' to take it out"
         )
     raise ValueError(
         f"convert: {where} standardises its weights (F.{name}), so that it loses its inputs' mean, "
-        "which shaped activations keep; make it a plain layer"
+        "which shaped activations keep; pass normalisation='strip' to make it a plain layer"
     )
 
 
