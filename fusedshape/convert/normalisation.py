@@ -98,7 +98,8 @@ def _norms(model: nn.Module, request: Request) -> dict[nn.Module, Norm]:
     for path, module in model.named_modules():
         if request.normalisation is None and not isinstance(module, _BatchNorm):
             continue
-        norm = norm_of(module)
+        # The model itself stays, even if all that it does is to normalise and activate.
+        norm = norm_of(module) if module is not model or is_norm_class(module) else None
         if norm is not None:
             found[module] = norm
         elif is_norm_class(module):
@@ -138,7 +139,8 @@ class _Stripping:
         every = self.request.normalisation is not None
         functions = self._functions() if every else {}
         products = self._standardised() if every else {}
-        changed = {*functions.values(), *(owner for owner, *_ in products.values())}
+        touched = {*functions.values(), *(owner for owner, *_ in products.values())}
+        changed = [owner for owner in self.calls.names if owner in touched]
         self._compare(changed)
         biased = self._biased(functions) if self.request.adds_biases else []
         rewritten, freed = self._out_of_place(functions)

@@ -87,7 +87,7 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
                 "up. Pass normalisation='strip', or strip_batchnorm=True to take BatchNorm out "
                 "alone, or build the model without"
             )
-    elif isinstance(module, CHANNEL_CLASSES) or _normalises(module):
+    elif isinstance(module, CHANNEL_CLASSES) or (path and _normalises(module)):
         inside = module._modules.keys()
         rest = f"its {', '.join(inside)}" if inside else "nn.Identity()"
         raise ValueError(
