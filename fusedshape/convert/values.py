@@ -22,6 +22,7 @@ class Values:
     Attributes:
         calls: the model's calls.
         passing: the operations, by `base`, through which a value is followed.
+        known: for the graphs met so far, the nodes that depend on the input.
     """
 
     calls: Calls
