@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from fusedshape.convert.report import Change
-from fusedshape.convert.skips import ShortcutWeight, Skips, Weights
+from fusedshape.convert.skips import Asked, Escape, ShortcutWeight, Skips, Weights
 from fusedshape.spec import ActSpec
 from fusedshape.undo import UndoLog, all_or_nothing
-from fusedshape.validate import flag, function
+from fusedshape.validate import choice, flag, function
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def reweight_shortcuts(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     drop_unused: bool = False,
     dry_run: bool = False,
+    on_ambiguous: Escape = "error",
 ) -> ShortcutReport:
     r"""Make every skip connection a normalised sum, w·x + √(1−w²)·f(x), in place; w = 0 removes it.
 
@@ -125,7 +126,8 @@ def reweight_shortcuts(
     function("reweight_shortcuts", "filter_fn", filter_fn, optional=True)
     flag("reweight_shortcuts", "drop_unused", drop_unused)
     flag("reweight_shortcuts", "dry_run", dry_run)
-    weights = Weights(shortcut_weight)
+    choice("reweight_shortcuts", "on_ambiguous", on_ambiguous, get_args(Escape))
+    weights = Weights("reweight_shortcuts", "shortcut_weight", shortcut_weight)
     for path, module in model.named_modules():
         if isinstance(getattr(module, "spec", None), ActSpec):
             raise ValueError(
@@ -137,34 +139,28 @@ def reweight_shortcuts(
         for path, module in model.named_modules():
             log.module(module, path)
         log.generator(torch.default_generator)  # filter_fn may draw random numbers
-        return _reweighted(model, weights, filter_fn, drop_unused, dry_run)
+        return _reweighted(
+            model,
+            Asked("reweight_shortcuts", weights, filter_fn or (lambda *_: True), on_ambiguous),
+            drop_unused,
+            dry_run,
+        )
 
     return all_or_nothing(change)
 
 
-def _reweighted(
-    model: nn.Module,
-    weights: Weights,
-    filter_fn: Callable[[str, nn.Module], bool] | None,
-    drop_unused: bool,
-    dry_run: bool,
-) -> ShortcutReport:
+def _reweighted(model: nn.Module, asked: Asked, drop_unused: bool, dry_run: bool) -> ShortcutReport:
     """Do the work; the caller restores the model after an error."""
-    plan = Skips(model, weights, filter_fn or (lambda path, module: True))
-    unmatched = weights.unmatched()
-    if unmatched:
-        raise ValueError(
-            f"reweight_shortcuts: {unmatched} fit no module with a skip connection; those there "
-            f"are: {sorted(plan.holders)}"
-        )
-    if not plan.changes:
+    skips = Skips(model, asked)
+    asked.weights.check_matched(skips.holders)
+    if not skips.changes:
         raise ValueError("reweight_shortcuts: found no sum x + f(x) in the model's forwards")
     report = ShortcutReport(
         dry_run=dry_run,
-        changes=tuple(plan.changes),
-        unused=tuple(plan.calls.names[module] for module in plan.unused),
-        counts={"reweighted": 0, "removed": 0, "left": 0, **plan.counts},
+        changes=tuple(skips.changes),
+        unused=skips.names_of_unused,
+        counts={"reweighted": 0, "removed": 0, "left": 0, **skips.counts},
     )
     if not dry_run:
-        plan.apply(drop_unused)
+        skips.apply(drop_unused)
     return report

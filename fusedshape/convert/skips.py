@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
 from fusedshape import rewriting
 from fusedshape.convert.calls import read_calls
-from fusedshape.convert.report import Change
+from fusedshape.convert.report import Change, Done
+from fusedshape.convert.request import Request
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
 from fusedshape.nodes import is_foreign, is_query, operation
@@ -23,34 +26,64 @@ from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_a
 from fusedshape.validate import real
 
 ShortcutWeight = float | Mapping[str, float]
+Escape = Literal["error", "report"]
 
 _SCALINGS = PRODUCTS | QUOTIENTS
 # Nonlinear functions of this library.
 _OURS = {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
 _WITH_SKIPS_INSIDE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
-
 _POST_ACTIVATION = (
     "an activation follows the sum at once: where x is an activation's output itself, q drifts "
     "from 1; put the activation first in its branch"
 )
+_PARALLEL = "linear branches side by side, no skip"
+_UNTOLD = "nobody can tell the shortcut from the branch; all count alike"
+_MERGED = "no skip; its operands count alike"
+_CONSTANT = "no skip: an operand does not depend on the input"
+_DOUBLED = "no skip: both operands are the same"
+_MANY = "a sum of more than two branches"
+_NUMBER = "an operand carries a number as its weight already"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the sums of a model.
+
+    Attributes:
+        who: the function that was called, for messages.
+        weights: the weight of the shortcut in each module's skips.
+        wanted: whether the sums of a module, given with its name, are to be changed.
+        on_ambiguous: what to do where nobody can tell the shortcut from the branch.
+        on_untraceable: what to do about a module that cannot be traced and may hold a sum.
+        every_sum: whether sums that are no skips are normalised too, each operand alike, and
+            numbers that weigh a branch already are dropped.
+    """
+
+    who: str
+    weights: Weights
+    wanted: Callable[[str, nn.Module], bool]
+    on_ambiguous: Escape = "error"
+    on_untraceable: Escape = "error"
+    every_sum: bool = False
 
 
 class Weights:
     """The weight for each module's skips."""
 
-    def __init__(self, given: ShortcutWeight) -> None:
+    def __init__(self, who: str, name: str, given: ShortcutWeight) -> None:
+        self.who = who
         self.table = dict(given) if isinstance(given, Mapping) else {"*": given}
         self.is_table = isinstance(given, Mapping)
         self.used: set[str] = set()
         for key, w in self.table.items():
             where = f"[{key!r}]" if self.is_table else ""
             if isinstance(w, Tensor):  # the error says how to pass a fixed number
-                real("reweight_shortcuts", f"shortcut_weight{where}", w)
+                real(who, f"{name}{where}", w)
             if isinstance(w, (bool, str)) or not hasattr(w, "__float__"):
-                raise TypeError(f"reweight_shortcuts: shortcut_weight{where}={w!r} is no number")
-            if not 0 <= real("reweight_shortcuts", f"shortcut_weight{where}", w) <= 1:
-                raise ValueError(f"reweight_shortcuts: shortcut_weight{where}={w} is outside 0 … 1")
+                raise TypeError(f"{who}: {name}{where}={w!r} is no number")
+            if not 0 <= real(who, f"{name}{where}", w) <= 1:
+                raise ValueError(f"{who}: {name}{where}={w} is outside 0 … 1")
 
     def of(self, path: str) -> float | None:
         """The weight for a qualified name; None if no entry matches."""
@@ -58,42 +91,131 @@ class Weights:
         self.used.update(fits)
         return float(self.table[fits[0]]) if fits else None
 
-    def unmatched(self) -> list[str]:
-        """Entries that matched no skip."""
-        return [key for key in self.table if key not in self.used] if self.is_table else []
+    def check_matched(self, holders: Collection[str]) -> None:
+        """Raise if an entry matched no skip.
+
+        Args:
+            holders: names of the modules with a skip.
+
+        Raises:
+            ValueError: there is such an entry.
+        """
+        unmatched = [key for key in self.table if key not in self.used] if self.is_table else []
+        if unmatched:
+            raise ValueError(
+                f"{self.who}: {unmatched} fit no module with a skip connection; those there are: "
+                f"{sorted(holders)}"
+            )
 
 
 @dataclass(eq=False)
 class _Sum:
-    """A sum of two values in one graph; for a skip, also the fork and the shortcut."""
+    """A sum of values in one graph.
+
+    Attributes:
+        node: the outermost addition.
+        places: where its operands stand: an addition and the number of its operand.
+        operands: those operands as they were found.
+        fork: the last value that all operands come from; None if there is none.
+        why: why it is no skip.
+    """
 
     node: fx.Node
-    operands: tuple[fx.Node, fx.Node]
+    places: list[tuple[fx.Node, int]]
+    operands: list[fx.Node]
     fork: fx.Node | None = None
-    shortcut: int = 0
-    why: str = ""  # why the sum is left alone
+    why: str = ""
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Sum | None:
+        """The sum that a node is; None for other nodes."""
+        found = _operands(node)
+        return None if found is None else cls(node, [(node, 0), (node, 1)], list(found))
 
     @property
     def text(self) -> str:
         """The sum, written with the graph's names."""
-        return f"{self.operands[0].name} + {self.operands[1].name}"
+        return " + ".join(operand.name for operand in self.operands)
 
     @property
-    def in_order(self) -> tuple[fx.Node, fx.Node]:
-        """The shortcut, then the branch."""
-        return self.operands[self.shortcut], self.operands[1 - self.shortcut]
+    def additions(self) -> list[fx.Node]:
+        """Its additions, the outermost first."""
+        return list(dict.fromkeys([self.node, *(node for node, _ in self.places)]))
+
+    def now(self) -> list[fx.Node]:
+        """Its operands as they are after other sums were changed."""
+        found = [(_operands(node), i) for node, i in self.places]
+        return [
+            old if pair is None else pair[i]
+            for (pair, i), old in zip(found, self.operands, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is to become of a sum.
+
+    Attributes:
+        weights: of its operands.
+        order: the operands' numbers, in the order in which they are written.
+        note: what is said of it.
+    """
+
+    weights: tuple[float, ...]
+    order: tuple[int, ...]
+    note: str = ""
+
+    @classmethod
+    def alike(cls, count: int, note: str) -> _Choice:
+        """The same weight for all operands."""
+        return cls((1 / math.sqrt(count),) * count, tuple(range(count)), note)
+
+    @classmethod
+    def skip(cls, count: int, shortcut: int, w: float) -> _Choice:
+        """w for the shortcut, and the rest in equal parts for the branches."""
+        rest = math.sqrt((1 - w) * (1 + w) / (count - 1))
+        others = [i for i in range(count) if i != shortcut]
+        return cls((w, *[rest] * (count - 1)), (shortcut, *others))
+
+
+def reweight(model: nn.Module, request: Request) -> Done:
+    """Make the sums of a model normalised ones, as a request wants it.
+
+    Args:
+        model: the model, whose modules an undo log has saved already.
+        request: what was asked for.
+
+    Raises:
+        ValueError: a sum that cannot be told or changed; the message names the module.
+    """
+    if request.shortcuts is None:
+        return Done()
+    weights = Weights("convert", "shortcuts", request.shortcuts)
+    ways = request.on_ambiguous, request.on_untraceable
+    skips = Skips(model, Asked("convert", weights, _every, *ways, every_sum=True), request.example)
+    weights.check_matched(skips.holders)
+    notes = []
+    if not skips.changes:
+        notes.append("shortcuts: no sum x + f(x) was found")
+    if skips.unused:
+        names = ", ".join(map(repr, skips.names_of_unused))
+        notes.append(f"no longer called, as only skips that are gone called them: {names}")
+    skips.apply(drop_unused=False)
+    counts = {"reweighted": skips.counts["reweighted"], "removed": skips.counts["removed"]}
+    return Done(tuple(skips.changes), tuple(notes), counts)
+
+
+def _every(path: str, module: nn.Module) -> bool:
+    return True
 
 
 class Skips:
     """Everything that will be done to a model, decided before anything is changed."""
 
-    def __init__(
-        self, model: nn.Module, weights: Weights, filter_fn: Callable[[str, nn.Module], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, asked: Asked, example: Any = None) -> None:
+        self.asked = asked
         self.calls = read_calls(model)
-        self._compare()
-        self.weights = weights
-        self.wanted = filter_fn
+        self._compare(example)
         self.depths: dict[nn.Module, int] = {}
         self.changes: list[Change] = []
         self.counts: Counter[str] = Counter()
@@ -110,14 +232,14 @@ class Skips:
         after = self._called()
         self.unused = [m for m in self.calls.names if m in called and m not in after]
 
-    def _compare(self) -> None:
+    def _compare(self, example: Any) -> None:
         """Raise if a traced forward computes something else than the model, on an input if any."""
-        args = inputs_for(self.calls.model)
+        args = inputs_for(self.calls.model, example)
         found = None if args is None else unfaithful(self.calls.model, self.calls.graphs, args)
         if found is not None:
             module, difference = found
             raise ValueError(
-                f"reweight_shortcuts: {self.calls.describe(module)} cannot be followed: traced, "
+                f"{self.asked.who}: {self.calls.describe(module)} cannot be followed: traced, "
                 f"its forward gives {difference}. It takes a decision that a trace does not see, "
                 "for instance by the type of a value in a helper; make that a decision of the "
                 "constructor"
@@ -137,63 +259,104 @@ class Skips:
         self.counts["left"] += 1
 
     def _refuse_opaque(self, module: nn.Module, path: str) -> None:
-        if _may_add(module) and self.wanted(path, module):
-            raise ValueError(
-                f"reweight_shortcuts: {self.calls.describe(module)} may hold a skip connection, "
-                f"but its forward cannot be traced: {self.calls.opaque[module]}. Use "
-                "fusedshape.nn.NormalizedSum there, and leave the module out by filter_fn"
-            )
+        if not (_may_add(module) and self.asked.wanted(path, module)):
+            return
+        why = self.calls.opaque[module]
+        if self.asked.on_untraceable == "report":
+            self._leave(path, "x + f(x)", f"it may hold a skip connection, but is not traced: {why}")
+            return
+        way = "on_untraceable='report'" if self.asked.every_sum else "filter_fn"
+        raise ValueError(
+            f"{self.asked.who}: {self.calls.describe(module)} may hold a skip connection, "
+            f"but its forward cannot be traced: {why}. Use "
+            f"fusedshape.nn.NormalizedSum there, and leave the module out by {way}"
+        )
 
     def _plan_module(self, module: nn.Module, path: str) -> None:
         for graph in self.calls.graphs[module]:
-            chosen: list[tuple[_Sum, float]] = []
-            for found in _sums(graph):
-                w = None if found.why else self.weights.of(path)
-                if not found.why:
-                    self.holders.add(path)
-                if not found.why and not self.wanted(path, module):
-                    found.why = "left alone by filter_fn"
-                elif not found.why and w is None:
-                    found.why = "no entry of shortcut_weight fits"
-                if found.why or w is None:
-                    self._leave(path, found.text, found.why)
+            chosen: list[tuple[_Sum, _Choice]] = []
+            for found in _sums(graph, self.asked.every_sum):
+                choice = self._choice(module, path, found)
+                if isinstance(choice, str):
+                    self._leave(path, found.text, choice)
                 else:
-                    self._choose(module, found)
                     self._check_in_place(module, found)
-                    chosen.append((found, w))
+                    chosen.append((found, choice))
             # After the loop, because one sum may be the fork of the next.
             names = (name for k in range(10**6) if not hasattr(module, name := f"skip_{k}"))
-            for found, w in chosen:
-                self._reweight(module, path, found, w, names)
+            for found, choice in chosen:
+                self._reweight(module, path, found, choice, names)
+
+    def _choice(self, owner: nn.Module, path: str, found: _Sum) -> _Choice | str:
+        """What is to become of a sum, or why it is left alone."""
+        if found.why and (not self.asked.every_sum or found.why in (_CONSTANT, _DOUBLED)):
+            return found.why
+        if not found.why:
+            self.holders.add(path)
+        if not self.asked.wanted(path, owner):
+            return "left alone by filter_fn"
+        w = self.asked.weights.of(path)
+        if w is None:
+            return "no entry of shortcut_weight fits"
+        count = len(found.operands)
+        sources = [self._past_identities(owner, _without_number(a)) for a in found.operands]
+        if found.why and found.fork not in sources:
+            return _Choice.alike(count, _MERGED)
+        return self._told(owner, found, w)
+
+    def _told(self, owner: nn.Module, found: _Sum, w: float) -> _Choice:
+        """Tell the shortcut from the branches: fewer nonlinear layers, then fewer parameters."""
+        depths = [self._depth(owner, found.fork, operand) for operand in found.operands]
+        sizes = [self._size(owner, found.fork, operand) for operand in found.operands]
+        if not any(depths) and (all(sizes) or len(depths) > 2):
+            return _Choice.alike(len(depths), _PARALLEL)
+        keys = [
+            (depth, size, self._past_identities(owner, operand) is not found.fork)
+            for depth, size, operand in zip(depths, sizes, found.operands, strict=True)
+        ]
+        if keys.count(min(keys)) == 1:
+            return _Choice.skip(len(keys), keys.index(min(keys)), w)
+        if self.asked.on_ambiguous == "error":
+            raise ValueError(
+                f"{self.asked.who}: {self.calls.describe(owner)} adds {found.text}, each "
+                f"{depths[0]} nonlinear layer(s) and {sizes[0]} parameter(s) behind {found.fork}: "
+                "which is the shortcut? Write the sum as fusedshape.nn.NormalizedSum.shortcut(w), "
+                "pass on_ambiguous='report' to weigh all alike"
+                + ("" if self.asked.every_sum else ", or leave the module out by filter_fn")
+            )
+        return _Choice.alike(len(keys), _UNTOLD)
 
     def _reweight(
-        self, module: nn.Module, path: str, found: _Sum, w: float, names: Iterator[str]
+        self, module: nn.Module, path: str, found: _Sum, choice: _Choice, names: Iterator[str]
     ) -> None:
         children = self.children.setdefault(module, {})
-        shortcut = self._past_identities(module, found.in_order[0])
+        operands = found.now()
+        if self.asked.every_sum:
+            operands = [_without_number(operand) for operand in operands]
+        terms = [
+            (w, operands[i]) for w, i in zip(choice.weights, choice.order, strict=True) if w != 0
+        ]
+        shortcut = self._past_identities(module, operands[choice.order[0]])
         fork = found.fork if shortcut is found.fork else None
         active = fork is not None and (
             fork.op == "placeholder" or self._is_activation(module, fork)
         )
-        found.operands = _operands(found.node) or found.operands
-        shortcut, branch = found.in_order
-        note = ""
-        if w == 0:
-            now = branch.name
-            found.node.replace_all_uses_with(branch)
-            _erase(module, found.node)
+        note = choice.note
+        if len(terms) == 1 and terms[0][0] == 1:
+            ((_, new),) = terms
+            now = new.name
             self.counts["removed"] += 1
         else:
             name = next(names)
-            children[name] = NormalizedSum.shortcut(w)
-            now = f"{w:.6g}·{shortcut} + {children[name].weights[1]:.6g}·{branch}"
+            children[name] = NormalizedSum(choice.weights)
+            now = " + ".join(f"{w:.6g}·{operand}" for w, operand in terms)
             with found.node.graph.inserting_before(found.node):
-                new = found.node.graph.call_module(name, (shortcut, branch))
-            found.node.replace_all_uses_with(new)
-            found.node.graph.erase_node(found.node)
+                new = found.node.graph.call_module(name, tuple(operands[i] for i in choice.order))
             self.counts["reweighted"] += 1
-            if active and any(self._is_activation(module, user) for user in new.users):
-                note = _POST_ACTIVATION
+        found.node.replace_all_uses_with(new)
+        _erase(module, found.additions)
+        if active and len(terms) > 1 and any(self._is_activation(module, u) for u in new.users):
+            note = _POST_ACTIVATION
         self.changes.append(Change(path, found.text, now, note))
 
     def _is_activation(self, owner: nn.Module, node: fx.Node) -> bool:
@@ -201,21 +364,17 @@ class Skips:
             return _is_nonlinear(owner.get_submodule(str(node.target)))
         return self._own_depth(owner, node) > 0
 
-    def _choose(self, owner: nn.Module, found: _Sum) -> None:
-        """Tell the shortcut from the branch."""
-        depths = [self._depth(owner, found.fork, operand) for operand in found.operands]
-        keys = [
-            (depth, self._past_identities(owner, operand) is not found.fork)
-            for depth, operand in zip(depths, found.operands, strict=True)
-        ]
-        if keys[0] == keys[1]:
-            raise ValueError(
-                f"reweight_shortcuts: {self.calls.describe(owner)} adds {found.text}, each "
-                f"{depths[0]} nonlinear layer(s) behind {found.fork}: which is the shortcut? "
-                "Write the sum as fusedshape.nn.NormalizedSum.shortcut(w), or leave the module "
-                "out by filter_fn"
-            )
-        found.shortcut = keys.index(min(keys))
+    def _size(self, owner: nn.Module, fork: fx.Node | None, end: fx.Node) -> int:
+        """The number of parameters between a fork and a node."""
+        held: dict[int, Tensor] = {}
+        for node in _between(fork, [end], constants=True):
+            called = self.calls.called(owner, node)
+            if called is not None and str(node.target) not in self.children.get(owner, {}):
+                held |= {id(p): p for p in called.parameters()}
+            elif node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(owner)
+                held |= {id(value): value} if isinstance(value, nn.Parameter) else {}
+        return sum(p.numel() for p in held.values() if not nn.parameter.is_lazy(p))
 
     def _past_identities(self, owner: nn.Module, node: fx.Node) -> fx.Node:
         """The node that a value comes from, before any nn.Identity."""
@@ -253,10 +412,11 @@ class Skips:
 
     def _check_in_place(self, module: nn.Module, found: _Sum) -> None:
         """Raise if a sum changes a tensor in place that is used again under another name."""
-        if not writes(name_of(found.node.target)):
-            return
         stack: list[tuple[nn.Module, fx.Node, list[fx.Node]]] = [
-            (module, found.node, [found.operands[0]])
+            (module, node, [first])
+            for node in found.additions
+            if writes(name_of(node.target))
+            for first in (_operands(node) or ())[:1]
         ]
         seen: set[tuple[nn.Module, fx.Node]] = set()
         while stack:
@@ -268,7 +428,7 @@ class Skips:
                 later = [u for u in other.users if order[u] > order[node] and not is_query(u)]
                 if root in hit and other is not node and later:
                     raise ValueError(
-                        f"reweight_shortcuts: {self.calls.describe(module)} adds in place to a "
+                        f"{self.asked.who}: {self.calls.describe(module)} adds in place to a "
                         f"tensor that {self.calls.describe(owner)} uses again afterwards (in "
                         f"{later[0].name}); write x = x + f(x)"
                     )
@@ -277,6 +437,11 @@ class Skips:
                     if (caller, call) not in seen:
                         seen.add((caller, call))
                         stack.append((caller, call, tensor_args(call)))
+
+    @property
+    def names_of_unused(self) -> tuple[str, ...]:
+        """Qualified names of modules that only removed skips called, in the model's order."""
+        return tuple(self.calls.names[module] for module in self.unused)
 
     def apply(self, drop_unused: bool) -> None:
         """Change the model."""
@@ -317,51 +482,79 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
 
 
-def _sums(graph: fx.Graph) -> list[_Sum]:
-    """All sums of two values in a graph; `why` is set for those that are no skips."""
+def _sums(graph: fx.Graph, every: bool) -> list[_Sum]:
+    """All sums in a graph; `why` is set for those that are no skips.
+
+    Args:
+        graph: of one forward; sums in place take over the later uses of what they changed.
+        every: whether sums of more than two branches are put together.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    found = [_Sum(node, ab) for node in graph.nodes if (ab := _operands(node)) is not None]
+    found = [one for node in graph.nodes if (one := _Sum.of(node)) is not None]
     for one in found:
         if writes(name_of(one.node.target)):
             # Later users of the changed tensor take the sum's result: it is what they would see.
             take_over(one.operands[0], one.node, order)
-    found = [_Sum(one.node, ab) for one in found if (ab := _operands(one.node)) is not None]
+    found = [one for node in order if (one := _Sum.of(node)) is not None]
     dominators = _Dominators(graph)
     # Leave out sums of numbers and constants.
     found = [one for one in found if any(a in dominators.above for a in one.operands)]
-    by_node = {one.node: one for one in found}
     for one in found:
         _judge(one, dominators)
+    return _joined(found, dominators) if every else _parted(found)
+
+
+def _parts(found: list[_Sum]) -> Iterator[tuple[_Sum, _Sum]]:
+    """Sums of more than two branches: an outer sum with each inner one."""
+    by_node = {one.node: one for one in found}
     for one in found:
         for operand in one.operands:
             inner = by_node.get(operand)
             if inner is not None and operand is not one.fork and inner.fork is one.fork:
-                for part in (inner, one):
-                    part.why = part.why or "a sum of more than two branches"
+                yield one, inner
+
+
+def _parted(found: list[_Sum]) -> list[_Sum]:
+    """Sums of two values; those of more branches are no skips."""
+    for one, inner in _parts(found):
+        for part in (inner, one):
+            part.why = part.why or _MANY
     return found
+
+
+def _joined(found: list[_Sum], dominators: _Dominators) -> list[_Sum]:
+    """Sums with all their branches."""
+    inside: set[_Sum] = set()
+    for one, inner in list(_parts(found)):  # inner sums come first in a graph
+        if len(inner.node.users) > 1 or inner.why:
+            continue
+        i = one.operands.index(inner.node)
+        one.operands[i : i + 1] = inner.operands
+        one.places[i : i + 1] = inner.places
+        inside.add(inner)
+        _judge(one, dominators)
+    return [one for one in found if one not in inside]
 
 
 def _judge(found: _Sum, dominators: _Dominators) -> None:
     """Find the fork, or the reason why a sum is no skip."""
-    a, b = found.operands
-    if a not in dominators.above or b not in dominators.above:
-        found.why = "no skip: an operand does not depend on the input"
+    operands = found.operands
+    found.why = ""
+    if not all(a in dominators.above for a in operands):
+        found.why = _CONSTANT
         return
-    found.fork = dominators.common(a, b)
+    found.fork = functools.reduce(dominators.common, operands)
+    weighed = any(n.kwargs.get("alpha", 1) != 1 or len(n.args) > 2 for n in found.additions)
     if found.fork is None:
         found.why = "no skip: its operands come from different inputs"
-    elif a is b:
-        found.why = "no skip: both operands are the same"
-    elif (
-        found.node.kwargs.get("alpha", 1) != 1
-        or len(found.node.args) > 2
-        or any(map(_scaled, (a, b)))
-    ):
-        found.why = "an operand carries a number as its weight already"
+    elif len(set(operands)) < len(operands):
+        found.why = _DOUBLED
+    elif weighed or any(map(_scaled, operands)):
+        found.why = _NUMBER
     else:
-        inside = _between(found.fork, found.operands)
+        inside = _between(found.fork, operands)
         for node in inside:
-            users = [u for u in node.users if u not in inside and u is not found.node]
+            users = [u for u in node.users if u not in inside and u not in found.additions]
             if any(not is_query(u) for u in users):
                 found.why = f"no skip: {node.name}, inside a branch, is used outside it too"
 
@@ -371,12 +564,26 @@ def _scaled(node: fx.Node) -> bool:
     return scales and any(isinstance(a, (int, float)) for a in node.args)
 
 
-def _between(fork: fx.Node, ends: tuple[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The nodes inside the two branches between a fork and a sum."""
+def _without_number(node: fx.Node) -> fx.Node:
+    """What a node multiplies by a number, if nothing else takes the product."""
+    inverse = operation(node).removesuffix("_") in QUOTIENTS and node.args[0:1] != tuple(
+        node.all_input_nodes
+    )
+    if not _scaled(node) or inverse or writes(name_of(node.target)) or len(node.users) > 1:
+        return node
+    (value,) = node.all_input_nodes
+    return value
+
+
+def _between(
+    fork: fx.Node | None, ends: Sequence[fx.Node], constants: bool = False
+) -> set[fx.Node]:
+    """The nodes inside the branches between a fork and a sum, with or without parameters."""
+    ending = ("placeholder",) if constants else ("get_attr", "placeholder")
     stack, found = list(ends), set()
     while stack:
         node = stack.pop()
-        if node is not fork and node not in found and node.op not in ("get_attr", "placeholder"):
+        if node is not fork and node not in found and node.op not in ending:
             found.add(node)
             stack += [] if is_query(node) else node.all_input_nodes
     return found
@@ -409,15 +616,20 @@ class _Dominators:
         return a
 
 
-def _erase(owner: nn.Module, node: fx.Node) -> None:
+def _erase(owner: nn.Module, additions: list[fx.Node]) -> None:
     """Erase a sum without users, and the nodes that were computed for it alone."""
-    stack = list(node.all_input_nodes)
-    node.graph.erase_node(node)
+    stack = [a for node in additions for a in node.all_input_nodes if a not in additions]
+    while additions:
+        additions = [node for node in additions if node.users or node.graph.erase_node(node)]
+    gone: set[fx.Node] = set()
     while stack:
         node = stack.pop()
+        if node in gone:
+            continue
         called = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
         in_place = node.op == "call_method" and writes(name_of(node.target))
         in_place = in_place or bool(node.kwargs.get("inplace") or getattr(called, "inplace", False))
         if not node.users and node.op != "placeholder" and not in_place:
             stack += node.all_input_nodes
             node.graph.erase_node(node)
+            gone.add(node)
