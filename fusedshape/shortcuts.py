@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fusedshape.convert.report import Change
-from fusedshape.convert.skips import Asked, Escape, ShortcutWeight, Skips, Weights
+from fusedshape.convert.request import Escape, ShortcutWeight
+from fusedshape.convert.skips import Asked, Skips, Weights
 from fusedshape.spec import ActSpec
 from fusedshape.undo import UndoLog, all_or_nothing
 from fusedshape.validate import choice, flag, function
@@ -73,8 +74,9 @@ def reweight_shortcuts(
 
     A skip is a sum ``a + b``, ``a += b``, ``torch.add``, ``Tensor.add`` or ``Tensor.add_`` in one
     forward. Its two operands come from one fork, and nothing between fork and sum is used
-    elsewhere. The shortcut is the operand with fewer nonlinear layers after the fork; if neither
-    has any, it is the fork itself. All other sums (positional embeddings, merges of a feature
+    elsewhere. The shortcut is the operand with fewer nonlinear layers after the fork, then with
+    fewer parameters. Two linear branches with weights are no skip: their sum is normalised, with
+    the weight 1/√2 for each. All other sums (positional embeddings, merges of a feature
     pyramid, three and more branches, operands that already have a number as weight) are left alone
     and reported.
 
@@ -92,15 +94,18 @@ def reweight_shortcuts(
         drop_unused: remove modules that only a removed skip called (projections), and so their keys
             from the state_dict. By default they stay, and their parameters get no gradient.
         dry_run: change nothing, only report.
+        on_ambiguous: what to do about a sum whose operands have as many nonlinear layers and
+            parameters behind the fork as each other: "error", or "report" to give each the weight
+            1/√2.
 
     Returns:
         What was done, one row for each sum; print it.
 
     Raises:
         TypeError: model is no nn.Module, or a weight is no number.
-        ValueError: a weight is outside 0 … 1, a name matches no skip, there is no skip, both
-            branches are equally deep, the model is converted, or a forward with a sum cannot be
-            traced.
+        ValueError: a weight is outside 0 … 1, a name matches no skip, there is no skip, nobody can
+            tell the shortcut from the branch, the model is converted, or a forward with a sum
+            cannot be traced.
 
     Source: Martens et al. 2021, arXiv 2110.01765, and Zhang et al. 2022, arXiv 2203.08120 (rescaled
     ResNets, shortcut weight w).
@@ -151,7 +156,7 @@ def reweight_shortcuts(
 
 def _reweighted(model: nn.Module, asked: Asked, drop_unused: bool, dry_run: bool) -> ShortcutReport:
     """Do the work; the caller restores the model after an error."""
-    skips = Skips(model, asked)
+    skips = Skips.of(model, asked)
     asked.weights.check_matched(skips.holders)
     if not skips.changes:
         raise ValueError("reweight_shortcuts: found no sum x + f(x) in the model's forwards")

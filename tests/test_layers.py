@@ -20,7 +20,7 @@ LAYERS = [
     {"guard"},
     {"proxies"},
     {"reference", "native", "timing", "tracing"},
-    {"kernels", "faithful", "portable"},
+    {"kernels", "faithful", "portable", "sums"},
     {"theory"},
     {"ops"},
     {"init", "rewriting"},

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "ops/engines/cudnn/formulas.py": "ops/engines/cudnn/test_graph.py",
     "ops/engines/cudnn/terms.py": "ops/engines/cudnn/test_graph.py",
     "reference.py": "test_activations.py",
+    "sums.py": "test_shortcuts.py",
     "spec.py": "test_activations.py",
     "theory/command.py": "test_cli.py",
     "tracing": "test_rewriting.py",

@@ -18,7 +18,8 @@ from fusedshape.convert.plan import plan_for
 from fusedshape.convert.reading import read
 from fusedshape.convert.refusals import refuse_model
 from fusedshape.convert.report import Change, Report
-from fusedshape.convert.request import Request, requested_recipe
+from fusedshape.convert.request import Escape, Request, ShortcutWeight, requested_recipe
+from fusedshape.convert.skips import reweight
 from fusedshape.init import Method
 from fusedshape.ops.dispatch import Backend, unavailable
 from fusedshape.spec import ActSpec
@@ -51,7 +52,9 @@ def convert(
     normalisation: Literal["strip"] | None = None,
     strip_batchnorm: bool = False,
     add_biases: bool | None = None,
-    on_untraceable: Literal["error", "report"] = "error",
+    shortcuts: ShortcutWeight | None = None,
+    on_ambiguous: Escape = "error",
+    on_untraceable: Escape = "error",
     dry_run: bool = False,
     backend: Backend = "auto",
     chain: bool | int = False,
@@ -116,6 +119,15 @@ def convert(
         strip_batchnorm: take out BatchNorm alone.
         add_biases: whether layers whose output was normalised get a bias if they have none; the
             report names the new keys. Default: with ``normalisation="strip"``.
+        shortcuts: w, from 0 to 1: every skip connection ``x + f(x)`` becomes the normalised sum
+            w·x + √(1−w²)·f(x), and 0 removes it; a mapping gives w by qualified names, as in
+            `fusedshape.reweight_shortcuts`. The shortcut is the operand with fewer nonlinear
+            layers, then with fewer parameters, behind the fork; of more than two operands the
+            others get equal parts of 1 − w². In all other sums, linear branches side by side among
+            them, each of n operands gets the weight 1/√n, which keeps q if they are independent. A
+            number that weighs an operand is dropped. Default: sums stay as they are.
+        on_ambiguous: what to do about a sum whose operands all count alike: "error", or "report" to
+            give each the weight 1/√n.
         on_untraceable: what to do about a module whose forward may call such an activation but
             cannot be traced faithfully, because it branches on values or shapes, takes optional
             arguments, draws random numbers, keeps state, or switches gradients or autocast:
@@ -161,6 +173,8 @@ def convert(
         normalisation=normalisation,
         strip_batchnorm=strip_batchnorm,
         add_biases=add_biases,
+        shortcuts=shortcuts,
+        on_ambiguous=on_ambiguous,
         on_untraceable=on_untraceable,
         dry_run=dry_run,
         backend=backend,
@@ -181,7 +195,8 @@ def _convert(model: nn.Module, request: Request, log: UndoLog) -> Report:
         log.module(module, path)
     log.generator(torch.default_generator)  # a filter_fn may draw
     stripped = strip(model, request, log)
-    plan = plan_for(read(model, request), (stripped,))
+    reweighted = reweight(model, request)
+    plan = plan_for(read(model, request), (stripped, reweighted))
     if request.dry_run:
         log.undo()
     else:

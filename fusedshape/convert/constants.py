@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fusedshape import theory
 from fusedshape.convert.request import Request
@@ -58,16 +59,28 @@ def constants_for(request: Request, wired: Wiring) -> Constants:
     else:
         assert isinstance(recipe, (TAT, DKS))
         if request.given_wiring:
-            spec = theory.solve(recipe, depth=request.depth, subnet_max=request.subnet_max)
+            spec, notes = _solved(recipe, depth=request.depth, subnet_max=request.subnet_max)
             if request.depth is not None and counted not in (None, request.depth):
-                notes = (
+                notes += (
                     f"depth={request.depth} was given; the model's longest path has {counted}",
                 )
         else:
             _refuse_problems(wired)
-            spec, notes = theory.solve(recipe, subnet_max=wired), wired.notes
+            spec, notes = _solved(recipe, subnet_max=wired)
+            notes += wired.notes
     notes += (*_unread(wired), *_drifts(wired), *_grows(wired, spec))
     return Constants(recipe, spec, gain, bias_std, depth, notes)
+
+
+def _solved(recipe: TAT | DKS, **network: Any) -> tuple[ActSpec, tuple[str, ...]]:
+    """The constants, with the nearest target where the method's own default cannot be met."""
+    try:
+        return theory.solve(recipe, **network), ()
+    except theory.Unreachable:
+        if recipe.clamp or not recipe.is_default:
+            raise
+    spec = theory.solve(replace(recipe, clamp=True), **network)
+    return spec, (f"the default target is out of reach, so the nearest was taken: {spec.origin}",)
 
 
 def _refuse_problems(wired: Wiring) -> None:

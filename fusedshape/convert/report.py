@@ -61,7 +61,8 @@ class Report:
         dry_run: whether the model was left alone.
         changes: one row for each activation and layer changed or left, in the model's order.
         notes: what else the user should know.
-        counts: "fused", "shaped", "rewritten", "stripped", "chained", "initialised", "skipped".
+        counts: "fused", "shaped", "rewritten", "stripped", "chained", "initialised",
+            "skipped"; "reweighted" and "removed" count sums, where shortcuts= was given.
     """
 
     recipe: Recipe | ActSpec

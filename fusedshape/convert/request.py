@@ -14,7 +14,11 @@ from fusedshape.spec import ActSpec
 from fusedshape.theory import EOC, Recipe, SubnetMax
 from fusedshape.theory.recipes import recipe_of
 from fusedshape.torch_ops import ACTIVATION_MODULES
-from fusedshape.validate import flag, function, instance, integer, shown
+from fusedshape.validate import choice, flag, function, instance, integer, shown
+
+ShortcutWeight = float | Mapping[str, float]
+#: What to do about a place that cannot be read: refuse the model, or leave the place and say so.
+Escape = Literal["error", "report"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,9 @@ class Request:
     normalisation: Literal["strip"] | None
     strip_batchnorm: bool
     add_biases: bool | None
-    on_untraceable: Literal["error", "report"]
+    shortcuts: ShortcutWeight | None
+    on_ambiguous: Escape
+    on_untraceable: Escape
     dry_run: bool
     backend: Backend
     chain: bool | int
@@ -74,10 +80,8 @@ class Request:
         if self.init is not None and not _is_word(self.init, *get_args(Method)):
             known = ", ".join(get_args(Method))
             raise ValueError(f"convert: init: unknown method {shown(self.init)}; known: {known}")
-        if not _is_word(self.on_untraceable, "error", "report"):
-            raise ValueError(
-                f"convert: on_untraceable={self.on_untraceable!r}; known: 'error', 'report'"
-            )
+        for name in ("on_ambiguous", "on_untraceable"):
+            choice("convert", name, getattr(self, name), get_args(Escape))
         if self.normalisation is not None and not _is_word(self.normalisation, "strip"):
             raise ValueError(
                 f"convert: normalisation={shown(self.normalisation)}; known: 'strip', None"

@@ -7,28 +7,25 @@ import functools
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fusedshape import rewriting
-from fusedshape.convert.calls import read_calls
+from fusedshape.convert.calls import Calls, read_calls
 from fusedshape.convert.report import Change, Done
-from fusedshape.convert.request import Request
+from fusedshape.convert.request import Escape, Request, ShortcutWeight
 from fusedshape.faithful import inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
-from fusedshape.nodes import is_foreign, is_query, operation
-from fusedshape.torch_ops import NONLINEAR, PRODUCTS, QUOTIENTS, SUMS, function_of, name_of, writes
-from fusedshape.tracing import memory_roots, reachable_code, take_over, tensor_args
+from fusedshape.nodes import is_query, operation
+from fusedshape.sums import CONSTANT, DOUBLED, Sum, between, operands_of, sums, without_number
+from fusedshape.torch_ops import NONLINEAR, SUMS, function_of, name_of, writes
+from fusedshape.tracing import memory_roots, reachable_code, tensor_args
 from fusedshape.validate import real
 
-ShortcutWeight = float | Mapping[str, float]
-Escape = Literal["error", "report"]
-
-_SCALINGS = PRODUCTS | QUOTIENTS
 # Nonlinear functions of this library.
 _OURS = {"shaped_act", "bias_act", "conv_act", "linear_act", "conv_chain"}
 _WITH_SKIPS_INSIDE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -40,10 +37,6 @@ _POST_ACTIVATION = (
 _PARALLEL = "linear branches side by side, no skip"
 _UNTOLD = "nobody can tell the shortcut from the branch; all count alike"
 _MERGED = "no skip; its operands count alike"
-_CONSTANT = "no skip: an operand does not depend on the input"
-_DOUBLED = "no skip: both operands are the same"
-_MANY = "a sum of more than two branches"
-_NUMBER = "an operand carries a number as its weight already"
 
 
 @dataclass(frozen=True)
@@ -68,22 +61,36 @@ class Asked:
     every_sum: bool = False
 
 
+@dataclass(frozen=True)
 class Weights:
-    """The weight for each module's skips."""
+    """The weight for each module's skips.
 
-    def __init__(self, who: str, name: str, given: ShortcutWeight) -> None:
-        self.who = who
-        self.table = dict(given) if isinstance(given, Mapping) else {"*": given}
-        self.is_table = isinstance(given, Mapping)
-        self.used: set[str] = set()
+    Attributes:
+        who: the function that was given it, for messages.
+        name: the argument, for messages.
+        given: what was given.
+        used: the entries that some module took.
+    """
+
+    who: str
+    name: str
+    given: ShortcutWeight
+    used: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
         for key, w in self.table.items():
-            where = f"[{key!r}]" if self.is_table else ""
+            where = self.name + (f"[{key!r}]" if isinstance(self.given, Mapping) else "")
             if isinstance(w, Tensor):  # the error says how to pass a fixed number
-                real(who, f"{name}{where}", w)
+                real(self.who, where, w)
             if isinstance(w, (bool, str)) or not hasattr(w, "__float__"):
-                raise TypeError(f"{who}: {name}{where}={w!r} is no number")
-            if not 0 <= real(who, f"{name}{where}", w) <= 1:
-                raise ValueError(f"{who}: {name}{where}={w} is outside 0 … 1")
+                raise TypeError(f"{self.who}: {where}={w!r} is no number")
+            if not 0 <= real(self.who, where, w) <= 1:
+                raise ValueError(f"{self.who}: {where}={w} is outside 0 … 1")
+
+    @property
+    def table(self) -> Mapping[str, float]:
+        """The weights by qualified name or pattern."""
+        return self.given if isinstance(self.given, Mapping) else {"*": self.given}
 
     def of(self, path: str) -> float | None:
         """The weight for a qualified name; None if no entry matches."""
@@ -100,55 +107,12 @@ class Weights:
         Raises:
             ValueError: there is such an entry.
         """
-        unmatched = [key for key in self.table if key not in self.used] if self.is_table else []
-        if unmatched:
+        unmatched = [key for key in self.table if key not in self.used]
+        if unmatched and isinstance(self.given, Mapping):
             raise ValueError(
                 f"{self.who}: {unmatched} fit no module with a skip connection; those there are: "
                 f"{sorted(holders)}"
             )
-
-
-@dataclass(eq=False)
-class _Sum:
-    """A sum of values in one graph.
-
-    Attributes:
-        node: the outermost addition.
-        places: where its operands stand: an addition and the number of its operand.
-        operands: those operands as they were found.
-        fork: the last value that all operands come from; None if there is none.
-        why: why it is no skip.
-    """
-
-    node: fx.Node
-    places: list[tuple[fx.Node, int]]
-    operands: list[fx.Node]
-    fork: fx.Node | None = None
-    why: str = ""
-
-    @classmethod
-    def of(cls, node: fx.Node) -> _Sum | None:
-        """The sum that a node is; None for other nodes."""
-        found = _operands(node)
-        return None if found is None else cls(node, [(node, 0), (node, 1)], list(found))
-
-    @property
-    def text(self) -> str:
-        """The sum, written with the graph's names."""
-        return " + ".join(operand.name for operand in self.operands)
-
-    @property
-    def additions(self) -> list[fx.Node]:
-        """Its additions, the outermost first."""
-        return list(dict.fromkeys([self.node, *(node for node, _ in self.places)]))
-
-    def now(self) -> list[fx.Node]:
-        """Its operands as they are after other sums were changed."""
-        found = [(_operands(node), i) for node, i in self.places]
-        return [
-            old if pair is None else pair[i]
-            for (pair, i), old in zip(found, self.operands, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -191,8 +155,10 @@ def reweight(model: nn.Module, request: Request) -> Done:
     if request.shortcuts is None:
         return Done()
     weights = Weights("convert", "shortcuts", request.shortcuts)
-    ways = request.on_ambiguous, request.on_untraceable
-    skips = Skips(model, Asked("convert", weights, _every, *ways, every_sum=True), request.example)
+    escapes = request.on_ambiguous, request.on_untraceable
+    skips = Skips.of(
+        model, Asked("convert", weights, _every, *escapes, every_sum=True), request.example
+    )
     weights.check_matched(skips.holders)
     notes = []
     if not skips.changes:
@@ -209,18 +175,43 @@ def _every(path: str, module: nn.Module) -> bool:
     return True
 
 
+@dataclass(frozen=True, eq=False)
 class Skips:
-    """Everything that will be done to a model, decided before anything is changed."""
+    """Everything that will be done to the sums of a model, decided before anything is changed.
 
-    def __init__(self, model: nn.Module, asked: Asked, example: Any = None) -> None:
-        self.asked = asked
-        self.calls = read_calls(model)
-        self._compare(example)
-        self.depths: dict[nn.Module, int] = {}
-        self.changes: list[Change] = []
-        self.counts: Counter[str] = Counter()
-        self.holders: set[str] = set()  # names of the modules with a skip
-        self.children: dict[nn.Module, dict[str, NormalizedSum]] = {}
+    Attributes:
+        asked: what is to be done.
+        calls: the model's calls; the graphs are rewritten.
+        changes: a row for each sum.
+        counts: "reweighted", "removed", "left".
+        holders: names of the modules with a skip.
+        children: the new children of each module.
+        unused: modules that only removed skips called.
+        depths: nonlinear layers of modules, as far as they were counted.
+    """
+
+    asked: Asked
+    calls: Calls
+    changes: list[Change] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    holders: set[str] = field(default_factory=set)
+    children: dict[nn.Module, dict[str, NormalizedSum]] = field(default_factory=dict)
+    unused: list[nn.Module] = field(default_factory=list)
+    depths: dict[nn.Module, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, asked: Asked, example: Any = None) -> Skips:
+        """Decide what is to be done to a model.
+
+        Raises:
+            ValueError: a sum that cannot be told or changed; the message names the module.
+        """
+        skips = cls(asked, read_calls(model))
+        skips._compare(example)
+        skips._decide()
+        return skips
+
+    def _decide(self) -> None:
         called = self._called()
         for module, path in self.calls.names.items():
             if isinstance(module, _WITH_SKIPS_INSIDE):
@@ -230,7 +221,7 @@ class Skips:
             elif module in self.calls.graphs:
                 self._plan_module(module, path)
         after = self._called()
-        self.unused = [m for m in self.calls.names if m in called and m not in after]
+        self.unused.extend(m for m in self.calls.names if m in called and m not in after)
 
     def _compare(self, example: Any) -> None:
         """Raise if a traced forward computes something else than the model, on an input if any."""
@@ -263,7 +254,9 @@ class Skips:
             return
         why = self.calls.opaque[module]
         if self.asked.on_untraceable == "report":
-            self._leave(path, "x + f(x)", f"it may hold a skip connection, but is not traced: {why}")
+            self._leave(
+                path, "x + f(x)", f"it may hold a skip connection, but is not traced: {why}"
+            )
             return
         way = "on_untraceable='report'" if self.asked.every_sum else "filter_fn"
         raise ValueError(
@@ -274,8 +267,8 @@ class Skips:
 
     def _plan_module(self, module: nn.Module, path: str) -> None:
         for graph in self.calls.graphs[module]:
-            chosen: list[tuple[_Sum, _Choice]] = []
-            for found in _sums(graph, self.asked.every_sum):
+            chosen: list[tuple[Sum, _Choice]] = []
+            for found in sums(graph, self.asked.every_sum):
                 choice = self._choice(module, path, found)
                 if isinstance(choice, str):
                     self._leave(path, found.text, choice)
@@ -287,9 +280,9 @@ class Skips:
             for found, choice in chosen:
                 self._reweight(module, path, found, choice, names)
 
-    def _choice(self, owner: nn.Module, path: str, found: _Sum) -> _Choice | str:
+    def _choice(self, owner: nn.Module, path: str, found: Sum) -> _Choice | str:
         """What is to become of a sum, or why it is left alone."""
-        if found.why and (not self.asked.every_sum or found.why in (_CONSTANT, _DOUBLED)):
+        if found.why and (not self.asked.every_sum or found.why in (CONSTANT, DOUBLED)):
             return found.why
         if not found.why:
             self.holders.add(path)
@@ -299,12 +292,12 @@ class Skips:
         if w is None:
             return "no entry of shortcut_weight fits"
         count = len(found.operands)
-        sources = [self._past_identities(owner, _without_number(a)) for a in found.operands]
+        sources = [self._past_identities(owner, without_number(a)) for a in found.operands]
         if found.why and found.fork not in sources:
             return _Choice.alike(count, _MERGED)
         return self._told(owner, found, w)
 
-    def _told(self, owner: nn.Module, found: _Sum, w: float) -> _Choice:
+    def _told(self, owner: nn.Module, found: Sum, w: float) -> _Choice:
         """Tell the shortcut from the branches: fewer nonlinear layers, then fewer parameters."""
         depths = [self._depth(owner, found.fork, operand) for operand in found.operands]
         sizes = [self._size(owner, found.fork, operand) for operand in found.operands]
@@ -327,12 +320,12 @@ class Skips:
         return _Choice.alike(len(keys), _UNTOLD)
 
     def _reweight(
-        self, module: nn.Module, path: str, found: _Sum, choice: _Choice, names: Iterator[str]
+        self, module: nn.Module, path: str, found: Sum, choice: _Choice, names: Iterator[str]
     ) -> None:
         children = self.children.setdefault(module, {})
         operands = found.now()
         if self.asked.every_sum:
-            operands = [_without_number(operand) for operand in operands]
+            operands = [without_number(operand) for operand in operands]
         terms = [
             (w, operands[i]) for w, i in zip(choice.weights, choice.order, strict=True) if w != 0
         ]
@@ -342,7 +335,7 @@ class Skips:
             fork.op == "placeholder" or self._is_activation(module, fork)
         )
         note = choice.note
-        if len(terms) == 1 and terms[0][0] == 1:
+        if len(terms) == 1 and choice.weights[0] == 0:
             ((_, new),) = terms
             now = new.name
             self.counts["removed"] += 1
@@ -354,7 +347,7 @@ class Skips:
                 new = found.node.graph.call_module(name, tuple(operands[i] for i in choice.order))
             self.counts["reweighted"] += 1
         found.node.replace_all_uses_with(new)
-        _erase(module, found.additions)
+        _erase(found.additions, functools.partial(self._called_by, module))
         if active and len(terms) > 1 and any(self._is_activation(module, u) for u in new.users):
             note = _POST_ACTIVATION
         self.changes.append(Change(path, found.text, now, note))
@@ -367,18 +360,23 @@ class Skips:
     def _size(self, owner: nn.Module, fork: fx.Node | None, end: fx.Node) -> int:
         """The number of parameters between a fork and a node."""
         held: dict[int, Tensor] = {}
-        for node in _between(fork, [end], constants=True):
-            called = self.calls.called(owner, node)
-            if called is not None and str(node.target) not in self.children.get(owner, {}):
+        for node in between(fork, [end], constants=True):
+            called = self._called_by(owner, node)
+            if called is not None:
                 held |= {id(p): p for p in called.parameters()}
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(owner)
                 held |= {id(value): value} if isinstance(value, nn.Parameter) else {}
         return sum(p.numel() for p in held.values() if not nn.parameter.is_lazy(p))
 
+    def _called_by(self, owner: nn.Module, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, unless it is a sum that was put in here."""
+        new = node.op == "call_module" and node.target in self.children.get(owner, {})
+        return None if new else self.calls.called(owner, node)
+
     def _past_identities(self, owner: nn.Module, node: fx.Node) -> fx.Node:
         """The node that a value comes from, before any nn.Identity."""
-        while type(self.calls.called(owner, node)) is nn.Identity:
+        while type(self._called_by(owner, node)) is nn.Identity:
             (node,) = node.all_input_nodes
         return node
 
@@ -410,13 +408,13 @@ class Skips:
                 self.depths[module] = sum(map(_is_nonlinear, module.modules()))
         return self.depths[module]
 
-    def _check_in_place(self, module: nn.Module, found: _Sum) -> None:
+    def _check_in_place(self, module: nn.Module, found: Sum) -> None:
         """Raise if a sum changes a tensor in place that is used again under another name."""
         stack: list[tuple[nn.Module, fx.Node, list[fx.Node]]] = [
             (module, node, [first])
             for node in found.additions
             if writes(name_of(node.target))
-            for first in (_operands(node) or ())[:1]
+            for first in (operands_of(node) or ())[:1]
         ]
         seen: set[tuple[nn.Module, fx.Node]] = set()
         while stack:
@@ -473,150 +471,7 @@ def _may_add(module: nn.Module) -> bool:
     )
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The operands of a node that adds two values, None for other nodes."""
-    if is_foreign(node) or operation(node).removesuffix("_") not in SUMS:
-        return None
-    a = node.args[0] if node.args else node.kwargs.get("input")
-    b = node.args[1] if len(node.args) > 1 else node.kwargs.get("other")
-    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
-
-
-def _sums(graph: fx.Graph, every: bool) -> list[_Sum]:
-    """All sums in a graph; `why` is set for those that are no skips.
-
-    Args:
-        graph: of one forward; sums in place take over the later uses of what they changed.
-        every: whether sums of more than two branches are put together.
-    """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    found = [one for node in graph.nodes if (one := _Sum.of(node)) is not None]
-    for one in found:
-        if writes(name_of(one.node.target)):
-            # Later users of the changed tensor take the sum's result: it is what they would see.
-            take_over(one.operands[0], one.node, order)
-    found = [one for node in order if (one := _Sum.of(node)) is not None]
-    dominators = _Dominators(graph)
-    # Leave out sums of numbers and constants.
-    found = [one for one in found if any(a in dominators.above for a in one.operands)]
-    for one in found:
-        _judge(one, dominators)
-    return _joined(found, dominators) if every else _parted(found)
-
-
-def _parts(found: list[_Sum]) -> Iterator[tuple[_Sum, _Sum]]:
-    """Sums of more than two branches: an outer sum with each inner one."""
-    by_node = {one.node: one for one in found}
-    for one in found:
-        for operand in one.operands:
-            inner = by_node.get(operand)
-            if inner is not None and operand is not one.fork and inner.fork is one.fork:
-                yield one, inner
-
-
-def _parted(found: list[_Sum]) -> list[_Sum]:
-    """Sums of two values; those of more branches are no skips."""
-    for one, inner in _parts(found):
-        for part in (inner, one):
-            part.why = part.why or _MANY
-    return found
-
-
-def _joined(found: list[_Sum], dominators: _Dominators) -> list[_Sum]:
-    """Sums with all their branches."""
-    inside: set[_Sum] = set()
-    for one, inner in list(_parts(found)):  # inner sums come first in a graph
-        if len(inner.node.users) > 1 or inner.why:
-            continue
-        i = one.operands.index(inner.node)
-        one.operands[i : i + 1] = inner.operands
-        one.places[i : i + 1] = inner.places
-        inside.add(inner)
-        _judge(one, dominators)
-    return [one for one in found if one not in inside]
-
-
-def _judge(found: _Sum, dominators: _Dominators) -> None:
-    """Find the fork, or the reason why a sum is no skip."""
-    operands = found.operands
-    found.why = ""
-    if not all(a in dominators.above for a in operands):
-        found.why = _CONSTANT
-        return
-    found.fork = functools.reduce(dominators.common, operands)
-    weighed = any(n.kwargs.get("alpha", 1) != 1 or len(n.args) > 2 for n in found.additions)
-    if found.fork is None:
-        found.why = "no skip: its operands come from different inputs"
-    elif len(set(operands)) < len(operands):
-        found.why = _DOUBLED
-    elif weighed or any(map(_scaled, operands)):
-        found.why = _NUMBER
-    else:
-        inside = _between(found.fork, operands)
-        for node in inside:
-            users = [u for u in node.users if u not in inside and u not in found.additions]
-            if any(not is_query(u) for u in users):
-                found.why = f"no skip: {node.name}, inside a branch, is used outside it too"
-
-
-def _scaled(node: fx.Node) -> bool:
-    scales = operation(node).removesuffix("_") in _SCALINGS and not is_foreign(node)
-    return scales and any(isinstance(a, (int, float)) for a in node.args)
-
-
-def _without_number(node: fx.Node) -> fx.Node:
-    """What a node multiplies by a number, if nothing else takes the product."""
-    inverse = operation(node).removesuffix("_") in QUOTIENTS and node.args[0:1] != tuple(
-        node.all_input_nodes
-    )
-    if not _scaled(node) or inverse or writes(name_of(node.target)) or len(node.users) > 1:
-        return node
-    (value,) = node.all_input_nodes
-    return value
-
-
-def _between(
-    fork: fx.Node | None, ends: Sequence[fx.Node], constants: bool = False
-) -> set[fx.Node]:
-    """The nodes inside the branches between a fork and a sum, with or without parameters."""
-    ending = ("placeholder",) if constants else ("get_attr", "placeholder")
-    stack, found = list(ends), set()
-    while stack:
-        node = stack.pop()
-        if node is not fork and node not in found and node.op not in ending:
-            found.add(node)
-            stack += [] if is_query(node) else node.all_input_nodes
-    return found
-
-
-class _Dominators:
-    """The immediate dominator of each value: the last one before it that all input data passes.
-
-    Attributes:
-        above: the dominator of each node that depends on the input's data; None for the input.
-    """
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.above: dict[fx.Node, fx.Node | None] = {}
-        self.height: dict[fx.Node | None, int] = {None: 0}
-        for node in graph.nodes:
-            data = [a for a in node.all_input_nodes if a in self.above]
-            if node.op == "placeholder" or (data and not is_query(node)):
-                above = functools.reduce(self.common, data) if data else None
-                self.above[node] = above
-                self.height[node] = self.height[above] + 1
-
-    def common(self, a: fx.Node | None, b: fx.Node | None) -> fx.Node | None:
-        """The last value that all data of both a and b passes; it may be a or b."""
-        while a is not b:
-            if self.height[a] < self.height[b]:
-                a, b = b, a
-            assert a is not None
-            a = self.above[a]
-        return a
-
-
-def _erase(owner: nn.Module, additions: list[fx.Node]) -> None:
+def _erase(additions: list[fx.Node], called_by: Callable[[fx.Node], nn.Module | None]) -> None:
     """Erase a sum without users, and the nodes that were computed for it alone."""
     stack = [a for node in additions for a in node.all_input_nodes if a not in additions]
     while additions:
@@ -626,7 +481,7 @@ def _erase(owner: nn.Module, additions: list[fx.Node]) -> None:
         node = stack.pop()
         if node in gone:
             continue
-        called = owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        called = called_by(node)
         in_place = node.op == "call_method" and writes(name_of(node.target))
         in_place = in_place or bool(node.kwargs.get("inplace") or getattr(called, "inplace", False))
         if not node.users and node.op != "placeholder" and not in_place:

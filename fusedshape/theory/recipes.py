@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from fusedshape.activations import ACTIVATIONS, Activation, get_activation
 from fusedshape.spec import ActSpec
-from fusedshape.validate import flag, instance, number, shown
+from fusedshape.validate import UNSET, flag, instance, number, shown
 
 _R = TypeVar("_R", bound="Recipe")
 
@@ -64,10 +64,15 @@ class Target:
         )
 
 
-def _target(default: float | Callable[[Activation], float | None], about: str, **more: Any) -> Any:
-    """A field that is a target; without a default of its own it is filled in by activation."""
+def _target(
+    default: float | Callable[[Activation], float | None],
+    about: str,
+    left: Any = None,
+    **more: Any,
+) -> Any:
+    """A field that is a target; one without a number of its own is filled in where it is left."""
     if callable(default):
-        return field(default=None, metadata={"target": Target(about, default, **more)})
+        return field(default=left, metadata={"target": Target(about, default, **more)})
     value = float(default)
     return field(default=value, metadata={"target": Target(about, lambda row: value, **more)})
 
@@ -93,10 +98,14 @@ class Recipe:
         row = get_activation(self.activation, self.method)
         if row.name in self.impossible:
             raise Unreachable(self.impossible[row.name])
+        left: list[str] = []
         for name, target in self.targets().items():
             value, default = getattr(self, name), target.default(row)
-            if value is None and getattr(kind, name) is None:  # left to the activation
+            if (value is None or value is UNSET) and getattr(
+                kind, name
+            ) is value:  # left to the method
                 value = default
+                left.append(name)
             else:
                 value = target.check(self.method, name, value)
                 if default is None:
@@ -105,6 +114,20 @@ class Recipe:
         for f in fields(self):
             if isinstance(f.default, bool):
                 flag(self.method, f.name, getattr(self, f.name))
+        object.__setattr__(self, "_left", frozenset(left))
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the number that it aims at was left to the method; see `defaults`.
+
+        It does not count when recipes are compared.
+
+        Example:
+            >>> TAT("tanh").is_default, TAT("tanh", tau=0.3).is_default
+            (True, False)
+        """
+        aim = next(iter(self.defaults(self.activation)))
+        return aim in vars(self).get("_left", ())
 
     @classmethod
     def activations(cls) -> tuple[str, ...]:
@@ -279,7 +302,9 @@ class DKS(Recipe):
         "constants; use another activation"
     }
 
-    zeta: float = _target(1.5, "largest slope of the whole network's C map", above=1.0)
+    zeta: float = _target(
+        lambda row: 1.5, "largest slope of the whole network's C map", left=UNSET, above=1.0
+    )
     q_slope: float = _target(
         1.0,
         "slope of every layer's Q map at 1",

@@ -139,7 +139,7 @@ def dks(
     *,
     depth: int | None = None,
     subnet_max: SubnetMax | None = None,
-    zeta: float = DKS.zeta,
+    zeta: float = UNSET,
     q_slope: float = DKS.q_slope,
     clamp: bool = False,
 ) -> ActSpec:
@@ -173,7 +173,7 @@ def dks(
         >>> round(spec.input_scale, 4), round(spec.output_scale, 4)
         (0.2056, 6.8292)
     """
-    keywords = {"activation": activation, "zeta": zeta, "q_slope": q_slope, "clamp": clamp}
+    keywords = {"activation": activation, **given(zeta=zeta), "q_slope": q_slope, "clamp": clamp}
     return _solve_dks(DKS.spelled("dks", keywords), _Net.of("dks", depth, subnet_max))
 
 

@@ -118,7 +118,7 @@ def test_refuses(name: str) -> None:
         ({"spec": SPEC, "depth": 3}, "spec is ready"),
         ({"method": "EOC", "activation": "relu", "depth": 3}, "EOC knows no depth"),
         ({"sigma_b": 0.1}, "belongs to EOC"),
-        ({"depth": 3}, "clamp=True"),
+        ({"depth": 3, "eta": 0.9}, "clamp=True"),
         ({"on_untraceable": "ignore"}, "known: 'error', 'report'"),
         ({"spec": SPEC, "backend": "cuda"}, "unknown backend"),
         ({"spec": SPEC, "init": "he"}, "unknown method 'he'"),
