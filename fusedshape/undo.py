@@ -17,7 +17,8 @@ write never happened or happened in part:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from torch import Generator, Tensor, nn
 
 _Result = TypeVar("_Result")
 _LOG = logging.getLogger(__name__)
+# Containers whose contents are put back without running the user's code.
+_CANNOT_FAIL = {dict, list, OrderedDict}
 
 
 class UndoLog:
@@ -66,11 +69,21 @@ class UndoLog:
         if not self._is_new("module", module):
             return
         what = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
-        kind = type(module)
-        for value in vars(module).values():
-            if isinstance(value, (dict, list)):
+        kind, own = type(module), vars(module)
+        held = [(own, own.copy())]
+        for value in own.values():
+            if type(value) in _CANNOT_FAIL:
+                held.append((value, _copied(value)))
+            elif isinstance(value, (dict, list)):
                 self.contents(value, what)
-        self.contents(vars(module), what)
+
+        def put_back() -> None:
+            for container, contents in held:
+                if container or contents:
+                    _refill(container, contents)
+
+        # One step for all of them, because a model has tens of thousands of such containers.
+        self.save(what, put_back)
         self.save(f"the class of {what}", lambda: _set_class(module, kind))
 
     def tensor(self, tensor: Tensor, name: str) -> None:
@@ -152,8 +165,13 @@ def all_or_nothing(change: Callable[[UndoLog], _Result]) -> _Result:
         raise
 
 
-def why_not_written(tensor: Tensor) -> str:
-    """Why a tensor's numbers cannot be replaced safely; "" if they can."""
+def why_not_written(tensor: Tensor, read_only: Sequence[tuple[int, int]] | None = None) -> str:
+    """Why a tensor's numbers cannot be replaced safely; "" if they can.
+
+    Args:
+        tensor: the tensor.
+        read_only: what `read_only_memory` found just now, if several tensors are asked about.
+    """
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
     if tensor.is_meta:
@@ -165,7 +183,11 @@ def why_not_written(tensor: Tensor) -> str:
         if size > 1 and stride < span:
             return "several of its elements share one place in memory (expanded?)"
         span += (size - 1) * stride
-    if tensor.numel() and tensor.device.type == "cpu" and _is_read_only(tensor.data_ptr()):
+    if tensor.numel() and tensor.device.type == "cpu":
+        address = tensor.data_ptr()
+        spans = read_only_memory() if read_only is None else read_only
+        if not any(first <= address < last for first, last in spans):
+            return ""
         return "its memory is read-only (a file that was mapped for reading?)"
     return ""
 
@@ -200,18 +222,26 @@ def generator_of(device: torch.device) -> Generator:
     return torch.default_generator
 
 
-def _is_read_only(address: int) -> bool:
-    """Whether this process may not write at an address; False where /proc does not tell."""
+def read_only_memory() -> list[tuple[int, int]]:
+    """The addresses to which this process may not write; none where /proc does not tell."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
-        return False
+        return []
+    found = []
     for line in maps.splitlines():
         span, rights = line.split(maxsplit=2)[:2]
-        first, last = (int(end, 16) for end in span.split("-"))
-        if first <= address < last:
-            return "w" not in rights
-    return False
+        if "w" not in rights:
+            first, last = (int(end, 16) for end in span.split("-"))
+            found.append((first, last))
+    return found
+
+
+def _copied(container: dict[Any, Any] | list[Any]) -> Any:
+    """A copy of a dict or a list; a plain one if it is empty, as most of a module's are."""
+    if container:
+        return container.copy()
+    return {} if isinstance(container, dict) else []
 
 
 def _refill(container: dict[Any, Any] | list[Any], held: Any) -> None:

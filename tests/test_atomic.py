@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedshape import convert, fold, reweight_shortcuts, theory
-from fusedshape.convert import plan
+from fusedshape.convert import plan, replacing
 from tests.support.interrupting import interrupted_at, state
 from tests.support.places import ROOT
 
@@ -37,6 +37,8 @@ def converted(model: nn.Module) -> None:
     convert(model, depth=20, strip_batchnorm=True, chain=True)
 
 
+# What writes to a model once its conversion has been planned.
+WRITERS = {plan.Plan.apply.__code__, replacing.swap.__code__}
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "convert": converted,
     "reweight": lambda model: reweight_shortcuts(model, 0.0, drop_unused=True),
@@ -64,9 +66,7 @@ def test_an_interrupt_at_any_write_changes_nothing() -> None:
     model = make()
     before = state(model)
     for step in range(1, 1000):
-        stopped = interrupted_at(
-            step, lambda: converted(model), lambda code: code is plan.Plan.apply.__code__
-        )
+        stopped = interrupted_at(step, lambda: converted(model), lambda code: code in WRITERS)
         if not stopped:
             break
         assert state(model) == before, step

@@ -15,7 +15,13 @@ from fusedshape.convert.reading import Reading
 from fusedshape.convert.report import Change, left_alone
 from fusedshape.init import Method, check_init, init_module_
 from fusedshape.kinds import features, kind_of
-from fusedshape.undo import UndoLog, generator_of, overlapping, why_not_written
+from fusedshape.undo import (
+    UndoLog,
+    generator_of,
+    overlapping,
+    read_only_memory,
+    why_not_written,
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ def starts_for(reading: Reading) -> Starts:
         method, why = _suited(module, init)
         others[why] += 1
         layers.append(Start(module, calls.describe(module), method))
+    read_only = read_only_memory()
     for start in layers:
-        _check(start, reading.constants)
+        _check(start, reading.constants, read_only)
     _refuse_shared_memory(calls.model, [start.layer for start in layers])
     notes = (f"{n} layer(s) {why.format(init=init)}" for why, n in others.items() if why)
     return Starts(tuple(layers), tuple(rows), tuple(notes))
@@ -84,7 +91,7 @@ def initialise(
         init_module_(start.layer, start.method, constants.gain, constants.bias_std, generator)
 
 
-def _check(start: Start, constants: Constants) -> None:
+def _check(start: Start, constants: Constants, read_only: list[tuple[int, int]]) -> None:
     """Raise if a layer could not be initialised, naming it."""
     where = f"convert: cannot initialise {start.name}"
     try:
@@ -92,7 +99,7 @@ def _check(start: Start, constants: Constants) -> None:
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where}: {error}") from None
     for name, parameter in start.layer._parameters.items():
-        why = "" if parameter is None else why_not_written(parameter)
+        why = "" if parameter is None else why_not_written(parameter, read_only)
         if why:
             raise ValueError(
                 f"{where}: its {name} cannot be written, {why}; pass init=None, or give it memory "

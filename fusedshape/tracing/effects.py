@@ -66,6 +66,8 @@ def undisturbed(
         with torch.set_grad_enabled(grad):
             result = run()
         for (name, container), old in zip(held, before, strict=True):
+            if not container and not old:
+                continue
             new = _contents(container)
             changed = [k for k in {**old, **new} if new.get(k, _GONE) is not old.get(k, _GONE)]
             changed = [k for k in changed if k != INTERCEPTED]
@@ -86,6 +88,8 @@ def undisturbed(
 
 
 def _contents(container: dict[Any, Any] | list[Any]) -> dict[Any, Any]:
+    if not container:
+        return {}
     return dict(container if isinstance(container, dict) else enumerate(container))
 
 

@@ -52,14 +52,15 @@ def trace(module: nn.Module, call: tuple[Any, Any] | None = None) -> tuple[fx.Gr
             raise UntraceableError(
                 f"its forward takes an optional argument, {parameter.name}, that may steer it"
             )
-    graphs = []
+    graphs, sources = [], []
     for training in (True, False):
         graph, other = (_graph(module, training, grad, call) for grad in (True, False))
-        if graph.python_code("self").src != other.python_code("self").src:
+        source = graph.python_code("self").src
+        if source != other.python_code("self").src:
             raise UntraceableError("it asks whether gradients are on (torch.is_grad_enabled)")
         graphs.append(graph)
-    first, second = (graph.python_code("self").src for graph in graphs)
-    return tuple(graphs[: 1 if first == second else 2])
+        sources.append(source)
+    return tuple(graphs[: 1 if sources[0] == sources[1] else 2])
 
 
 def _graph(module: nn.Module, training: bool, grad: bool, call: tuple[Any, Any] | None) -> fx.Graph:
