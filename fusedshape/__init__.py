@@ -8,6 +8,7 @@ from fusedshape.convert import convert
 from fusedshape.diagnose import diagnose
 from fusedshape.explain import explain
 from fusedshape.fold import fold
+from fusedshape.kinds import register_layer
 from fusedshape.nn import (
     NormalizedSum,
     PerLocationNorm,
@@ -58,6 +59,7 @@ __all__ = [
     "fuse",
     "init",
     "linear_act",
+    "register_layer",
     "reweight_shortcuts",
     "shaped_act",
     "tap",

@@ -6,11 +6,13 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fusedshape.validate import shown
 
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 Taps = tuple[slice, ...]  # a slice for each spatial dimension
@@ -28,7 +30,8 @@ class Kind:
         function: name of torch's function that computes it.
         dimensions: spatial dimensions of the kernel; 0 for a linear layer.
         transposed: whether it is a transposed convolution, whose weight is (in, out, *kernel).
-        sizes: names of the attributes with the numbers of input and output channels or features.
+        sizes: names of the attributes with the numbers of input and output channels or features;
+            none where the weight says them.
         geometry: names of the attributes that describe the kernel, as the constructor takes them.
     """
 
@@ -36,7 +39,7 @@ class Kind:
     function: str
     dimensions: int = 0
     transposed: bool = False
-    sizes: tuple[str, str] = ("in_features", "out_features")
+    sizes: tuple[str, ...] = ("in_features", "out_features")
     geometry: tuple[str, ...] = ()
 
     @property
@@ -74,7 +77,7 @@ class Kind:
             >>> kind_of(conv).blank(conv, bias=False, padding=0)
             Conv2d(3, 8, kernel_size=(5, 5), stride=(1, 1), bias=False)
         """
-        make: Any = self.plain
+        make: Any = FUNCTIONS[self.function].plain  # of torch, also where a class is registered
         geometry = {name: getattr(layer, name) for name in self.geometry} | changes
         blank: nn.Module = make(*features(layer), **geometry, bias=bias, device="meta")
         return blank
@@ -100,6 +103,59 @@ KINDS = (
     _transposed(nn.ConvTranspose3d, 3),
 )
 _TWINS: dict[type[nn.Module], type[FusedLayer]] = {}
+_REGISTERED: dict[type[nn.Module], Kind] = {}
+
+
+def register_layer(cls: type[nn.Module], like: type[nn.Module] = nn.Linear) -> None:
+    """Let a class of your own count as a linear or convolution layer.
+
+    `fusedshape.convert` then initialises its instances as it does those of `like`, and the theory
+    reads them as such a layer. They are not fused with activations. It holds for subclasses too,
+    unless they have a forward of their own. Register before you convert.
+
+    An instance has a parameter ``weight`` of the shape that `like` has, (out, in, …), and an
+    attribute ``bias``, a parameter or None. Where `like` is a convolution it also has its
+    attributes kernel_size, stride, padding, dilation, groups and padding_mode, in their forms.
+
+    Args:
+        cls: the class, whose forward takes a tensor x and returns W x + b.
+        like: nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d.
+
+    Raises:
+        TypeError: cls is no class of modules.
+        ValueError: cls is a layer already, or `like` is none of the above.
+
+    Example:
+        >>> class Dense(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.weight, self.bias = nn.Linear(width, width).weight, None
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.weight.T
+        >>> register_layer(Dense)
+        >>> kind_of(Dense(4)).function, features(Dense(4))
+        ('linear', (4, 4))
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer: cls must be a class of nn.Modules, got {shown(cls)}")
+    kind = next((kind for kind in KINDS if kind.plain is like), None)
+    if kind is None:
+        known = ", ".join(f"nn.{kind.plain.__name__}" for kind in KINDS)
+        raise ValueError(f"register_layer: like={shown(like)}; known: {known}")
+    own = cls not in _REGISTERED and any(issubclass(cls, kind.plain) for kind in KINDS)
+    if own or issubclass(cls, (FusedLayer, _ConvNd)):
+        raise ValueError(f"register_layer: {cls.__name__} is a layer already")
+    _REGISTERED[cls] = replace(kind, plain=cls, sizes=())
+
+
+def _registered(module: object) -> Kind | None:
+    """The kind that a module's class was registered as, if any."""
+    cls: Any = type(module)
+    for known in cls.__mro__ if _REGISTERED else ():
+        if known in _REGISTERED and cls.forward is known.forward:
+            return _REGISTERED[known]
+    return None
 
 
 class FusedLayer(nn.Module):
@@ -185,7 +241,7 @@ def kind_of(module: object) -> Kind | None:
     if found is None and isinstance(module, _ConvNd):  # a class beside torch's own
         shape = len(module.kernel_size), isinstance(module, _ConvTransposeNd)
         found = next((k for k in KINDS if (k.dimensions, k.transposed) == shape), None)
-    return found
+    return found or _registered(module)
 
 
 def features(layer: Any) -> tuple[int, int]:
@@ -201,8 +257,12 @@ def features(layer: Any) -> tuple[int, int]:
     kind = kind_of(layer)
     if kind is None:
         raise TypeError(f"features: {type(layer).__name__} is no linear or convolution layer")
-    inputs, outputs = (getattr(layer, name) for name in kind.sizes)
-    return inputs, outputs
+    if kind.sizes:
+        inputs, outputs = (getattr(layer, name) for name in kind.sizes)
+        return inputs, outputs
+    first, second = layer.weight.shape[:2]
+    second *= kind.groups(layer)
+    return (first, second) if kind.transposed else (second, first)
 
 
 def zeros_around(layer: Any) -> list[int]:

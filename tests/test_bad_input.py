@@ -418,6 +418,11 @@ ENTRIES: dict[str, Entry] = {
         {"model": nothing, "keep_delta": flag},
         fusedshape.fold,
     ),
+    "register_layer": Entry(
+        fusedshape.register_layer,
+        lambda: {"cls": type("Own", (nn.Module,), {})},
+        {"cls": nothing, "like": nothing},
+    ),
     "reweight_shortcuts": Entry(
         lambda **given: fusedshape.reweight_shortcuts(**{"model": skip(), **given}),
         lambda: {"shortcut_weight": 0.5},

@@ -28,7 +28,7 @@ def declare(commands: Commands) -> None:
         action="append",
         metavar="PKG.MODULE:CLASS",
         help="class of activations to replace, such as torch.nn:SiLU; may be given several times "
-        "(default torch.nn:ReLU)",
+        "'all' for all but gates (default torch.nn:ReLU)",
     )
     parser.add_argument(
         "--keep",
@@ -62,6 +62,17 @@ def declare(commands: Commands) -> None:
         "--strip-batchnorm", action="store_true", help="take BatchNorm layers out of the model"
     )
     parser.add_argument(
+        "--normalisation",
+        choices=("strip",),
+        metavar="WHAT",
+        help="strip: take normalisation of every kind out of the model",
+    )
+    parser.add_argument(
+        "--add-biases",
+        action=argparse.BooleanOptionalAction,
+        help="give layers that lose their normalisation a bias (default with --normalisation)",
+    )
+    parser.add_argument(
         "--on-untraceable",
         choices=("error", "report"),
         default="error",
@@ -86,7 +97,9 @@ def declare(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     model = make_model(args.model)
     given = network_of(args)
-    if args.replace is not None:
+    if args.replace == ["all"]:
+        given["replace"] = "all"
+    elif args.replace is not None:
         given["replace"] = tuple(map(load_object, args.replace))
     if args.keep is not None:
         given["filter_fn"] = lambda name, _: not any(fnmatchcase(name, p) for p in args.keep)
@@ -99,7 +112,9 @@ def _run(args: argparse.Namespace) -> None:
         init=None if args.init == "none" else args.init,
         chain=args.chain,
         fuse=args.fuse,
+        normalisation=args.normalisation,
         strip_batchnorm=args.strip_batchnorm,
+        add_biases=args.add_biases,
         on_untraceable=args.on_untraceable,
         dry_run=True,
         **given,
@@ -123,5 +138,7 @@ def _write(name: str, value: str | None) -> str:
     """An option and its value; --replace takes one class at a time."""
     if name != "--replace" or value is None:
         return as_option(name, value)
+    if "all" in value:
+        return "--replace all"
     classes = [wanted.removeprefix("nn.") for wanted in value.strip("[]").split(", ")]
     return " ".join(f"--replace torch.nn:{wanted}" for wanted in classes)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Generator, nn
+from torch import Generator, fx, nn
 from torch.nn.utils import parametrize
 
+from fusedshape.convert.calls import Calls
 from fusedshape.convert.constants import Constants
 from fusedshape.convert.reading import Reading
 from fusedshape.convert.report import Change, left_alone
 from fusedshape.init import Method, check_init, init_module_
-from fusedshape.kinds import features, kind_of
+from fusedshape.kinds import FUNCTIONS, features, kind_of
+from fusedshape.nodes import operation
+from fusedshape.torch_ops import TURNS, base
 from fusedshape.undo import (
     UndoLog,
     generator_of,
@@ -57,7 +60,7 @@ def starts_for(reading: Reading) -> Starts:
     """
     calls, init = reading.calls, reading.request.init
     layers: list[Start] = []
-    rows: list[Change] = []
+    rows: list[Change] = [] if init is None else list(_unknown_layers(calls))
     others: Counter[str] = Counter()
     for module in calls.names if init is not None else ():
         if kind_of(module) is None:
@@ -76,6 +79,39 @@ def starts_for(reading: Reading) -> Starts:
     _refuse_shared_memory(calls.model, [start.layer for start in layers])
     notes = (f"{n} layer(s) {why.format(init=init)}" for why, n in others.items() if why)
     return Starts(tuple(layers), tuple(rows), tuple(notes))
+
+
+def _unknown_layers(calls: Calls) -> Iterator[Change]:
+    """Rows of modules that multiply by a weight of their own and are no layers of a known kind."""
+    for owner, graphs in calls.graphs.items():
+        own = {
+            (operation(node), str(arg.target)): None
+            for graph in graphs
+            for node in graph.nodes
+            if operation(node) in FUNCTIONS | dict.fromkeys(("matmul", "mm", "addmm"))
+            for arg in _weights(node)
+            if str(arg.target) in owner._parameters
+        }
+        if own and kind_of(owner) is None:
+            calls_of = ", ".join(f"{function} of its {name}" for function, name in own)
+            like = next((FUNCTIONS[f].plain.__name__ for f, _ in own if f in FUNCTIONS), "Linear")
+            note = (
+                f"not initialised: it computes {calls_of}; for a class that wraps one weight, "
+                f"fusedshape.register_layer({type(owner).__name__}, nn.{like}) gives it a rule"
+            )
+            yield left_alone(calls.names[owner], owner, note)
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    """The parameters that a product takes, read as they are or transposed, as its weight."""
+    args = [*node.args, *node.kwargs.values()]
+    found = []
+    for arg in args[:3]:
+        while isinstance(arg, fx.Node) and base(operation(arg)) in TURNS:
+            arg = arg.args[0]
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            found.append(arg)
+    return found[:1]
 
 
 def initialise(

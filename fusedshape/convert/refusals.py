@@ -84,8 +84,8 @@ def _refuse_norm(path: str, module: nn.Module, strip: bool) -> None:
         if not strip:
             raise ValueError(
                 f"convert: {path!r} is a {kind}; normalisation undoes what shaped activations set "
-                "up. Pass normalisation='strip', or strip_batchnorm=True to take BatchNorm out "
-                "alone, or build the model without"
+                "up. Pass strip_batchnorm=True to take BatchNorm out, or normalisation='strip' to "
+                "take out every norm and add biases, or build the model without"
             )
     elif isinstance(module, CHANNEL_CLASSES) or (path and _normalises(module)):
         inside = module._modules.keys()
