@@ -14,6 +14,7 @@ import torch
 from torch import Generator, nn
 
 from fusedshape.convert.normalisation import strip
+from fusedshape.convert.order import preactivate
 from fusedshape.convert.plan import plan_for
 from fusedshape.convert.reading import read
 from fusedshape.convert.refusals import refuse_model
@@ -125,7 +126,9 @@ def convert(
             layers, then with fewer parameters, behind the fork; of more than two operands the
             others get equal parts of 1 − w². In all other sums, linear branches side by side among
             them, each of n operands gets the weight 1/√n, which keeps q if they are independent. A
-            number that weighs an operand is dropped. Default: sums stay as they are.
+            number that weighs an operand is dropped. An activation whose output a shortcut carries
+            acts at the start of the branch instead (v1 blocks, which activate the sum, become v2
+            blocks), as sums must add Gaussians of mean 0. Default: sums stay as they are.
         on_ambiguous: what to do about a sum whose operands all count alike: "error", or "report" to
             give each the weight 1/√n.
         on_untraceable: what to do about a module whose forward may call such an activation but
@@ -196,7 +199,8 @@ def _convert(model: nn.Module, request: Request, log: UndoLog) -> Report:
     log.generator(torch.default_generator)  # a filter_fn may draw
     stripped = strip(model, request, log)
     reweighted = reweight(model, request)
-    plan = plan_for(read(model, request), (stripped, reweighted))
+    moved = preactivate(model, request)
+    plan = plan_for(read(model, request), (stripped, reweighted, moved))
     if request.dry_run:
         log.undo()
     else:

@@ -71,7 +71,7 @@ class Fusion:
 
 def read_fusion(calls: Calls, rules: Rules) -> Fusion:
     """Find the layer before each activation, and decide by rules which of them are fused."""
-    paths = _Paths(calls, {site.node: site for site in calls.sites})
+    paths = Paths(calls, {site.node: site for site in calls.sites})
     matches = {site: paths.layer_before(site) for site in calls.sites}
     layers = dict.fromkeys(match.layer for match in matches.values() if match.layer is not None)
     takers = {layer: paths.takers(layer) for layer in layers}
@@ -175,7 +175,7 @@ def _merged(calls: Calls, matches: Matches, live: frozenset[nn.Module]) -> froze
 
 
 @dataclass(frozen=True)
-class _Paths:
+class Paths:
     """Where values come from and go to, past identities and in and out of modules.
 
     Attributes:
@@ -189,7 +189,7 @@ class _Paths:
     def layer_before(self, site: Site) -> Match:
         """The layer whose output an activation's call takes, or why there is none."""
         owner, node = site.owner, site.input
-        while (before := self._before(owner, node)) is not None:
+        while (before := self.before(owner, node)) is not None:
             owner, node = before
         called = self.calls.called(owner, node)
         if kind_of(called):
@@ -208,7 +208,7 @@ class _Paths:
                 found.append(site if site is not None and site.input is value else None)
         return found
 
-    def _before(self, owner: nn.Module, node: fx.Node) -> tuple[nn.Module, fx.Node] | None:
+    def before(self, owner: nn.Module, node: fx.Node) -> tuple[nn.Module, fx.Node] | None:
         """Where the same value stood a step earlier; None if it is made here."""
         if self._passes(owner, node):
             return owner, node.all_input_nodes[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusedshape import TAT, NormalizedSum, convert, diagnose, theory
+from fusedshape import TAT, NormalizedSum, ShapedActivation, convert, diagnose, theory
 from fusedshape.theory import DKS, Unreachable
 
 
@@ -217,3 +218,70 @@ def test_a_preactivation_net_is_healthy(w: float) -> None:
     net = nn.Sequential(nn.Linear(128, 128), *(wide() for _ in range(8)), nn.ReLU())
     convert(net, shortcuts=w)
     assert diagnose(net, torch.randn(64, 128)).verdict == "theory and measurement agree"
+
+
+class Stem(nn.Module):
+    """The order of torchvision's ResNet: an activation, a max-pool, and blocks without a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(2)
+        self.layer = nn.Sequential(*(Basic(width, width) for _ in range(3)))
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer(self.maxpool(self.relu(self.conv(x)))).mean((2, 3)))
+
+
+def test_blocks_that_activate_the_sum_become_healthy() -> None:
+    net, x = Stem(96), torch.randn(8, 3, 12, 12)
+    keys = [key for key in net.state_dict() if "bn" not in key]
+    report = convert(net, strip_batchnorm=True, shortcuts=W)
+    assert any("3 activation(s) before a skip connection" in note for note in report.notes)
+    assert not any("q drifts" in note for note in report.notes)
+    assert list(net.state_dict()) == keys
+    assert diagnose(net, x).verdict == "theory and measurement agree"
+
+
+def test_the_shortcut_carries_what_the_activation_took() -> None:
+    net, x = Stem(4).double(), rand(2, 3, 6, 6)
+    convert(net, TAT(clamp=True), strip_batchnorm=True, shortcuts=W, fuse=False)
+    phi = next(m for m in net.modules() if isinstance(m, ShapedActivation))
+    z = net.maxpool(net.conv(x))
+    for block in net.layer:
+        z = W * z + V * block.conv2(phi(block.conv1(phi(z))))
+    torch.testing.assert_close(net(x), net.fc(phi(z).mean((2, 3))), rtol=1e-12, atol=1e-12)
+    again = pickle.loads(pickle.dumps(net))
+    torch.testing.assert_close(again(x), net(x), rtol=0, atol=0)
+
+
+def in_one_forward(m: nn.Module, x: Tensor) -> Tensor:
+    x = F.relu(m.a(x))  # type: ignore[operator]
+    x = F.relu_(x + m.b(x))  # type: ignore[operator]
+    return F.relu(x + m.d(F.relu(m.c(x))))  # type: ignore[operator]
+
+
+def test_the_same_in_one_forward() -> None:
+    net, x = Given(in_one_forward).double(), rand(3, 6)
+    convert(net, TAT(clamp=True), shortcuts=W, fuse=False)
+    phi = next(m for m in net.modules() if isinstance(m, ShapedActivation))
+    z = net.a(x)
+    z = W * z + V * net.b(phi(z))
+    z = W * z + V * net.d(phi(net.c(phi(z))))
+    torch.testing.assert_close(net(x), phi(z), rtol=1e-12, atol=1e-12)
+
+
+class Feature(Stem):
+    """Returns what its first activation gives, which therefore stays where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv(x))
+        return torch.cat([self.layer(x).mean((2, 3)), x.mean((2, 3))], 1)
+
+
+def test_an_activation_that_others_take_stays() -> None:
+    report = convert(Feature(4), TAT(clamp=True), strip_batchnorm=True, shortcuts=W)
+    assert any("2 activation(s) before a skip connection" in note for note in report.notes)
+    assert any("q drifts" in note for note in report.notes)
