@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fusedshape.guard import Guard, save_place
 from fusedshape.kinds import features, kind_of
-from fusedshape.tracing import Reading, Slot, required
+from fusedshape.proxies import UntraceableError
+from fusedshape.tracing import Reading, Slot, leaves_of, read_call, required
 from fusedshape.undo import UndoLog, generator_of
 
 _Result = TypeVar("_Result")
@@ -171,6 +172,42 @@ def misread(module: nn.Module, reading: Reading, slots: Any, call: Any) -> str:
     if writes - also:  # a reading does not include what the module writes
         return ""
     return differs(got, wanted, _ROUNDINGS)
+
+
+def reading_of_call(module: nn.Module, call: tuple[Any, Any]) -> Reading:
+    """What a recorded call of a module computes, compared with the module itself.
+
+    Args:
+        module: the module; it is left unchanged.
+        call: the positional and keyword arguments of the call, as from `calls`.
+
+    Raises:
+        UntraceableError: a forward that the numbers in tensors steer, or that cannot be followed.
+    """
+
+    def copied() -> Any:
+        return pytree.tree_map(_copy, call)
+
+    reading = leaving_no_trace(module, lambda: read_call(module, *copied()))
+
+    def wanted() -> Any:
+        module.training = reading.training
+        args, kwargs = copied()
+        return type(module).forward(module, *args, **kwargs)
+
+    def got() -> Any:
+        module.training = reading.training
+        return _follow(module, reading, leaves_of(copied()))
+
+    try:
+        difference = differs(
+            leaving_no_trace(module, got), leaving_no_trace(module, wanted), _ROUNDINGS
+        )
+    except Exception as error:
+        difference = f"{type(error).__name__}: {error}"
+    if difference:
+        raise UntraceableError(f"read by the example, it gives {difference}")
+    return reading
 
 
 def _writing(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, set[str]]:

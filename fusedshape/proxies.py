@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dis
 import linecache
+import operator
 import sys
 import types
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -27,8 +29,9 @@ _QUESTIONS = ("isinstance", "__class__", "getattr", "MATCH_CLASS")
 class Value(fx.Proxy):
     """A proxy that keeps in-place arithmetic in place, and answers as a tensor would or refuses.
 
-    Its tracer needs two methods: `is_tensor(node)`, and `refuse(why)`, which records the reason
-    before it raises, so that a forward that catches the error is refused too.
+    Its tracer needs `is_tensor(node)`, `refuse(why)`, which records the reason before it raises, so
+    that a forward that catches the error is refused too, and for what a symbol cannot answer itself
+    `answer(value, how, why)`, `attribute(value, name)` and `type_of(value)`.
     """
 
     def _in_place(self, name: str, other: Any) -> Any:
@@ -61,24 +64,29 @@ class Value(fx.Proxy):
         self.tracer.refuse(what)  # type: ignore[attr-defined]
         raise AssertionError("refuse raises")
 
+    def _answer(self, how: Callable[[Any], Any], why: str) -> Any:
+        return self.tracer.answer(self, how, why)  # type: ignore[attr-defined]
+
     def _is_tensor(self) -> bool:
         return bool(self.tracer.is_tensor(self.node))  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
-        self._refuse("it asks for the length of a value (len)")
+        return int(self._answer(len, "it asks for the length of a value (len)"))
 
     def __contains__(self, item: Any) -> bool:
-        self._refuse("it asks whether a value holds another (in)")
+        holds: Callable[[Any], Any] = lambda value: item in value  # noqa: E731
+        return bool(self._answer(holds, "it asks whether a value holds another (in)"))
 
     def __float__(self) -> float:
-        self._refuse("it takes a value as a number (float)")
+        return float(self._answer(float, "it takes a value as a number (float)"))
 
     def __int__(self) -> int:
-        self._refuse("it takes a value as a number (int)")
+        return int(self._answer(int, "it takes a value as a number (int)"))
 
     def __hash__(self) -> int:
         if not (_is_torchs(sys._getframe(1)) or self._hashes_by_identity()):
-            self._refuse("it looks a value up, which is compared by what it is (hash)")
+            why = "it looks a value up, which is compared by what it is (hash)"
+            return int(self._answer(hash, why))
         return object.__hash__(self)
 
     def _hashes_by_identity(self) -> bool:
@@ -91,6 +99,9 @@ class Value(fx.Proxy):
     _is_param = False
 
     def __getattr__(self, name: str) -> Any:
+        known, found = self.tracer.attribute(self, name)  # type: ignore[attr-defined]
+        if known:
+            return found
         dunder = name.startswith("__") and name.endswith("__")
         if not hasattr(torch.Tensor, name) and (dunder or self._is_tensor()):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
@@ -116,9 +127,15 @@ class Value(fx.Proxy):
 
     def kind(self) -> type:
         """The class of the value, where it is known."""
-        if not self._is_tensor():
-            self._refuse("it asks for the type of a value (isinstance)")
-        return torch.Tensor
+        found: type = self.tracer.type_of(self)  # type: ignore[attr-defined]
+        return found
+
+
+class Known(Value):
+    """A symbol whose value in one call is known to its tracer."""
+
+    def __index__(self) -> int:
+        return int(self._answer(operator.index, "it takes a value as a number (index)"))
 
 
 class AttributeValue(Value):

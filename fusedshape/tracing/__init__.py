@@ -1,5 +1,6 @@
 """Reads the forward of one nn.Module as torch.fx graphs, in which its children are leaves."""
 
+from fusedshape.tracing.example import leaves_of, read_call, ways_of
 from fusedshape.tracing.forwards import Reading, read, trace
 from fusedshape.tracing.graphs import (
     is_plain,
@@ -18,13 +19,16 @@ __all__ = [
     "Slot",
     "behind_norm",
     "is_plain",
+    "leaves_of",
     "memory_roots",
     "reachable_code",
     "reached_by",
     "read",
+    "read_call",
     "required",
     "take_over",
     "tensor_args",
     "trace",
+    "ways_of",
     "write_out_of_place",
 ]

@@ -78,11 +78,11 @@ def _graph(module: nn.Module, training: bool, grad: bool, call: tuple[Any, Any] 
         graph = undisturbed(module, run, grad=grad)
     for node in graph.nodes:
         node.type = None
-    _drop_dead(graph, lambda node: module.get_submodule(str(node.target)))
+    drop_dead(graph, lambda node: module.get_submodule(str(node.target)))
     return graph
 
 
-def _drop_dead(graph: fx.Graph, called: Callable[[fx.Node], nn.Module] | None = None) -> None:
+def drop_dead(graph: fx.Graph, called: Callable[[fx.Node], nn.Module] | None = None) -> None:
     """Erase nodes without users or side effects; calls of modules only if `called` is given."""
     for node in reversed(list(graph.nodes)):
         if not node.users and _only_computes(node, called):
@@ -120,15 +120,17 @@ class Reading:
     Attributes:
         graph: the graph, with one placeholder for every `Slot`, in order.
         modules: the module that each call_module node calls.
-        constants: the tensors that get_attr nodes stand for, by their target.
+        constants: what get_attr nodes stand for, by their target.
+        training: the mode of the module in that call.
     """
 
     graph: fx.Graph
     modules: dict[fx.Node, nn.Module]
-    constants: dict[str, torch.Tensor]
+    constants: dict[str, Any]
+    training: bool = True
 
 
-class _Reader(OneCall):
+class Reader(OneCall):
     """Traces one call, and computes everything that does not depend on a slot."""
 
     strict = False
@@ -137,7 +139,7 @@ class _Reader(OneCall):
         super().__init__(module, args, kwargs)
         self.names = {m: name for name, m in module.named_modules()}
         self.modules: dict[fx.Node, nn.Module] = {}
-        self.constants: dict[str, torch.Tensor] = {}
+        self.constants: dict[str, Any] = {}
         self.copies: dict[torch.Tensor, torch.Tensor] = {}
         self.originals: dict[torch.Tensor, torch.Tensor] = {}
 
@@ -199,9 +201,9 @@ def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
 
     def run() -> Reading:
         module.training = True
-        reader = _Reader(module, args, kwargs)
+        reader = Reader(module, args, kwargs)
         graph = reader.trace(module)
-        _drop_dead(graph)
+        drop_dead(graph)
         return Reading(graph, reader.modules, reader.constants)
 
     with untraceable():

@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -97,7 +97,7 @@ class Tracer(fx.Tracer):
         self.create_node("output", "output", (output,), {})
         return self.graph
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> NoReturn:
         """Raise UntraceableError, and remember it in case the forward catches it."""
         self.refusal = self.refusal or UntraceableError(why)
         raise self.refusal
@@ -106,7 +106,7 @@ class Tracer(fx.Tracer):
         thread = threading.get_ident()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
+            if threading.get_ident() != thread or self.asleep:
                 return module._call_impl(*args, **kwargs)
             return self.call_module(module, module.forward, args, kwargs)
 
@@ -235,12 +235,24 @@ class Tracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Refuse a branch on a value."""
         self.refuse("TraceError: it branches on a value, which cannot steer control flow here")
-        raise AssertionError("refuse raises")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Refuse a loop over a value."""
         self.refuse("TraceError: it iterates over a value, whose length is not known")
-        raise AssertionError("refuse raises")
+
+    def answer(self, value: Value, how: Callable[[Any], Any], why: str) -> Any:
+        """Answer a question about what a symbol stands for, or refuse."""
+        self.refuse(why)
+
+    def attribute(self, value: Value, name: str) -> tuple[bool, Any]:
+        """Whether an attribute of what a symbol stands for is known, and the attribute."""
+        return False, None
+
+    def type_of(self, value: Value) -> type:
+        """The class of what a symbol stands for, or refuse."""
+        if not self.is_tensor(value.node):
+            self.refuse("it asks for the type of a value (isinstance)")
+        return torch.Tensor
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node is known to stand for one tensor."""

@@ -12,6 +12,7 @@ from fusedshape.activations import ACTIVATIONS, TORCH_NAMES, options_of
 from fusedshape.kinds import FUNCTIONS
 from fusedshape.nodes import is_query, operation
 from fusedshape.spec import ActSpec
+from fusedshape.theory.maps import q_map
 from fusedshape.theory.trace.nodes import Nodes
 from fusedshape.theory.trace.signals import (
     BY_HAND,
@@ -49,6 +50,7 @@ from fusedshape.torch_ops import (
 )
 
 _ACTIVATIONS = {*(known.name for known in TORCH_NAMES), *ACTIVATIONS}
+_GATES = {"sigmoid", "hardsigmoid"}
 _AFFINE = {*FUNCTIONS, *MATMULS, "embedding"}
 
 
@@ -98,6 +100,9 @@ class Functions(Nodes):
             return self._sum(name, args, kwargs, at)
         if name in PRODUCTS | QUOTIENTS | {"neg"}:
             return self._product(name, args, kwargs, taken, at)
+        attended = self._attention(name, args, taken, at)
+        if attended is not None:
+            return attended
         if name in _AFFINE and len(taken) == 1:
             return self._affine_function(name, args, kwargs, x, at)
         if len(taken) > 1 or x is not taken[0]:
@@ -203,6 +208,9 @@ class Functions(Nodes):
             swish = None if divides else self._swish(taken)
             if swish is not None:
                 return self._activate("silu", {}, swish, at)
+            gate = None if divides else self._gate(taken)
+            if gate is not None:
+                return self.gated(*gate, at)
             return self.unknown(
                 taken,
                 at,
@@ -237,6 +245,33 @@ class Functions(Nodes):
             node = self.nodes[self.index(gate)]
             if node.spec == ActSpec("sigmoid") and node.inputs == (self.index(x),):
                 return x
+        return None
+
+    def _gate(self, taken: list[Signal]) -> tuple[Signal, float] | None:
+        """The value that a product lets through, and the mean square of the gate; None if none."""
+        for x, gate in (taken, taken[::-1]):
+            i = self.index(gate)
+            while self.nodes[i].op in ("reshape", "pool", "dropout"):
+                (i,) = self.nodes[i].inputs
+            spec = self.nodes[i].spec
+            if spec is not None and spec.activation in _GATES:
+                return x, q_map(spec, 1.0)
+            if i in self.softmax:
+                return x, 1.0
+        return None
+
+    def _attention(self, name: str, args: list[Any], taken: list[Signal], at: str) -> Signal | None:
+        """The means that attention takes; None if the function is no attention."""
+        if name == "scaled_dot_product_attention":
+            return self.attended(taken[-1], at)
+        if name not in MATMULS or len(taken) != 2:
+            return None
+        for weights, values in (taken, taken[::-1]):
+            i = self.index(weights)
+            while self.nodes[i].op in ("reshape", "dropout"):
+                (i,) = self.nodes[i].inputs
+            if i in self.softmax:
+                return self.attended(values, at)
         return None
 
     def _concat(

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusedshape.activations import options_of
-from fusedshape.faithful import calls, inputs_for, misread
+from fusedshape.faithful import calls, inputs_for, misread, reading_of_call
 from fusedshape.kinds import LocationNorm, WeightedSum, kind_of
 from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec
@@ -43,7 +43,7 @@ from fusedshape.torch_ops import (
     function_of,
     name_of,
 )
-from fusedshape.tracing import Slot, behind_norm, is_plain, read, required
+from fusedshape.tracing import Reading, Slot, behind_norm, is_plain, read, required, ways_of
 
 
 class Trace(Functions):
@@ -54,6 +54,7 @@ class Trace(Functions):
         self.strip = strip
         self.seen: set[nn.Module] = set()
         self.opaque: set[nn.Module] = set()
+        self.by_example: list[nn.Module] = []
         self.joined = {} if example is None else joined_sizes(model, example)
         self.example = example
 
@@ -73,6 +74,13 @@ class Trace(Functions):
         outputs = tuple(dict.fromkeys(self.bare(signal)[0] for signal in found))
         for i in outputs:
             self._leave_out_softmax(i)
+        self.note_products()
+        if self.by_example:
+            kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in self.by_example))
+            self.notes[
+                f"{len(self.by_example)} forward(s) that take decisions by their inputs' shapes or "
+                f"types were read as they run on the example ({kinds})"
+            ] = None
         self._note_uncalled()
         return Wiring(tuple(self.nodes), outputs, tuple(self.notes))
 
@@ -176,20 +184,37 @@ class Trace(Functions):
             return self.like(op, x, path)
         return self.emit(op, [x], path)
 
-    def _follow(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-        """Trace a module's forward and evaluate the graph on signals."""
-        given = signals_in((args, kwargs))
-        for signal in given:
-            self.bare(signal)
+    def _read(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Reading, list[Any]]:
+        """Read a forward, and what its placeholders stand for: for any call, else for this one."""
         slots = pytree.tree_map(lambda v: Slot() if isinstance(v, Signal) else v, (args, kwargs))
-        reading = read(module, *slots[0], **slots[1])
-        if module in self.calls:
-            difference = misread(module, reading, slots, self.calls[module])
+        call = self.calls.get(module)
+        try:
+            reading = read(module, *slots[0], **slots[1])
+            difference = "" if call is None else misread(module, reading, slots, call)
             if difference:
                 raise UntraceableError(
                     f"traced, it gives {difference}, as it takes a decision that a trace does not "
                     "see, for instance by the type of a value in a helper"
                 )
+            return reading, signals_in((args, kwargs))
+        except UntraceableError:
+            given = None if call is None else _as_in(call, (args, kwargs))
+            if given is None:
+                raise
+            try:
+                reading = reading_of_call(module, call)
+            except UntraceableError:
+                reading = None
+            if reading is None:
+                raise
+        self.by_example.append(module)
+        return reading, given
+
+    def _follow(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        """Trace a module's forward and evaluate the graph on signals."""
+        for signal in signals_in((args, kwargs)):
+            self.bare(signal)
+        reading, given = self._read(module, args, kwargs)
         queue = iter(given)
         env: dict[fx.Node, Any] = {}
 
@@ -217,6 +242,28 @@ class Trace(Functions):
             if len(node.users) > 1 and isinstance(env[node], Signal):
                 self.bare(env[node])
         raise AssertionError("a graph without an output")
+
+
+def _as_in(call: Any, given: Any) -> list[Any] | None:
+    """What stands in a call's arguments where a recorded call has its tensors.
+
+    None if some signals stand elsewhere, so that the two calls are not alike.
+    """
+    values = [_at(given, way) for way in ways_of(call)]
+    found = [id(value) for value in values if isinstance(value, Signal)]
+    return values if all(id(signal) in found for signal in signals_in(given)) else None
+
+
+def _at(value: Any, way: tuple[Any, ...]) -> Any:
+    """What stands at the end of a way; UNSIZED if there is no such way."""
+    for key in way:
+        if isinstance(value, Signal):
+            return value
+        try:
+            value = value[key]
+        except (TypeError, LookupError):
+            return UNSIZED
+    return value if isinstance(value, (Signal, torch.Tensor)) else UNSIZED
 
 
 def _is_sequential(module: nn.Module) -> bool:

@@ -26,6 +26,8 @@ class Nodes:
         self.softmax: set[int] = set()
         self.origins: list[int] = []  # for each node, the first node with the same weights
         self.weights: dict[Any, int] = {}
+        self.gates: dict[str, float] = {}  # the gates' mean squares, by where they multiply
+        self.averages: list[str] = []  # where attention averages over locations
 
     def append(self, node: Node) -> int:
         """Add a node and return its index."""
@@ -132,3 +134,35 @@ class Nodes:
     def _in_place(self, old: Signal, new: Signal) -> Signal:
         old.cell.terms, old.cell.path = new.cell.terms, new.cell.path
         return replace(new, cell=old.cell)
+
+    def gated(self, x: Signal, mean_square: float, path: str) -> Signal:
+        """A value that a gate has multiplied: read as the value, which a note says."""
+        self.gates[path] = mean_square
+        return self.like("reshape", x, path, note="a gate")
+
+    def attended(self, values: Signal, path: str) -> Signal:
+        """What attention makes of its values: their means over locations, which a note says."""
+        self.averages.append(path)
+        return self.like("pool", values, path, note="attention")
+
+    def note_products(self) -> None:
+        """Say where q falls in a way that the wiring leaves out."""
+        if self.gates:
+            path, smallest = min(self.gates.items(), key=lambda gate: gate[1])
+            self.notes[
+                f"{_and_more(path, len(self.gates))} multiplied by gates: q falls to {smallest:.3g} "
+                "of what it was, which the constants leave out"
+            ] = None
+        if self.averages:
+            self.notes[
+                f"{_and_more(self.averages[0], len(self.averages))} averaged by attention: q falls "
+                "as at an average pool, which the constants leave out"
+            ] = None
+
+
+def _and_more(path: str, count: int) -> str:
+    return (
+        f"the values at {path!r} are"
+        if count == 1
+        else (f"the values at {path!r} and {count - 1} more are")
+    )
