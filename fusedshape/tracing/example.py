@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from fusedshape.nodes import operation
 from fusedshape.proxies import Known, UntraceableError, Value
-from fusedshape.torch_ops import QUERIES
 from fusedshape.tracing.effects import undisturbed, untraceable
 from fusedshape.tracing.forwards import Reader, Reading, drop_dead
 from fusedshape.tracing.tracer import is_real
@@ -124,6 +123,9 @@ class _ExampleReader(Reader):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Known(node, self)
 
+    def whole(self, function: Any) -> Callable[..., Any]:
+        return function  # its values are known, so that it can be followed, too
+
     def create_args_for_root(self, root_fn: Any, *rest: Any) -> tuple[Any, list[Any]]:
         def given(tensor: torch.Tensor, path: tuple[Any, ...]) -> Any:
             node = self.create_node("placeholder", f"x{len(self.values)}", (), {})
@@ -192,7 +194,7 @@ class _ExampleReader(Reader):
         tensors = leaves_of(value)
         name = operation(node)
         computes = node.op != "call_module" and node.target is not getattr
-        if computes and not tensors and name not in QUERIES and name.startswith(_DATA):
+        if computes and not tensors and name in _DATA:
             self.refuse("TraceError: it takes numbers out of tensors, which cannot steer it here")
 
         def part(tensor: torch.Tensor, path: tuple[Any, ...]) -> Any:
@@ -244,7 +246,7 @@ class _ExampleReader(Reader):
 
 
 # What gives a number that the numbers in a tensor decide.
-_DATA = ("item", "tolist", "equal", "allclose", "__bool__", "__int__", "__float__", "is_nonzero")
+_DATA = {"item", "tolist", "equal", "allclose", "is_nonzero"}
 
 
 def rebuilt_of(value: Any, value_of: Callable[[fx.Node], Any]) -> Any:

@@ -144,6 +144,7 @@ class Reader(OneCall):
         self.originals: dict[torch.Tensor, torch.Tensor] = {}
 
     def function(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call that takes symbols, and compute all others."""
         leaves = pytree.tree_leaves((args, kwargs))
         if any(issubclass(type(leaf), Value) for leaf in leaves):
             return self.record(function, args, kwargs)
@@ -160,17 +161,20 @@ class Reader(OneCall):
         return self.copies[tensor]
 
     def create_tensor(self, tensor: torch.Tensor) -> fx.Node:
+        """The node of an actual tensor, which becomes a constant."""
         name = f"constant_{len(self.constants)}"
         self.constants[name] = self.originals.get(tensor, tensor)
         return self.create_node("get_attr", name, (), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Add a node for a call of any module."""
         name = self.names.get(m, "") or type(m).__name__
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self.modules[proxy.node] = m
         return proxy
 
     def called(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls."""
         return self.modules[node]
 
 

@@ -122,7 +122,7 @@ class Tracer(fx.Tracer):
             for (_, name), where in _symbolic_trace._wrapped_fns_to_patch.items()
             if where is scope and name in names
         ]
-        new: dict[str, Any] = {name: self._whole(scope[name]) for name in wrapped if name in scope}
+        new: dict[str, Any] = {name: self.whole(scope[name]) for name in wrapped if name in scope}
         answers = {"type": type_as_known, "callable": callable_as_known}
         new |= {k: v for k, v in answers.items() if k in names and k not in scope}
         if not new:
@@ -137,7 +137,7 @@ class Tracer(fx.Tracer):
         moved.__kwdefaults__ = function.__kwdefaults__
         return moved
 
-    def _whole(self, function: Any) -> Callable[..., Any]:
+    def whole(self, function: Any) -> Callable[..., Any]:
         """Wrap a function: given symbols, it becomes one node of the graph."""
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -474,15 +474,6 @@ def test_joining_needs_to_know_the_channels() -> None:
     assert tokens.notes == ("':cat' joins along dimension 1, taken for that of channels",)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
-
-
 class Steered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x) if x.sum() > 0 else x
@@ -502,7 +493,6 @@ UNREAD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm": (lambda: nn.BatchNorm1d(4), r"'1' .*BatchNorm1d.*strip_batchnorm=True"),
     "group norm": (lambda: nn.GroupNorm(2, 4), r"'1' .*GroupNorm.*nn.LayerNorm"),
     "functional norm": (lambda: Follow(lambda m, x: F.group_norm(x, 2)), "'1:group_norm' .*undoes"),
-    "attention": (Attention, "'1:scaled_dot_product_attention' .*attention.*by hand"),
     "torch's attention": (lambda: nn.TransformerEncoderLayer(4, 2), "'1' .*Transformer.*attention"),
     "recurrent": (lambda: nn.LSTM(4, 4), "'1' .*LSTM is recurrent"),
     "steered by data": (Steered, r"'1' .*Steered cannot be followed.*control flow.*by hand"),

@@ -50,7 +50,8 @@ from fusedshape.torch_ops import (
 )
 
 _ACTIVATIONS = {*(known.name for known in TORCH_NAMES), *ACTIVATIONS}
-_GATES = {"sigmoid", "hardsigmoid"}
+# E[clip(z/6 + 1/2, 0, 1)²] is 1/4 + 1/36 but for the tails beyond |z| = 3.
+_HARD_GATE = 0.2777
 _AFFINE = {*FUNCTIONS, *MATMULS, "embedding"}
 
 
@@ -100,7 +101,7 @@ class Functions(Nodes):
             return self._sum(name, args, kwargs, at)
         if name in PRODUCTS | QUOTIENTS | {"neg"}:
             return self._product(name, args, kwargs, taken, at)
-        attended = self._attention(name, args, taken, at)
+        attended = self._attention(name, args, kwargs, taken, at)
         if attended is not None:
             return attended
         if name in _AFFINE and len(taken) == 1:
@@ -253,17 +254,22 @@ class Functions(Nodes):
             i = self.index(gate)
             while self.nodes[i].op in ("reshape", "pool", "dropout"):
                 (i,) = self.nodes[i].inputs
-            spec = self.nodes[i].spec
-            if spec is not None and spec.activation in _GATES:
-                return x, q_map(spec, 1.0)
+            node = self.nodes[i]
+            if node.spec is not None and node.spec.activation == "sigmoid":
+                return x, q_map(node.spec, 1.0)
+            if node.op == "nonlinear" and node.note == "hardsigmoid":
+                return x, _HARD_GATE
             if i in self.softmax:
                 return x, 1.0
         return None
 
-    def _attention(self, name: str, args: list[Any], taken: list[Signal], at: str) -> Signal | None:
+    def _attention(
+        self, name: str, args: list[Any], kwargs: dict[str, Any], taken: list[Signal], at: str
+    ) -> Signal | None:
         """The means that attention takes; None if the function is no attention."""
         if name == "scaled_dot_product_attention":
-            return self.attended(taken[-1], at)
+            values = args[2] if len(args) > 2 else kwargs.get("value")
+            return self.attended(values, at) if isinstance(values, Signal) else None
         if name not in MATMULS or len(taken) != 2:
             return None
         for weights, values in (taken, taken[::-1]):
@@ -281,6 +287,19 @@ class Functions(Nodes):
         dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
         seen = self.joined.get(self.running[-1] if self.running else self.model)
         sizes = seen.pop(0) if seen else None
+        if len(parts) == 1:
+            return self.like("reshape", taken[0], at)
+        if len(taken) < len(parts) and _are_tokens(parts, dim):
+            self.notes[
+                f"{at!r} joins tokens that do not depend on the input, which were left out"
+            ] = None
+            return (
+                self.like("reshape", taken[0], at)
+                if len(taken) == 1
+                else (
+                    self.emit("concat", taken, at, weights=(1.0,) * len(taken), axes=taken[0].axes)
+                )
+            )
         if len(taken) < len(parts):
             return self.unknown(taken, at, f"it joins what does not depend on the input; {BY_HAND}")
         axes = frozenset.intersection(*(s.axes for s in taken)) or taken[0].axes
@@ -300,6 +319,12 @@ class Functions(Nodes):
             channels=sum(counts) if counts else None,
             axes=axes or frozenset((dim,)),
         )
+
+
+def _are_tokens(parts: Any, dim: Any) -> bool:
+    """Whether a join along a dimension adds constant tokens, as transformers do."""
+    others = [part for part in parts if not isinstance(part, Signal)]
+    return dim in (1, -2) and all(isinstance(t, Tensor) and t.ndim == 3 for t in others)
 
 
 def _computed(node: fx.Node, args: Any, kwargs: Any) -> Any:

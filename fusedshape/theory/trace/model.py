@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fusedshape.activations import options_of
 from fusedshape.faithful import calls, inputs_for, misread, reading_of_call
 from fusedshape.kinds import LocationNorm, WeightedSum, kind_of
+from fusedshape.nodes import is_foreign
 from fusedshape.proxies import UntraceableError
 from fusedshape.spec import ActSpec
 from fusedshape.theory.network import Wiring
@@ -186,27 +187,42 @@ class Trace(Functions):
 
     def _read(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Reading, list[Any]]:
         """Read a forward, and what its placeholders stand for: for any call, else for this one."""
-        slots = pytree.tree_map(lambda v: Slot() if isinstance(v, Signal) else v, (args, kwargs))
+        given = signals_in((args, kwargs))
         call = self.calls.get(module)
+        recorded = None if call is None else _as_in(call, (args, kwargs))
         try:
-            reading = read(module, *slots[0], **slots[1])
-            difference = "" if call is None else misread(module, reading, slots, call)
-            if difference:
-                raise UntraceableError(
-                    f"traced, it gives {difference}, as it takes a decision that a trace does not "
-                    "see, for instance by the type of a value in a helper"
-                )
-            return reading, signals_in((args, kwargs))
+            reading = self._symbolic(module, args, kwargs, call)
+        except UntraceableError as error:
+            found = self._recorded(module, call, recorded)
+            if found is None:
+                raise error
+            return found
+        if any(is_foreign(node) for node in reading.graph.nodes):
+            return self._recorded(module, call, recorded) or (reading, given)
+        return reading, given
+
+    def _symbolic(self, module: nn.Module, args: Any, kwargs: Any, call: Any) -> Reading:
+        """Read a forward as it is for any values of its tensors."""
+        slots = pytree.tree_map(lambda v: Slot() if isinstance(v, Signal) else v, (args, kwargs))
+        reading = read(module, *slots[0], **slots[1])
+        difference = "" if call is None else misread(module, reading, slots, call)
+        if difference:
+            raise UntraceableError(
+                f"traced, it gives {difference}, as it takes a decision that a trace does not "
+                "see, for instance by the type of a value in a helper"
+            )
+        return reading
+
+    def _recorded(
+        self, module: nn.Module, call: Any, given: list[Any] | None
+    ) -> tuple[Reading, list[Any]] | None:
+        """Read a recorded call of a forward; None if there is none like the present one."""
+        if given is None:
+            return None
+        try:
+            reading = reading_of_call(module, call)
         except UntraceableError:
-            given = None if call is None else _as_in(call, (args, kwargs))
-            if given is None:
-                raise
-            try:
-                reading = reading_of_call(module, call)
-            except UntraceableError:
-                reading = None
-            if reading is None:
-                raise
+            return None
         self.by_example.append(module)
         return reading, given
 

@@ -150,8 +150,8 @@ class Nodes:
         if self.gates:
             path, smallest = min(self.gates.items(), key=lambda gate: gate[1])
             self.notes[
-                f"{_and_more(path, len(self.gates))} multiplied by gates: q falls to {smallest:.3g} "
-                "of what it was, which the constants leave out"
+                f"{_and_more(path, len(self.gates))} multiplied by gates: q falls to "
+                f"{smallest:.3g} of what it was, which the constants leave out"
             ] = None
         if self.averages:
             self.notes[
@@ -161,8 +161,6 @@ class Nodes:
 
 
 def _and_more(path: str, count: int) -> str:
-    return (
-        f"the values at {path!r} are"
-        if count == 1
-        else (f"the values at {path!r} and {count - 1} more are")
-    )
+    """The subject of a note on some values."""
+    more = f" and {count - 1} more" if count > 1 else ""
+    return f"the value(s) at {path!r}{more} are"
