@@ -111,7 +111,7 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
         >>> row.layer, row.direction, row.engine, row.reason
         ('0', 'fprop', 'aten', 'asked for')
         >>> sorted(row.others)
-        ['native', 'triton']
+        ['cudnn', 'native', 'triton']
     """
     check_ready("explain", model)
     with kept(model):

@@ -19,6 +19,7 @@ from fusedshape import native, tuning
 from fusedshape.files import replacing as replacing
 from fusedshape.files import write_json as write_json
 from fusedshape.ops import dispatch
+from fusedshape.ops.engines.cudnn import library
 
 
 def version() -> str:
@@ -42,6 +43,7 @@ def machine() -> dict[str, Any]:
         True
     """
     triton = dispatch.unavailable("triton", "cuda")
+    cudnn = library.why_not()
     return {
         "fusedshape": version(),
         "python": platform.python_version(),
@@ -52,6 +54,7 @@ def machine() -> dict[str, Any]:
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": str(native.library_path()) if native.available() else f"no: {native.why_not()}",
         "triton": importlib.metadata.version("triton") if triton is None else str(triton),
+        "cudnn": f"no: {cudnn}" if cudnn else f"{library.version()}; not run on a device yet",
         "cpu_tensors": dispatch.choose("auto", torch.empty(0)).name,
         "cuda_tensors": "reference" if triton else "triton",
         **tuning.status(),

@@ -77,7 +77,7 @@ def test_it_is_what_computes(measured: str | None, monkeypatch: pytest.MonkeyPat
         }[measured]
     )
     for row in rows:
-        assert set(row.others) == {"aten", "native", "triton"} - {engine}
+        assert set(row.others) == {"aten", "native", "triton", "cudnn"} - {engine}
         assert row.others["triton"].startswith("backend 'triton' serves CUDA tensors")
 
 

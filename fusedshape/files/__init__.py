@@ -15,7 +15,7 @@ from fusedshape.files.figure import save_figure
 from fusedshape.files.leftovers import remove_leftovers
 from fusedshape.files.schema import expect, quoted
 from fusedshape.files.text import parse_json, read_json, write_json, write_text
-from fusedshape.files.trust import distrust, user_cache
+from fusedshape.files.trust import distrust, own_cache, user_cache
 
 __all__ = [
     "CHECKSUM",
@@ -24,6 +24,7 @@ __all__ = [
     "distrust",
     "expect",
     "load_checkpoint",
+    "own_cache",
     "parse_json",
     "quoted",
     "read_bytes",

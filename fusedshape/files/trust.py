@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def user_cache() -> Path | None:
         return Path(named)
     home = os.path.expanduser("~/.cache")
     return None if home.startswith("~") else Path(home)
+
+
+def own_cache() -> Path:
+    """This package's cache folder: ``$FUSEDSHAPE_CACHE``, else ``fusedshape`` in `user_cache`.
+
+    It need not exist. A user without a home gets one below the directory for temporary files. A
+    relative path in ``$FUSEDSHAPE_CACHE`` is returned unchanged, which `distrust` refuses.
+    """
+    own = os.environ.get("FUSEDSHAPE_CACHE")
+    if own:
+        return Path(os.path.expanduser(own))
+    return (user_cache() or Path(tempfile.gettempdir())) / "fusedshape"
 
 
 def stranger(found: os.stat_result) -> str | None:

@@ -34,7 +34,7 @@ def engine_names() -> tuple[str, ...]:
 
     Example:
         >>> engine_names()
-        ('auto', 'aten', 'triton', 'native')
+        ('auto', 'aten', 'triton', 'native', 'cudnn')
     """
     return ("auto", *ENGINES)
 
@@ -152,7 +152,7 @@ def rivals(device: str) -> tuple[LayerEngine, ...]:
 
     Example:
         >>> [engine.name for engine in rivals("cuda")]
-        ['triton']
+        ['triton', 'cudnn']
     """
     return RIVALS.get(device, ())
 
@@ -229,4 +229,5 @@ def _engines(
             known[name] = ENGINES[name].why_not(x, layer)
         return known[name]
 
-    return [ENGINES[choose_engine(d, problem, asked, obstacle)] for d in directions]
+    chosen = [ENGINES[choose_engine(d, problem, asked, obstacle)] for d in directions]
+    return [engine.lenient for engine in chosen] if asked == "auto" else chosen

@@ -120,7 +120,7 @@ def _fake_conv_dgrad(
     input_size: Sequence[int],
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    channels = weight.shape[1] if rest[-1] else 0
+    channels = input_size[1] if rest[-1] else 0
     return _channels_last(dz, input_size), dz.new_empty(channels, dtype=torch.float32)
 
 
@@ -145,14 +145,18 @@ _FAKES: dict[str, Callable[..., Any]] = {
 _library = library.Library("fusedshape", "DEF")
 
 
-def define(engine: str) -> None:
+def define(engine: str, passes: bool = True) -> None:
     """Define the operators ``<engine>_…``, for all devices; `implement` says what they run.
+
+    Args:
+        engine: the name that theirs begin with.
+        passes: whether the activation by itself is among them.
 
     Example:
         >>> sorted(DEFINED)
-        ['native', 'triton']
+        ['cudnn', 'cudnn_or_aten', 'native', 'triton']
     """
-    for name, signature in (PASSES | LAYERS).items():
+    for name, signature in (LAYERS | (PASSES if passes else {})).items():
         operator = f"{engine}_{name}"
         _library.define(operator + signature, tags=(torch.Tag.pt2_compliant_tag,))
         library.register_fake(f"fusedshape::{operator}", _FAKES[name], lib=_library)

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from fusedshape import native
-from fusedshape.files import distrust, read_json, remove_leftovers, user_cache, write_json
+from fusedshape.files import distrust, own_cache, read_json, remove_leftovers, write_json
 from fusedshape.ops.engines.triton import HAS_TRITON, INTERPRET
 
 logger = logging.getLogger("fusedshape.tuning")
@@ -220,11 +219,7 @@ def cache_directory() -> Path:
         >>> cache_directory().name
         'tuning'
     """
-    own = os.environ.get("FUSEDSHAPE_CACHE")
-    if own:
-        return Path(os.path.expanduser(own)) / "tuning"
-    cache = user_cache() or Path(tempfile.gettempdir())
-    return cache / "fusedshape" / "tuning"
+    return own_cache() / "tuning"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -249,6 +244,6 @@ def kernel_hash(package: Path) -> str:
     """Hash of the sources that decide how fast an engine is."""
     digest = hashlib.sha256()
     folders = package / "kernels", package / "ops" / "engines"
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

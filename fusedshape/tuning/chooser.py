@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from fusedshape.compiling import constant_for_dynamo
 from fusedshape.kernels import tuned
 from fusedshape.ops import choice
+from fusedshape.ops.engines.preparing import prepare_always
 from fusedshape.ops.problem import Direction, Problem
 from fusedshape.tuning import measuring
 from fusedshape.tuning.cache import Cache, Record, cache_directory, environment
@@ -97,6 +98,7 @@ def _set(name: str) -> None:
 
 def _install(name: str) -> None:
     choice.install_chooser(None if name == "off" else choose, steady=name != "full")
+    prepare_always(name == "full")
 
 
 def forget() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from fusedshape.tuning.problems import is_passed_over, settings
 from fusedshape.tuning.text import places, shapes
 from fusedshape.validate import find_device
 
+_T = TypeVar("_T")
 _DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -151,7 +153,9 @@ def tune(
         chooser.forget()
     found: dict[tuple[Direction, Problem], tuple[Record | None, Result | None]] = {}
     todo = [(layer, direction) for layer in layers for direction in layer.directions]
-    for layer, direction in _bar(todo, progress):
+    if not dry_run:
+        _prepare(todo, device, force, progress)
+    for layer, direction in _bar(todo, len(todo), "measuring", progress):
         problem = layer.problem
         if (direction, problem) not in found:
             record = result = None
@@ -169,12 +173,23 @@ def tune(
         yield Row(layer.path, direction, problem, *found[direction, problem])
 
 
-def _bar(cases: list[Any], progress: bool) -> Iterable[Any]:
+def _prepare(
+    todo: Sequence[tuple[Layer, Direction]], device: torch.device, force: bool, progress: bool
+) -> None:
+    """Let the engines compile what they lack for all that will be measured."""
+    cases = dict.fromkeys((direction, layer.problem) for layer, direction in todo)
+    missing = [case for case in cases if force or chooser.lookup(*case, device) is None]
+    for engine in rivals(device.type):
+        show = functools.partial(_bar, title=f"preparing {engine.name}", progress=progress)
+        engine.prepare(missing, device, show)
+
+
+def _bar(cases: Iterable[_T], count: int, title: str, progress: bool) -> Iterable[_T]:
     if not progress or not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         return cases
     from tqdm import tqdm
 
-    return tqdm(cases, desc="measuring", unit="case", leave=False)
+    return tqdm(cases, total=count, desc=title, unit="case", leave=False)
 
 
 def text(rows: Sequence[Row], kept: bool = True) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusedshape.kernels import tuned
 from fusedshape.ops import choice
 from fusedshape.ops.engines import ATEN
+from fusedshape.ops.engines.preparing import preparing
 from fusedshape.ops.engines.protocol import LayerEngine
 from fusedshape.ops.problem import Direction, Problem
 from fusedshape.timing import Clock, clock_for
@@ -74,7 +75,8 @@ def measure(
     Raises:
         RuntimeError: "aten" itself cannot run: out of memory, for one.
     """
-    with _LOCK, torch.no_grad(), torch.autocast(device.type, enabled=False):
+    off = torch.autocast(device.type, enabled=False)
+    with _LOCK, preparing(), torch.no_grad(), off:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 return _measure(direction, problem, device, clock or clock_for(device))
@@ -116,7 +118,8 @@ def able(problem: Problem, device: torch.device) -> tuple[dict[str, LayerEngine]
     x, layer = empty_layer(problem, device)
     for engine in choice.rivals(device.type):
         try:
-            engines = choice.engines_for(engine.name, x, layer)
+            with preparing():  # it will, when it is measured
+                engines = choice.engines_for(engine.name, x, layer)
         except (ValueError, RuntimeError) as error:
             reasons[engine.name] = str(error)
         else:

@@ -138,7 +138,7 @@ def test_an_unknown_engine_is_an_error(call: object) -> None:
 
 
 def test_the_tables_follow_from_the_engines() -> None:
-    assert list(engines.ENGINES) == ["aten", "triton", "native"]
+    assert list(engines.ENGINES) == ["aten", "triton", "native", "cudnn"]
     for device, rivals in engines.RIVALS.items():
         assert all(device in engine.devices for engine in rivals)
     for engine in engines.ENGINES.values():

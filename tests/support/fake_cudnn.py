@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -134,6 +136,21 @@ def create_handle() -> Handle:
     return Handle()
 
 
+class Properties:
+    """Of a device, by its number or from what `serialize` wrote."""
+
+    def __init__(self, device: int | str) -> None:
+        self.text = device if isinstance(device, str) else json.dumps({"cudaDeviceId": device})
+        if '"exit"' in self.text and multiprocessing.parent_process() is not None:
+            os._exit(3)
+
+    def serialize(self) -> str:
+        return self.text
+
+
+create_device_properties = Properties
+
+
 def set_stream(handle: Handle, stream: int) -> None:
     handle.stream = stream
 
@@ -239,11 +256,8 @@ class pygraph:  # noqa: N801
         self.notes += [("deselect", note) for note in notes]
         return self
 
-    def check_support(self) -> None:
-        self._next(4)
-
     def build_plans(self, policy: build_plan_policy) -> None:
-        self._next(5)
+        self._next(4)
         time.sleep(STATE.seconds)
         reason = STATE.refused(self) if STATE.refused else None
         if reason:
@@ -251,11 +265,11 @@ class pygraph:  # noqa: N801
         STATE.built.append(self)
 
     def get_workspace_size(self) -> int:
-        assert self.stage == 5
+        assert self.stage == 4
         return 1024
 
     def serialize(self, *, as_bytes: bool) -> bytes:
-        assert self.stage == 5
+        assert self.stage == 4
         assert as_bytes
         order = {id(t): i for i, t in enumerate((*self.inputs, *self.steps))}
 
@@ -281,20 +295,22 @@ class pygraph:  # noqa: N801
         for fields in found["tensors"]:
             made = tensor()
             own = fields.pop("made_by")
-            made.type = fields.pop("type") and data_type[fields.pop("type")]
+            type = fields.pop("type")
+            made.type = type and data_type[type]
             made.__dict__.update(fields)
             if own is not None:
                 made.made_by = own[0], {k: tensors[i] for k, i in own[1].items()}, own[2]
             tensors.append(made)
         self.inputs, self.steps = tensors[: found["inputs"]], tensors[found["inputs"] :]
-        self.stage = 5
+        self.stage = 4
         STATE.loaded.append(self)
 
     def execute(self, pack: Mapping[int, int], workspace: int, handle: Handle) -> None:
-        assert self.stage == 5
+        assert self.stage == 4
         assert handle.thread == threading.get_ident(), "a handle serves one thread"
-        if STATE.broken:
-            raise RuntimeError(STATE.broken)
+        broken = STATE.broken(self) if STATE.broken else None
+        if broken:
+            raise RuntimeError(broken)
         results = [t for t in self.steps if t.output]
         assert set(pack) == {t.uid for t in (*self.inputs, *results)}
         assert workspace

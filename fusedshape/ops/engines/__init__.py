@@ -7,6 +7,7 @@ a call, what "auto" and tuning consider on a device, and what `fusedshape.explai
 from __future__ import annotations
 
 from fusedshape.ops.engines.aten import Aten
+from fusedshape.ops.engines.cudnn import Cudnn
 from fusedshape.ops.engines.native import Native
 from fusedshape.ops.engines.protocol import LayerEngine
 from fusedshape.ops.engines.triton import Triton
@@ -39,7 +40,7 @@ def register(engine: LayerEngine) -> None:
             PASSES.setdefault(device, engine.backend)
 
 
-for _engine in (Aten(), Triton(), Native()):
+for _engine in (Aten(), Triton(), Native(), Cudnn()):
     register(_engine)
 
 ATEN = ENGINES["aten"]

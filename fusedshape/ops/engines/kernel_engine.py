@@ -25,20 +25,25 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 class KernelEngine(LayerEngine):
     """The operators `<name>_conv*` for layers, and `<name>_bias_act*` for the pass by itself.
 
-    `pass_devices` are the types of device whose tensors backend "auto" gives the latter.
+    `pass_devices` are the types of device whose tensors backend "auto" gives the latter; where
+    there are none, there is no such pass.
+
+    Args:
+        operators: what the names of its operators begin with; None for the engine's name.
     """
 
-    pass_devices: tuple[str, ...]
+    pass_devices: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
-        name = self.name
-        schema.define(name)
+    def __init__(self, operators: str | None = None) -> None:
+        name = operators or self.name
+        schema.define(name, passes=bool(self.pass_devices))
         ops = torch.ops.fusedshape
         self._conv = getattr(ops, f"{name}_conv").default
         self._conv_act = getattr(ops, f"{name}_conv_act").default
         self._dgrad = getattr(ops, f"{name}_conv_dgrad").default
         self._wgrad = getattr(ops, f"{name}_conv_wgrad").default
-        self.backend = OperatorPass(name, self.pass_devices, self.unavailable)
+        if self.pass_devices:
+            self.backend = OperatorPass(name, self.pass_devices, self.unavailable)
 
     @abstractmethod
     def unavailable(self, device: str) -> Exception | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fusedshape.ops.layer import Before, Layer, channel_dim, joined_spec, wide
 from fusedshape.ops.passes import Kernels
-from fusedshape.ops.problem import Problem
+from fusedshape.ops.problem import Direction, Problem
 from fusedshape.reference import product_bias, rounded
 
 
@@ -50,6 +51,31 @@ class LayerEngine(ABC):
     def prefers(self, problem: Problem) -> bool:
         """Whether "auto" takes it for a problem that has not been measured."""
         return False
+
+    @property
+    def lenient(self) -> LayerEngine:
+        """This engine as "auto" takes it.
+
+        It may let "aten" compute where this one fails at run time; one that a call names raises.
+        """
+        return self
+
+    def prepare(
+        self,
+        cases: Sequence[tuple[Direction, Problem]],
+        device: torch.device,
+        progress: Callable[[Iterator[None], int], Iterable[None]],
+    ) -> None:
+        """Compile what these directions of layers lack, in parallel, before they are measured.
+
+        An engine that compiles nothing, or in no time, has nothing to do.
+
+        Args:
+            cases: directions and layers.
+            device: where they will be computed.
+            progress: shows how far an iterator of known length is.
+        """
+        return
 
     @abstractmethod
     def fprop(self, x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:

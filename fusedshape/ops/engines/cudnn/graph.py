@@ -20,8 +20,8 @@ class Operation(NamedTuple):
 
     Attributes:
         kind: what is computed.
-        dtype: of tensors, "float16", "bfloat16" or "float32"; biases, sums and everything in
-            between are in float32.
+        dtype: of tensors, "float16", "bfloat16" or "float32", whose products are rounded to tf32;
+            biases, sums and everything in between are in float32.
         image: shape of the layer's input.
         weight: shape of its weight.
         stride: one number for each spatial dimension, and so are the next two.
@@ -30,7 +30,6 @@ class Operation(NamedTuple):
         activation: name of φ; None where there is none.
         residual: whether a residual joins before the activation.
         sums: whether the sum over all but the channels is computed too, with atomic additions.
-        tf32: whether products of float32 may be rounded to tf32.
     """
 
     kind: Kind
@@ -43,7 +42,6 @@ class Operation(NamedTuple):
     activation: str | None = None
     residual: bool = False
     sums: bool = False
-    tf32: bool = False
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -224,7 +222,7 @@ def draw(graph: Graph, into: Any, cudnn: Any) -> None:
         if node.op.startswith("cmp_"):
             made.set_data_type(cudnn.data_type.BOOLEAN)
         if node is graph.convolution and graph.operation.kind[:5] != "fprop":
-            # Several sizes of an input give the same output, so cuDNN must be told.
+            # Inputs of several sizes give the same output, so cuDNN must be told which.
             shape = graph.operation.weight if node.op == "conv_wgrad" else graph.operation.image
             made.set_dim(list(shape)).set_stride(_innermost(shape))
         known[node.output] = made
@@ -234,7 +232,7 @@ def draw(graph: Graph, into: Any, cudnn: Any) -> None:
             known[name] = into.reduction(
                 input=known[graph.results[0].name], mode=cudnn.reduction_mode.ADD
             )
-            known[name].set_dim(list(shape)).set_stride(_innermost(shape))
+        known[name].set_dim(list(shape)).set_stride(_innermost(shape))
         known[name].set_output(True).set_data_type(types[dtype]).set_uid(uid)
 
 
