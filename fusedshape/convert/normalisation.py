@@ -24,6 +24,7 @@ from fusedshape.convert.norms import (
     is_location_function,
     is_norm_class,
     is_norm_function,
+    layers_before,
     norm_of,
 )
 from fusedshape.convert.replacing import like, swap
@@ -278,6 +279,8 @@ class _Stripping:
         starts = [(owner, node.all_input_nodes[0]) for owner, node in own]
         values = Values(self.calls, _PASSING).before(starts, self._is_layer)
         layers = {self.calls.called(*value) for value in values if self._is_layer(value)}
+        unseen = [m for m in self.norms if m in self.calls.unknown or m not in self.calls.calls]
+        layers |= layers_before(self.model, unseen, self.request.example)
         return [m for m in self.calls.names if m in layers and m._parameters.get("bias", m) is None]
 
     def _is_layer(self, value: Value) -> bool:

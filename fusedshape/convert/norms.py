@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fusedshape.faithful import inputs_for, leaving_no_trace
+from fusedshape.kinds import kind_of
 from fusedshape.nodes import is_query, operation
 from fusedshape.proxies import UntraceableError
 from fusedshape.torch_ops import CHANNEL_NORMS, COPIES, LOCATION_NORMS, SAME, VIEWS, base
@@ -255,3 +257,38 @@ def _copied(value: Any) -> Any:
         return copy.copy(value)
     kept = value.detach().clone().cpu()
     return kept.double() if kept.is_floating_point() else kept
+
+
+def layers_before(
+    model: nn.Module, norms: Collection[nn.Module], example: Any = None
+) -> set[nn.Module]:
+    """The layers whose very outputs some norms take, in one run of a model.
+
+    Args:
+        model: the model; it is left unchanged.
+        norms: the norms.
+        example: an input, or a tuple of inputs; default: small random ones, if any fit.
+    """
+    args = inputs_for(model, example) if norms else None
+    if args is None:
+        return set()
+    made: dict[int, tuple[nn.Module, Any]] = {}  # holds the tensors, so that no id comes again
+    found: set[nn.Module] = set()
+
+    def make(layer: nn.Module, _: Any, out: Any) -> None:
+        made[id(out)] = layer, out
+
+    def take(_: nn.Module, given: tuple[Any, ...]) -> None:
+        if given and id(given[0]) in made:
+            found.add(made[id(given[0])][0])
+
+    def run() -> None:
+        for layer in model.modules():
+            if kind_of(layer) is not None:
+                layer.register_forward_hook(make)
+        for norm in norms:
+            norm.register_forward_pre_hook(take)
+        model.eval()(*args)
+
+    leaving_no_trace(model, run)
+    return found

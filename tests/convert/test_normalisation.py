@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
-from fusedshape import convert, reference, theory
+from fusedshape import TAT, convert, reference, theory
 from tests.support.convertible import SPEC
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_a_failure_takes_the_biases_back() -> None:
     with pytest.raises(ValueError, match="unknown backend"):
         convert(net, spec=SPEC, normalisation="strip", backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="clamp=True"):
-        convert(net, normalisation="strip")
+        convert(net, TAT(eta=0.9), normalisation="strip")
     convert(net, spec=SPEC, normalisation="strip", dry_run=True)
     assert list(net.state_dict()) == keys
     assert [type(m) for m in net.modules()] == kinds
@@ -303,3 +303,25 @@ def test_layer_norms_stay_beside_attention_and_the_report_says_so() -> None:
     assert type(net.norm) is nn.LayerNorm
     assert "1 LayerNorm layer(s) stay: 'attn' (MultiheadAttention) is attention" in str(report)
     assert report.counts["stripped"] == 1
+
+
+class Opaque(nn.Module):
+    """Branches on its input's shape, so that no trace can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.other = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.shape[0] else x + 1
+        return self.other(self.act(self.norm(self.conv(x)))) + self.act(self.norm(x))
+
+
+def test_norms_in_forwards_that_cannot_be_traced() -> None:
+    net = nn.Sequential(conv(), Opaque())
+    ours, report = stripped(net, example=X)
+    agree(ours, net)
+    assert report.counts["stripped"] == 1
+    assert {key for key in ours.state_dict() if "bias" in key} == {"0.bias", "1.conv.bias"}
+    assert not ours[1].conv.bias.any()
