@@ -428,6 +428,7 @@ _ROWS = (
         d1=lambda u, a: 2 * u,
         d2=lambda u, a: torch.full_like(u, 2.0),
         saves="input",
+        registers="many",
         names=(TorchName("square"),),
         function=lambda u, a: torch.square(u),
     ),

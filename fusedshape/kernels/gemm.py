@@ -599,6 +599,8 @@ def _plan(problem: Product, config: Config, gpu: Gpu, layouts: _Layouts, kind: K
         "PERSISTENT": config.persistent,
         "DEAL": wgrad_of_tf32 and deals(gpu, config.block_m, config.block_n),
         **launch_options(config, kind.activation, config.persistent),
+        # The same from Blackwell's ptxas, with any activation.
+        **({"maxnreg": 255} if gpu.arch >= 100 else {}),
     }
     reach = max(splits * m * n, *(t.reach for t in layouts if t is not None))
     return Launch((programs,), sizes, constants, reach, splits)

@@ -165,6 +165,7 @@ def test_a_normalised_sum_of_three_branches_is_one_sum() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_compiled_and_scripted_models() -> None:
     x = torch.randn(32, 64)
     net = converted(mlp(16, 64, 64))

@@ -59,6 +59,11 @@ class Compiled:
         found = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], 0x(\w+)", self.ptx)
         return {int(width, 16) for width in found}
 
+    def shared_stores(self) -> set[int]:
+        """Bytes of each store to shared memory."""
+        found = re.findall(r"\bst\.shared(?:::cta)?(?:\.v(\d))?\.b(\d+)", self.ptx)
+        return {int(n or 1) * int(bits) // 8 for n, bits in found}
+
     def index_types(self) -> set[str]:
         """Integer types by which tiles of pointers are moved."""
         return set(re.findall(r"tt\.addptr .*tensor<[\dx]+x(i\d+)>", self.mlir))
