@@ -5,12 +5,14 @@ So a model that writes to none of its parameters is run without a copy of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fusedshape.undo import UndoLog
 
@@ -46,6 +48,16 @@ class Guard(TorchDispatchMode):
                         for name, tensor in self.watched.pop(_address(target), ()):
                             self.log.tensor(tensor, name)
         return func(*args, **kwargs)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Hide operations from every dispatch mode: for those of this library that write to no model.
+
+    A mode takes longer over an operation than a small tensor takes to be computed.
+    """
+    with _disable_current_modes():
+        yield
 
 
 def save_place(tensor: Tensor, name: str, log: UndoLog) -> None:

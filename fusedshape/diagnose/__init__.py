@@ -31,6 +31,7 @@ from fusedshape.diagnose.reach import reach
 from fusedshape.diagnose.report import Diagnosis, Finding, Layer
 from fusedshape.diagnose.tape import Step, Tape
 from fusedshape.diagnose.verdict import CAUSES, Case, findings
+from fusedshape.guard import unwatched
 from fusedshape.ops.apart import apart
 from fusedshape.validate import real
 
@@ -119,7 +120,8 @@ def diagnose(
                 )
                 continue
             if not runs:
-                weights = contract(tape.steps, sigma_w, sigma_b)
+                with unwatched():
+                    weights = contract(tape.steps, sigma_w, sigma_b)
                 partings = _partings(model, args, kwargs, size, tape, known)
                 runs.append(_Run(tape, weights, partings))
                 if any(s.reads < 1 for s in tape.steps):
@@ -127,7 +129,8 @@ def diagnose(
                         runs[0].reached = reach(model, args, kwargs, size, tape.input_dims)
                     except Exception as error:
                         notes[f"how much of the input the output sees is not known: {error}"] = None
-            runs[0].add(tape.steps)
+            with unwatched():
+                runs[0].add(tape.steps)
             total += size
     if not runs:
         raise ValueError("diagnose: data hold no batch")

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedshape.diagnose.layers import Affine, Phi, convolution, matrix
 from fusedshape.diagnose.operation import Operation, usual_dim
+from fusedshape.guard import unwatched
 from fusedshape.kinds import LocationNorm
 from fusedshape.theory.network import Op
 from fusedshape.torch_ops import (
@@ -384,10 +385,12 @@ class Tape(TorchDispatchMode):
     def _affine(self, look: Callable[..., Affine], weight: Tensor, *rest: Any) -> Affine:
         at = weight.untyped_storage().data_ptr()
         if at not in self._own:  # computed in this pass only
-            return look(weight, *rest)
+            with unwatched():
+                return look(weight, *rest)
         key = (at, weight.storage_offset(), tuple(weight.shape), str(rest[1:]))
         if key not in self.known:
-            self.known[key] = look(weight, *rest)
+            with unwatched():
+                self.known[key] = look(weight, *rest)
         return self.known[key]
 
     def _arithmetic(self, op: Operation) -> Record | None:
@@ -705,11 +708,8 @@ class Tape(TorchDispatchMode):
             return None
         if t.shape[0] != self.batch:
             t, dim = t.unflatten(0, (self.batch, -1)), dim + 1
-        self._quiet += 1
-        try:
+        with unwatched():
             return self.measure(t, dim)
-        finally:
-            self._quiet -= 1
 
 
 def _tensors(tree: Any) -> list[Tensor]:

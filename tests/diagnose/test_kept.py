@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusedshape.diagnose import diagnose
 from fusedshape.diagnose.kept import kept
+from fusedshape.guard import Guard
 
 
 class Counter:
@@ -144,6 +145,38 @@ def test_what_was_written_past_torch_is_said() -> None:
         diagnose(net, x)
     (said,) = getattr(caught.value, "__notes__", ())
     assert said.startswith(note)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_least_change_of_one_number_is_seen(dtype: torch.dtype) -> None:
+    """Even of one that is lost in the sum of all."""
+    layer = nn.Linear(8, 8, bias=False).to(dtype)
+    with torch.no_grad():
+        layer.weight[0, 0], layer.weight[0, 1] = 1e3, 2**-5
+    written = layer.weight.detach().view(torch.int8).numpy()
+    with kept(layer) as lost:
+        written[0, layer.weight.element_size()] ^= 1  # the last bit of the second number
+    assert lost == ["'weight' was written to past PyTorch, as through NumPy"]
+    with kept(layer) as lost:
+        pass
+    assert lost == []
+
+
+def test_only_the_models_own_operations_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watching one takes longer than a prediction takes to compute it."""
+    seen: set[str] = set()
+    watch = Guard.__torch_dispatch__
+
+    def listen(self: Guard, func: Any, *args: Any) -> Any:
+        seen.add(func.overloadpacket.__name__)
+        return watch(self, func, *args)
+
+    monkeypatch.setattr(Guard, "__torch_dispatch__", listen)
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh())
+    assert len(diagnose(net, torch.randn(8, 16)).layers) == 5
+    assert {"addmm", "relu", "tanh"} <= seen
+    # Predictions take nanmean, descriptions of weights linalg_cholesky_ex, measurements mean.
+    assert not {"nanmean", "linalg_cholesky_ex", "mean"} & seen
 
 
 def test_parameters_are_copied_only_when_they_are_written_to() -> None:
