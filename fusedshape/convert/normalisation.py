@@ -25,7 +25,7 @@ from fusedshape.convert.norms import (
     is_norm_class,
     is_norm_function,
     layers_before,
-    norm_of,
+    norms_in,
 )
 from fusedshape.convert.replacing import like, swap
 from fusedshape.convert.report import Change, Done
@@ -96,12 +96,11 @@ def strip(model: nn.Module, request: Request, log: UndoLog) -> Done:
 def _norms(model: nn.Module, request: Request) -> dict[nn.Module, Norm]:
     """The norms to take out, by module."""
     found: dict[nn.Module, Norm] = {}
-    for path, module in model.named_modules():
+    for path, module, norm in norms_in(model):
         if request.normalisation is None and not isinstance(module, _BatchNorm):
             continue
         # The model itself stays, even if all that it does is to normalise and activate.
-        norm = norm_of(module) if module is not model or is_norm_class(module) else None
-        if norm is not None:
+        if norm is not None and (module is not model or is_norm_class(module)):
             found[module] = norm
         elif is_norm_class(module):
             raise ValueError(

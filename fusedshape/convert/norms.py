@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from fusedshape.kinds import kind_of
 from fusedshape.nodes import is_query, operation
 from fusedshape.proxies import UntraceableError
 from fusedshape.torch_ops import CHANNEL_NORMS, COPIES, LOCATION_NORMS, SAME, VIEWS, base
-from fusedshape.tracing import is_plain, trace
+from fusedshape.tracing import is_plain, reachable_code, trace
 
 #: Classes that normalise over locations or the batch, with their subclasses,
 CHANNEL_CLASSES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LocalResponseNorm)
@@ -95,11 +97,48 @@ def norm_of(module: nn.Module) -> Norm | None:
     return norm if whole else None
 
 
+def norms_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, Norm | None]]:
+    """Every module of a model with its name and `norm_of`, computed once for modules alike."""
+    known: dict[Any, Norm | None] = {}
+    for path, module in model.named_modules():
+        key = _likeness(module)
+        if key not in known:
+            known[key] = norm_of(module)
+        yield path, module, known[key]
+
+
+def _likeness(module: nn.Module) -> Any:
+    """What modules have in common whose forwards trace alike: class, settings, shapes, children."""
+    settings = tuple((k, v) for k, v in vars(module).items() if not isinstance(v, dict))
+    own = (*module._parameters.items(), *module._buffers.items())
+    shapes = tuple((k, None if t is None else t.shape) for k, t in own)
+    key = type(module), settings, shapes, tuple((k, type(c)) for k, c in module._modules.items())
+    try:
+        hash(key)
+    except TypeError:
+        return module
+    return key
+
+
 def _may_normalise(module: nn.Module) -> bool:
-    """Whether a module has the look of a norm: vectors or numbers alone, and few children."""
+    """Whether a module has the look of a norm: vectors alone, few children, and a root."""
     own = [*module._parameters.values(), *module._buffers.values()]
     flat = all(t is None or t.numel() == max((1, *t.shape)) for t in own)
-    return flat and len(module._modules) <= 4 and not isinstance(module, nn.Sequential)
+    few = len(module._modules) <= 4 and not isinstance(module, nn.Sequential)
+    cls: Any = type(module)
+    return flat and few and _mentions_roots(cls)
+
+
+@functools.cache
+def _mentions_roots(cls: Any) -> bool:
+    """Whether the source of a forward, where it is known, has what norms are computed with."""
+    trees = reachable_code(cls)
+    nodes = (node for *_, tree in trees or () for node in ast.walk(tree))
+    return trees is None or any(
+        isinstance(node, ast.Pow)
+        or base(str(getattr(node, "attr", getattr(node, "id", "")))) in _ROOTS
+        for node in nodes
+    )
 
 
 def _norm_in(graph: fx.Graph, module: nn.Module) -> Norm | None:
