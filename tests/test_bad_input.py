@@ -388,6 +388,7 @@ ENTRIES: dict[str, Entry] = {
             "replace": lambda v: empty(list)(v) or word("all")(v),
             "filter_fn": maybe(),
             "normalisation": maybe(word("strip")),
+            "check": flag,
             "strip_batchnorm": flag,
             "add_biases": maybe(lambda v: v is False),
             "shortcuts": maybe(lambda v: real(0, 1)(v) or v == {}),

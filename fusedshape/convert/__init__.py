@@ -7,12 +7,14 @@ recipe for the wiring. `plan_for` makes a `Plan` of that, whose `apply` alone to
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Generator, nn
 
+from fusedshape.convert.health import health_of
 from fusedshape.convert.normalisation import strip
 from fusedshape.convert.order import preactivate
 from fusedshape.convert.plan import plan_for
@@ -60,6 +62,7 @@ def convert(
     backend: Backend = "auto",
     chain: bool | int = False,
     example: Any = None,
+    check: bool = True,
 ) -> Report:
     r"""Make a model a shaped vanilla network, in place: activations, fused layers, initialisation.
 
@@ -143,6 +146,9 @@ def convert(
         example: an input of the model, or a tuple of inputs. Default: small random ones that fit
             its first layers. The traced forwards are run on it and compared with the model's own;
             a difference is refused. The report says if no input was found.
+        check: whether `fusedshape.diagnose` looks at the converted model on the example, if one of
+            at least 2 inputs is given; what it says is the report's ``health``. It costs about
+            three forward passes on the example, and changes nothing. A dry run has no such check.
 
     Returns:
         What was done, row by row; print it.
@@ -183,6 +189,7 @@ def convert(
         backend=backend,
         chain=chain,
         example=example,
+        check=check,
     )
     refuse_model(model, request)
     for device in sorted({p.device.type for p in model.parameters()} or {"cpu"}):
@@ -203,6 +210,7 @@ def _convert(model: nn.Module, request: Request, log: UndoLog) -> Report:
     plan = plan_for(read(model, request), (stripped, reweighted, moved))
     if request.dry_run:
         log.undo()
-    else:
-        plan.apply(log)
-    return plan.report
+        return plan.report
+    plan.apply(log)
+    health, why = health_of(model, request)
+    return dataclasses.replace(plan.report, health=health, notes=(*plan.report.notes, *why))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedshape.columns import aligned
+from fusedshape.diagnose import Diagnosis
 from fusedshape.spec import ActSpec
 from fusedshape.theory import Recipe
 
@@ -63,6 +64,8 @@ class Report:
         notes: what else the user should know.
         counts: "fused", "shaped", "rewritten", "stripped", "chained", "initialised",
             "skipped"; "reweighted" and "removed" count sums, where shortcuts= was given.
+        health: what `fusedshape.diagnose` said of the converted model on the example; None where it
+            was not asked, or could not say, for which notes has the reason.
     """
 
     recipe: Recipe | ActSpec
@@ -73,6 +76,11 @@ class Report:
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
     counts: dict[str, int]
+    health: Diagnosis | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Reports that were pickled before there were recipes lack theirs.
+        vars(self).update({"recipe": state["spec"], **state})
 
     @property
     def method(self) -> str:
@@ -89,7 +97,11 @@ class Report:
         rows = [vars(c).copy() for c in self.changes]
         data = {"method": self.method, **vars(self), "recipe": self.recipe.to_dict()}
         data |= {"spec": self.spec.to_dict(), "changes": rows}
-        return {**data, "notes": list(self.notes), "counts": dict(self.counts)}
+        data |= {"notes": list(self.notes), "counts": dict(self.counts)}
+        if self.health is not None:
+            found = [vars(finding).copy() for finding in self.health.findings]
+            data["health"] = {"verdict": self.health.verdict, "findings": found}
+        return data
 
     def __str__(self) -> str:
         depth = "" if self.depth is None else f", depth {self.depth}"
@@ -98,5 +110,6 @@ class Report:
         head = [f"convert ({self.method}{depth}) {verb}: {counts}", f"  {self.spec}"]
         rows = [("module", "was", "now", "")]
         rows += [(c.path or "(model)", c.was, c.now, c.note) for c in self.changes]
-        lines = [*head, "", aligned(rows), *self.notes]
+        health = [] if self.health is None else [f"health: {self.health.verdict}"]
+        lines = [*head, "", aligned(rows), *self.notes, *health]
         return "\n".join(line.rstrip() for line in lines)

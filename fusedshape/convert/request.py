@@ -48,9 +48,10 @@ class Request:
     backend: Backend
     chain: bool | int
     example: Any
+    check: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("fuse", "strip_batchnorm", "dry_run"):
+        for name in ("fuse", "strip_batchnorm", "dry_run", "check"):
             flag("convert", name, getattr(self, name))
         if self.add_biases is not None:
             flag("convert", "add_biases", self.add_biases)
