@@ -119,8 +119,12 @@ def _build(args: argparse.Namespace) -> None:
         if not args.optional:
             raise
         print(f"fusedshape build: {error}\nGoing on without; CPU tensors take the reference.")
-    else:
-        print(f"built {path}")
+        return
+    print(f"built {path}")
+    try:
+        print(f"built {native.build_host(verbose=args.verbose, force=args.force)}")
+    except RuntimeError as error:
+        print(f"fusedshape build: {error}\nGoing on without; layers are called through Python.")
 
 
 def _declare_info(commands: Commands) -> None:

@@ -53,6 +53,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": str(native.library_path()) if native.available() else f"no: {native.why_not()}",
+        "host": native.host_path().name if native.host() else f"no: {native.why_no_host()}",
         "triton": importlib.metadata.version("triton") if triton is None else str(triton),
         "cudnn": f"no: {cudnn}" if cudnn else f"{library.version()}; not run on a device yet",
         "cpu_tensors": dispatch.choose("auto", torch.empty(0)).name,

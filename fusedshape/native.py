@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
 import shlex
 import signal
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +48,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 }
 # The rows' names make the enumeration of ids, so that the two can never differ.
 _DEFINITIONS = (f"-DFS_ACTIVATIONS={','.join(ACTIVATIONS)}",)
+_HOST_FLAGS = ("-std=c++20", "-O2", "-fvisibility=hidden", "-fPIC", "-shared")
 _DIGEST_SIZE = hashlib.sha256().digest_size
 #: Larger files, in bytes, are no library of ours and are not read.
 _LIMIT = 256 << 20
@@ -388,3 +392,117 @@ def available() -> bool:
 def why_not() -> str:
     """Why the CPU kernels are not loaded; empty if they are."""
     return _reason
+
+
+def host_path() -> Path:
+    """Where the extension of csrc/host for this torch and this Python is, or would be built.
+
+    It makes nodes of autograd, which torch's stable ABI has no way to, so its name carries both
+    versions beside a hash of its sources. It lies where `library_path` says.
+
+    Example:
+        >>> host_path().suffix
+        '.so'
+    """
+    package, cache = _directories()
+    name = _host_name()
+    for directory in (package, cache):
+        if os.path.isfile(directory / name) and _distrust(directory / name) is None:
+            return directory / name
+    writable = os.access(package if package.is_dir() else package.parent, os.W_OK)
+    return (package if writable and _distrust(package) is None else cache) / name
+
+
+@functools.cache
+def _host_name() -> str:
+    key = hashlib.sha256()
+    for path in sorted((_sources() / "host").iterdir()):
+        key.update(path.name.encode() + path.read_bytes())
+    for part in (*_HOST_FLAGS, torch.__version__, platform.machine()):
+        key.update(part.encode() + b"\0")
+    return f"host-{key.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def build_host(verbose: bool = False, force: bool = False) -> Path:
+    """Compile csrc/host, without which layers are called through Python.
+
+    Takes some 40 seconds, and needs a C++20 compiler and the headers of torch and of Python.
+
+    Args:
+        verbose: as in `build`.
+        force: as in `build`.
+
+    Returns:
+        Path of the extension; a process that has called a layer goes on without it.
+
+    Raises:
+        RuntimeError: as `build`, and so are the next three.
+        FileNotFoundError: the installation has no csrc directory.
+        OSError: the extension cannot be written.
+        PermissionError: others may write where it would be.
+
+    Example:
+        >>> build_host().is_file()  # doctest: +SKIP
+        True
+    """
+    path = host_path()
+    if not force and _problem(path) is None and _distrust(path) is None:
+        return path
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    reason = _distrust(path.parent)
+    if reason is not None:
+        raise PermissionError(f"{reason}; nothing is built where others may write")
+    root = Path(torch.__file__).parent
+    with replacing(path) as temporary:
+        command = [
+            *shlex.split(os.environ.get("CXX") or "g++"),
+            *_HOST_FLAGS,
+            "host/module.cpp",
+            f"-I{root / 'include'}",
+            f"-I{sysconfig.get_paths()['include']}",
+            f"-L{root / 'lib'}",
+            *("-ltorch_python", "-ltorch_cpu", "-lc10"),
+            *("-o", str(temporary)),
+        ]
+        _run(command, verbose)
+        content = temporary.read_bytes()
+        temporary.write_bytes(content + hashlib.sha256(content).digest())
+        temporary.chmod(0o755)
+    return path
+
+
+def host() -> Any:
+    """The extension of csrc/host, loaded by the first call; None where there is none."""
+    return _host()[0]
+
+
+def why_no_host() -> str:
+    """Why layers are called through Python; empty if they are not."""
+    return _host()[1]
+
+
+@functools.cache
+def _host() -> tuple[Any, str]:
+    if not _loaded:
+        return None, _reason
+    try:
+        path = host_path()
+        if not path.is_file():
+            return None, "not built yet; run `fusedshape build` or fusedshape.native.build_host()"
+        reason = _distrust(path) or _problem(path)
+        if reason is not None:
+            return None, f"{reason}; run `fusedshape build --force`"
+        spec = importlib.util.spec_from_file_location("fusedshape_host", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module, ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def forget_plans() -> None:
+    """Let the extension check and plan each call anew."""
+    if _host.cache_info().currsize and host() is not None:
+        host().forget()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedshape import native
 from fusedshape.ops import dispatch
 from fusedshape.ops.checks import transformed
 from fusedshape.ops.engines import ATEN, ENGINES, RIVALS
@@ -85,6 +86,17 @@ def forget_choices() -> None:
         >>> forget_choices()
     """
     _remembered.clear()
+    native.forget_plans()
+
+
+def steady() -> bool:
+    """Whether the chooser always answers alike, until `forget_choices`.
+
+    Example:
+        >>> steady()
+        True
+    """
+    return _remembers
 
 
 def choose_engine(

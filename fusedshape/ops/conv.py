@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fusedshape.ops import stock
+from fusedshape.ops import plans, stock
 from fusedshape.ops.arguments import Moves, Options
 from fusedshape.ops.checks import (
     Geometry,
@@ -23,7 +26,7 @@ from fusedshape.ops.checks import (
 from fusedshape.ops.choice import Engine, asked_engine
 from fusedshape.ops.dispatch import Backend, choose
 from fusedshape.ops.layer import Shortcut
-from fusedshape.ops.layer_act import Step, layer_act
+from fusedshape.ops.layer_act import Step, layer_act, layer_plan
 from fusedshape.ops.residual import join
 from fusedshape.spec import ActSpec
 
@@ -101,31 +104,56 @@ def conv_act(
         >>> conv_act(x, weight, None, spec, padding=1, residual=x, residual_weight=0.6)[0, 0, 0]
         tensor([ 7.6000, 10.8000, 10.8000,  7.6000])
     """
-    tensors = x, weight, bias, residual
     moves = stride, padding, dilation, groups, padding_mode
+    if residual is None and residual_weight is None and not torch.compiler.is_compiling():
+        y = plans.run(_plan, x, weight, bias, spec, *moves, backend, engine)
+        if y is not None:
+            return y
+    tensors = x, weight, bias, residual
     if has_torch_function_variadic(*tensors) or stock.looked_into(*tensors):
         values = Moves(*moves), Options(backend, engine, residual, residual_weight)
         return stock.instead_of(conv_act, tensors, x, weight, bias, spec, values=values)
-    spec = check_spec("conv_act", spec)
-    x, weight = match("conv_act", x, weight)
-    unbatched = x.ndim == weight.ndim - 1
-    if unbatched:
-        x = x.unsqueeze(0)
-        residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
-    x, geometry = padded("conv_act", x, weight, moves)
-    if bias is not None:
-        check_bias("conv_act", bias, x, weight.shape[0], "weight has {} output channels")
-    kernels = choose(backend, x)
-    step = Step(spec, geometry, kernels, asked_engine(engine, backend))
+    unbatched = isinstance(x, Tensor) and isinstance(weight, Tensor) and x.ndim == weight.ndim - 1
+    x, weight, step = _checked(x, weight, bias, spec, moves, backend, engine)
+    if unbatched and isinstance(residual, Tensor):
+        residual = residual.unsqueeze(0)
     y = None
     if residual is not None or residual_weight is not None:
-        shape = conv_shape(x.shape, weight, geometry)
+        assert step.geometry is not None
+        shape = conv_shape(x.shape, weight, step.geometry)
         residual, w = check_residual("conv_act", residual, residual_weight, x, shape)
         if w:
             y = join(x, weight, bias, Shortcut(residual, w), step)
     if y is None:
         y = layer_act(x, weight, bias, step)
     return y.squeeze(0) if unbatched else y
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: ActSpec,
+    moves: tuple[Size, Size | str, Size, int, str],
+    backend: Backend,
+    engine: Engine,
+) -> tuple[Tensor, Tensor, Step]:
+    """Check a layer; return its batch, padded where torch's convolutions cannot, and its weight."""
+    spec = check_spec("conv_act", spec)
+    x, weight = match("conv_act", x, weight)
+    if x.ndim == weight.ndim - 1:
+        x = x.unsqueeze(0)
+    x, geometry = padded("conv_act", x, weight, moves)
+    if bias is not None:
+        check_bias("conv_act", bias, x, weight.shape[0], "weight has {} output channels")
+    return x, weight, Step(spec, geometry, choose(backend, x), asked_engine(engine, backend))
+
+
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ActSpec, *how: Any) -> plans.Plan:
+    """The plan of a layer, unless its input is made for it."""
+    *moves, backend, engine = how
+    batch, weight, step = _checked(x, weight, bias, spec, tuple(moves), backend, engine)
+    return layer_plan(bias, batch, weight, step) if batch is x else None
 
 
 def padded(

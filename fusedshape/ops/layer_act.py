@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedshape import reference
+from fusedshape.ops import plans
 from fusedshape.ops.checks import Geometry, node, plain_backward, transformed
 from fusedshape.ops.choice import engines_for, forward_engine
 from fusedshape.ops.engines import ATEN
@@ -43,6 +44,13 @@ def layer_act(x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Ten
         return node(LayerAct)(x, weight, bias, step)
     layer = Layer(weight, bias, spec, geometry, kernels)
     return forward_engine(asked, x, layer).fprop_act(x, layer)
+
+
+def layer_plan(bias: Tensor | None, x: Tensor, weight: Tensor, step: Step) -> plans.Plan:
+    """The plan of `layer_act`, of the same arguments."""
+    spec, geometry, kernels, asked = step
+    place = weight, geometry, asked
+    return plans.plan_of(x, bias, spec, kernels, LayerAct.backward, place)
 
 
 def composed(x: Tensor, layer: Layer) -> Tensor:

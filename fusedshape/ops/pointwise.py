@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary, has_torch_function_variadic
 
 from fusedshape import reference
-from fusedshape.ops import stock
+from fusedshape.ops import plans, stock
 from fusedshape.ops.checks import (
     check_bias,
     check_spec,
@@ -49,10 +49,12 @@ def shaped_act(x: Tensor, spec: ActSpec, *, backend: Backend = "auto") -> Tensor
         >>> shaped_act(torch.tensor([-1.0, 3.0]), spec)
         tensor([-1.,  6.])
     """
+    y = None if torch.compiler.is_compiling() else plans.run(_plan, x, None, None, spec, 0, backend)
+    if y is not None:
+        return y
     if has_torch_function_unary(x) or stock.looked_into(x):
         return stock.instead_of(shaped_act, (x,), x, spec, backend=backend)
-    check_tensor("shaped_act", "x", x)
-    spec = check_spec("shaped_act", spec)
+    spec = _checked_pass("shaped_act", x, spec)
     kernels = choose(backend, x)
     if transformed():
         return reference.bias_act(x, None, spec, 0)
@@ -88,22 +90,49 @@ def bias_act(
         >>> bias_act(torch.zeros(1, 2), torch.tensor([-1.0, 3.0]), spec)
         tensor([[0., 6.]])
     """
+    y = (
+        None
+        if torch.compiler.is_compiling()
+        else plans.run(_plan, x, None, bias, spec, dim, backend)
+    )
+    if y is not None:
+        return y
     if has_torch_function_variadic(x, bias) or stock.looked_into(x, bias):
         return stock.instead_of(bias_act, (x, bias), x, bias, spec, dim=dim, backend=backend)
-    check_tensor("bias_act", "x", x)
-    spec = check_spec("bias_act", spec)
+    spec = _checked_pass("bias_act", x, spec)
     if bias is None:
         return shaped_act(x, spec, backend=backend)
+    dim = _checked_bias(x, bias, dim)
+    kernels = choose(backend, x)
+    if transformed():
+        return reference.bias_act(x, bias, spec, dim)
+    return node(BiasAct)(x, bias, spec, dim, kernels)
+
+
+def _plan(
+    x: Tensor, weight: None, bias: Tensor | None, spec: ActSpec, dim: int, backend: Backend
+) -> plans.Plan:
+    """The plan of a pass."""
+    spec = _checked_pass("shaped_act" if bias is None else "bias_act", x, spec)
+    if bias is not None:
+        dim = _checked_bias(x, bias, dim)
+    return plans.plan_of(x, bias, spec, choose(backend, x), BiasAct.backward, dim)
+
+
+def _checked_pass(op: str, x: Tensor, spec: ActSpec) -> ActSpec:
+    check_tensor(op, "x", x)
+    return check_spec(op, spec)
+
+
+def _checked_bias(x: Tensor, bias: Tensor, dim: int) -> int:
+    """The channel dimension, counted from the front."""
     if type(dim) is not int:
         dim = integer("bias_act", "dim", dim, -x.ndim)
     if not -x.ndim <= dim < x.ndim:
         raise IndexError(f"bias_act: dim={dim} is out of range for x of shape {tuple(x.shape)}")
     dim %= x.ndim
     check_bias("bias_act", bias, x, x.shape[dim], "x has {} channels along dim")
-    kernels = choose(backend, x)
-    if transformed():
-        return reference.bias_act(x, bias, spec, dim)
-    return node(BiasAct)(x, bias, spec, dim, kernels)
+    return dim
 
 
 class BiasAct(torch.autograd.Function):

@@ -6,6 +6,7 @@ a call, what "auto" and tuning consider on a device, and what `fusedshape.explai
 
 from __future__ import annotations
 
+from fusedshape.native import forget_plans
 from fusedshape.ops.engines.aten import Aten
 from fusedshape.ops.engines.cudnn import Cudnn
 from fusedshape.ops.engines.native import Native
@@ -38,6 +39,7 @@ def register(engine: LayerEngine) -> None:
         BACKENDS[engine.backend.name] = engine.backend
         for device in engine.backend.devices:
             PASSES.setdefault(device, engine.backend)
+    forget_plans()  # which may have another engine now
 
 
 for _engine in (Aten(), Triton(), Native(), Cudnn()):
