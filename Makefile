@@ -61,7 +61,7 @@ gpu:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv/ready: .venv/installed csrc/cpu/*
+.venv/ready: .venv/installed csrc/cpu/* csrc/host/*
 	$(BIN)/fusedshape build --optional
 	touch $@
 

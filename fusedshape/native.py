@@ -426,7 +426,7 @@ def _host_name() -> str:
 def build_host(verbose: bool = False, force: bool = False) -> Path:
     """Compile csrc/host, without which layers are called through Python.
 
-    Takes some 40 seconds, and needs a C++20 compiler and the headers of torch and of Python.
+    Takes some 20 seconds, and needs a C++20 compiler and the headers of torch and of Python.
 
     Args:
         verbose: as in `build`.
