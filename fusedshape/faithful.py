@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fusedshape.guard import Guard, save_place
 from fusedshape.kinds import features, kind_of
+from fusedshape.nodes import operation
 from fusedshape.proxies import UntraceableError
+from fusedshape.torch_ops import SUMS
 from fusedshape.tracing import Reading, Slot, leaves_of, read_call, required
 from fusedshape.undo import UndoLog, generator_of
 
@@ -76,12 +78,18 @@ def inputs_for(model: nn.Module, example: Any = None) -> tuple[Any, ...] | None:
     number = len(required(model))
     for found in _candidates(model):
         given = (found,) * number
-        try:
-            leaving_no_trace(model, lambda: model.eval()(*pytree.tree_map(_copy, given)))  # noqa: B023
-        except Exception:
-            continue
-        return given
+        if runs(model, given):
+            return given
     return None
+
+
+def runs(model: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a model runs with some arguments in evaluation mode; it is left unchanged."""
+    try:
+        leaving_no_trace(model, lambda: model.eval()(*pytree.tree_map(_copy, args)))
+    except Exception:
+        return False
+    return True
 
 
 def _candidates(model: nn.Module) -> Iterator[Tensor]:
@@ -208,6 +216,19 @@ def reading_of_call(module: nn.Module, call: tuple[Any, Any]) -> Reading:
     if difference:
         raise UntraceableError(f"read by the example, it gives {difference}")
     return reading
+
+
+def adds_tensors(module: nn.Module, call: tuple[Any, Any]) -> bool:
+    """Whether a module's own forward adds two tensors in a recorded call, or cannot be followed.
+
+    Sums of sizes and other numbers are not counted, nor those of its children.
+    """
+    try:
+        graph = reading_of_call(module, call).graph
+    except UntraceableError:
+        return True
+    sums = (node for node in graph.nodes if operation(node).strip("_") in SUMS)
+    return any(len(node.all_input_nodes) > 1 for node in sums)
 
 
 def _writing(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, set[str]]:

@@ -361,6 +361,20 @@ class Unreadable(Odd):
         return x + self.a(x).relu() if x.sum() > 0 else x
 
 
+class Halves(Odd):
+    """Its only sum is one of sizes; it cannot be traced, as it takes an optional argument."""
+
+    def forward(self, x: Tensor, at: int | None = None) -> Tensor:
+        low = x.shape[-1] // 2 if at is None else at
+        return torch.cat([self.a(x)[:, : low + 1], self.b(x)[:, low + 1 :]], 1)
+
+
+def test_a_sum_of_sizes_is_no_skip() -> None:
+    net = nn.Sequential(Halves(), Block("x + f", 4))
+    assert reweight_shortcuts(net, W).counts["reweighted"] == 1
+    assert type(net[0]) is Halves
+
+
 class Keeper(Odd):
     """Goes on using a tensor that its child has added to."""
 

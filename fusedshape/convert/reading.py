@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from fusedshape.convert.fusion import Fusing, Fusion, read_fusion
 from fusedshape.convert.gates import left_out, plain_only
 from fusedshape.convert.refusals import refuse_calls
 from fusedshape.convert.request import Request
-from fusedshape.faithful import inputs_for, unfaithful
+from fusedshape.faithful import inputs_for, runs, unfaithful
 from fusedshape.theory import Wiring, trace_wiring
 
 
@@ -46,15 +47,15 @@ def read(model: nn.Module, request: Request) -> Reading:
     calls = read_calls(model, request.classes, request.filter_fn)
     calls = plain_only(calls) if request.replaces_all else calls
     refuse_calls(calls, strict=request.on_untraceable == "error")
-    notes = (*_compared(calls, request), *_other_activations(calls))
+    args = inputs_for(model, request.example)
+    notes = (*_compared(calls, args), *_other_activations(calls))
     fusion = read_fusion(calls, Fusing(calls, request.fuse))
-    wired = trace_wiring(model)
+    wired = trace_wiring(model, args if args is not None and runs(model, args) else None)
     return Reading(request, calls, fusion, wired, constants_for(request, wired), notes)
 
 
-def _compared(calls: Calls, request: Request) -> tuple[str, ...]:
+def _compared(calls: Calls, args: tuple[Any, ...] | None) -> tuple[str, ...]:
     """Raise where a traced forward is not the model's own; a note if no input was found."""
-    args = inputs_for(calls.model, request.example)
     if args is None:
         return (
             "no input was found on which to compare the traced forwards with the model's own; "

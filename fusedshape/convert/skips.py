@@ -18,7 +18,7 @@ from fusedshape import rewriting
 from fusedshape.convert.calls import Calls, read_calls
 from fusedshape.convert.report import Change, Done
 from fusedshape.convert.request import Escape, Request, ShortcutWeight
-from fusedshape.faithful import inputs_for, unfaithful
+from fusedshape.faithful import adds_tensors, calls, inputs_for, unfaithful
 from fusedshape.nn import NormalizedSum
 from fusedshape.nodes import is_query, operation
 from fusedshape.sums import CONSTANT, DOUBLED, Sum, between, operands_of, sums, without_number
@@ -188,6 +188,8 @@ class Skips:
         children: the new children of each module.
         unused: modules that only removed skips called.
         depths: nonlinear layers of modules, as far as they were counted.
+        recorded: the arguments of one call of each module that cannot be traced, if an input was
+            found.
     """
 
     asked: Asked
@@ -198,6 +200,7 @@ class Skips:
     children: dict[nn.Module, dict[str, NormalizedSum]] = field(default_factory=dict)
     unused: list[nn.Module] = field(default_factory=list)
     depths: dict[nn.Module, int] = field(default_factory=dict)
+    recorded: dict[nn.Module, tuple[Any, Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, asked: Asked, example: Any = None) -> Skips:
@@ -226,6 +229,8 @@ class Skips:
     def _compare(self, example: Any) -> None:
         """Raise if a traced forward computes something else than the model, on an input if any."""
         args = inputs_for(self.calls.model, example)
+        if args is not None:
+            self.recorded.update(calls(self.calls.model, self.calls.opaque, args))
         found = None if args is None else unfaithful(self.calls.model, self.calls.graphs, args)
         if found is not None:
             module, difference = found
@@ -252,6 +257,9 @@ class Skips:
     def _refuse_opaque(self, module: nn.Module, path: str) -> None:
         if not (_may_add(module) and self.asked.wanted(path, module)):
             return
+        call = self.recorded.get(module)
+        if call is not None and not adds_tensors(module, call):
+            return  # what it adds are sizes
         why = self.calls.opaque[module]
         if self.asked.on_untraceable == "report":
             self._leave(

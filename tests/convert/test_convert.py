@@ -426,3 +426,21 @@ def test_random_stacks(net: nn.Module, seed: int) -> None:
             want = plain(x.clone())
         torch.manual_seed(seed)
         torch.testing.assert_close(ours(x.clone()), want, rtol=1e-9, atol=1e-9)
+
+
+class Choosy(nn.Module):
+    """Asks for the type and the length of what it is given, as dense blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        parts = [x] if isinstance(x, Tensor) else x
+        return self.body(torch.cat(parts, -1) if len(parts) > 1 else parts[0])
+
+
+def test_one_untraceable_forward_costs_neither_the_wiring_nor_fusion_in_its_children() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Choosy(), nn.Linear(6, 6), nn.ReLU())
+    report = convert(net, clamp=True)
+    assert (report.depth, report.counts["fused"]) == (4, 4)
