@@ -208,7 +208,7 @@ def test_depth_through_modules_and_functions() -> None:
     assert convert(Loop(), spec=SPEC).depth == 4
     assert convert(VGG(), spec=SPEC).depth == 4
     assert convert(ResNet(), spec=SPEC, strip_batchnorm=True).depth == 5
-    assert convert(Opaque(), spec=SPEC).depth is None
+    assert convert(Opaque(), spec=SPEC).depth == 2
 
 
 class Shortcuts(nn.Module):

@@ -24,7 +24,10 @@ def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool
     It understands the layers, activations, pools and normalisations of torch.nn,
     torch.nn.functional and this library; sums with constant or learnt weights (their present values
     are used); concatenations of channels; and modules that are called more than once. What cannot
-    be read (data-dependent control flow, BatchNorm, attention) becomes an "unknown" node. A sum
+    be read (data-dependent control flow, BatchNorm) becomes an "unknown" node. Gates (a product with a
+    sigmoid) are passed, and attention is taken for a mean over locations; `Wiring.notes` says so.
+    A forward that takes decisions by shapes, types or lengths is read as it runs on the example.
+    A sum
     whose squared weights do not add up to 1 is kept. In both cases evaluating the wiring raises an
     error that names the place.
 
@@ -32,8 +35,8 @@ def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool
         model: the model; it is left unchanged. It is read in training mode.
         example: an input, or a tuple of inputs, which is run without gradients. It tells how many
             channels a concatenation joins where the layers before it do not, and serves to compare
-            each traced forward with the module. By default the comparison uses small random inputs
-            that fit the first layers, if any do.
+            each traced forward with the module and to read those that cannot be traced. By default
+            small random inputs do both, if any fit the first layers.
         strip_batchnorm: read BatchNorm as the identity, as `convert` leaves it with this flag.
 
     Returns:
