@@ -196,6 +196,7 @@ def read(module: nn.Module, *args: Any, **kwargs: Any) -> Reading:
             steer it.
 
     Example:
+        >>> from fusedshape.tracing import Slot
         >>> reading = read(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), Slot())
         >>> [type(called).__name__ for called in reading.modules.values()]
         ['Linear', 'ReLU']

@@ -23,13 +23,12 @@ def trace_wiring(model: nn.Module, example: Any = None, *, strip_batchnorm: bool
 
     It understands the layers, activations, pools and normalisations of torch.nn,
     torch.nn.functional and this library; sums with constant or learnt weights (their present values
-    are used); concatenations of channels; and modules that are called more than once. What cannot
-    be read (data-dependent control flow, BatchNorm) becomes an "unknown" node. Gates (a product with a
-    sigmoid) are passed, and attention is taken for a mean over locations; `Wiring.notes` says so.
-    A forward that takes decisions by shapes, types or lengths is read as it runs on the example.
-    A sum
-    whose squared weights do not add up to 1 is kept. In both cases evaluating the wiring raises an
-    error that names the place.
+    are used); concatenations of channels; and modules that are called more than once. Gates
+    (products with a sigmoid) are passed, and attention is taken for a mean over locations;
+    `Wiring.notes` says so. A forward that takes decisions by shapes, types or lengths is read as it
+    runs on the example. What cannot be read (control flow by the numbers in tensors, BatchNorm)
+    becomes an "unknown" node. A sum whose squared weights do not add up to 1 is kept. In both cases
+    evaluating the wiring raises an error that names the place.
 
     Args:
         model: the model; it is left unchanged. It is read in training mode.
