@@ -9,10 +9,11 @@ from torch import fx, nn
 
 from fusedshape.convert.calls import Calls, Site
 from fusedshape.convert.values import Value, Values
-from fusedshape.nodes import operation
+from fusedshape.nodes import is_foreign, operation
 from fusedshape.torch_ops import (
     ACTIVATION_MODULES,
     ARITHMETIC,
+    ATTENTION,
     COPIES,
     DROPOUTS,
     MATMULS,
@@ -113,6 +114,8 @@ class _Uses:
                 return "a gate: it scales another value"
             if others and not any(self._is_bounded(value, by_node) for value in others):
                 return "a gate: its output is multiplied by another value"
+        if name in _BOUNDED and any(_attends(node) for _, node in ends):
+            return "a part of attention"
         outputs = all(node.op == "output" for _, node in ends)
         if ends and outputs and name in _OUTPUTS:
             return "it shapes the network's output"
@@ -132,6 +135,11 @@ class _Uses:
             return _name(by_node[node]) in _BOUNDED
         name = operation(node) if called is None else function_of(called)
         return name in SOFTMAXES
+
+
+def _attends(node: fx.Node) -> bool:
+    """Whether a node is attention, or a function that tracing does not enter."""
+    return is_foreign(node) or base(operation(node)) in ATTENTION | SOFTMAXES
 
 
 def plain_only(calls: Calls) -> Calls:

@@ -115,3 +115,21 @@ def test_an_activation_shared_with_a_gate_stays() -> None:
     convert(net, spec=SPEC, replace="all")
     assert type(net[2].gate) is nn.Sigmoid
     assert not any(isinstance(m, ShapedActivation) for m in net.modules())
+
+
+class Biased(nn.Module):
+    """Attention whose logits get a bounded bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.proj = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = 16 * torch.sigmoid(self.bias(x))
+        return self.proj(F.relu(F.scaled_dot_product_attention(x, x, x) + bias.softmax(-1)))
+
+
+def test_bounded_activations_that_enter_attention_stay() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Biased())
+    convert(net, spec=SPEC, replace="all", example=torch.randn(2, 3, 6))
+    assert "sigmoid" in net[2].forward.__code__.co_names
