@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,13 +35,16 @@ from fusedshape.torch_ops import (
     writes,
 )
 from fusedshape.tracing import (
+    Attribute,
     Slot,
     is_plain,
     memory_roots,
+    read_call,
     required,
     take_over,
     tensor_args,
     trace,
+    ways_of,
     write_out_of_place,
 )
 from fusedshape.validate import flag
@@ -70,6 +77,10 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
     what the model computes in evaluation mode; dropout modules are kept and work in training.
     Activations for which torch has no module, and `PerLocationNorm`, become torch's functions.
 
+    A forward that asks for shapes, types or optional arguments is read as it runs on `example`, if
+    you pass one. The result then holds for inputs that take the same decisions: where a forward
+    computes with its input's shape, pass the shapes, batch size included, that you will use.
+
     Fold for float32. In half precision φ is rounded before δ cancels most of it, and γ multiplies
     the error; the fused layers avoid this. With 49 TAT layers of tanh (γ = 15.8) in bfloat16 the
     error is 0.5 of the output's root mean square folded, and 0.016 fused. For leaky_relu, which has
@@ -77,11 +88,11 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
 
     Args:
         model: a model that `fusedshape.convert` changed, or one built of `fusedshape.nn`. Optional
-            arguments of its forward keep their defaults.
+            arguments of its forward keep their defaults, but for those that `example` has.
         keep_delta: add δ explicitly before zero-padded convolutions, which then keep their padding.
         example: an input of the model, or a tuple of inputs; by default small random ones that fit
             its first layers, if any do. On it, a folded float64 copy of the model is compared with
-            the copy itself.
+            the copy itself; a UserWarning says so if that could not be done.
 
     Returns:
         A torch.fx.GraphModule.
@@ -108,43 +119,57 @@ def fold(model: nn.Module, *, keep_delta: bool = False, example: Any = None) -> 
             )
     if is_plain(model) and not isinstance(model, ShapedChain):
         model = nn.Sequential(model).train(model.training)
-    _compare(model, keep_delta, example)
+    args = inputs_for(model, example)
+    given = args if example is not None else None
+    _compare(model, keep_delta, args, given is not None)
     grad = torch.is_grad_enabled()
 
     def folded() -> fx.GraphModule:
         with torch.set_grad_enabled(grad):
-            return _folded(model, keep_delta)
+            return _folded(model, keep_delta, given)
 
     # Reading a parametrised weight may write to its buffers, as spectral_norm does.
     return leaving_no_trace(model, folded)
 
 
-def _folded(model: nn.Module, keep_delta: bool) -> fx.GraphModule:
-    flat = fx.Graph()
-    flat.output(_inline(flat, model, "", list(map(flat.placeholder, required(model))), {}))
-    _out_of_place(flat, model)
-    return _Folding(model, flat, keep_delta).result()
+def _folded(model: nn.Module, keep_delta: bool, args: tuple[Any, ...] | None) -> fx.GraphModule:
+    flat = _Flattening(model, args)
+    flat.write()
+    _out_of_place(flat.graph, model)
+    return _Folding(model, flat.graph, flat.constants, keep_delta).result()
 
 
-def _compare(model: nn.Module, keep_delta: bool, example: Any) -> None:
-    """Raise if folding a float64 copy changes what it computes."""
-    args = inputs_for(model, example)
+def _compare(model: nn.Module, keep_delta: bool, args: tuple[Any, ...] | None, given: bool) -> None:
+    """Raise if folding a float64 copy changes what it computes; warn if that cannot be known."""
     if args is None:
+        _not_compared("no input was found", "pass example=")
         return
     twin = copy.deepcopy(model).double().eval()
     args = pytree.tree_map_only(_is_float, Tensor.double, args)
     try:
-        wanted = leaving_no_trace(twin, lambda: twin(*args))
-    except Exception:  # a forward that does not take float64
+        wanted = leaving_no_trace(twin, lambda: twin(*pytree.tree_map(_copied, args)))
+    except Exception as error:
+        why = f"in float64 it raises {type(error).__name__}: {error}"
+        _not_compared(why, "compare them yourself in the dtype that it takes")
         return
+    folded = leaving_no_trace(twin, lambda: _folded(twin, keep_delta, args if given else None))
     with torch.no_grad():
-        difference = differs(_folded(twin, keep_delta)(*args), wanted, _ROUNDINGS)
+        difference = differs(folded(*pytree.tree_map(_copied, args)), wanted, _ROUNDINGS)
     if difference:
         raise ValueError(
             f"fold: {type(model).__name__} cannot be followed: folded, it gives {difference}. It "
             "takes a decision that a trace does not see, for instance by the type of a value in a "
             "helper; make that a decision of the constructor"
         )
+
+
+def _not_compared(why: str, way_out: str) -> None:
+    message = f"fold: the folded model was not compared with the model: {why}; {way_out}"
+    warnings.warn(message, stacklevel=4)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_float(value: Any) -> bool:
@@ -155,49 +180,181 @@ def _name(path: str, module: nn.Module) -> str:
     return f"{path!r} ({type(module).__name__})" if path else type(module).__name__
 
 
-def _inline(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
-    """Add what a module computes in evaluation to a graph of torch's and our modules."""
-    if isinstance(module, ShapedChain):
-        (value,) = args
-        for name, child in module.named_children():
-            value = _inline(flat, child, f"{path}.{name}" if path else name, (value,), {})
-        return value
-    if is_plain(module) and not isinstance(module, PerLocationNorm):
-        return _leaf(flat, module, path, args, kwargs)
-    nodes: list[fx.Node] = []
-    fx.map_arg((args, kwargs), nodes.append)
-    # A number that is not known yet is no Slot; then the graph must hold for any call.
-    known = not any(map(is_number, nodes))
-    given = nodes if known else list(args)
-    call = (_slots(tuple(args)), _slots(kwargs)) if known else None
+class _Flattening:
+    """Writes what a model computes in evaluation into one graph of torch's and our modules.
+
+    A forward that asks for shapes, types or optional arguments is read as it runs on the example,
+    if one is given; what is read holds for inputs that take the same decisions.
+
+    Attributes:
+        graph: the graph.
+        constants: the tensors of get_attr nodes that are no tensors of the model.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...] | None) -> None:
+        self.model = model
+        self.args = args
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.paths = {module: path for path, module in model.named_modules()}
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self.tensors = {tensor: path for path, tensor in tensors}
+        self.values: dict[fx.Node, Any] = {}  # on the example, as far as they were needed
+
+    def write(self) -> None:
+        """Write the graph."""
+        inputs = [self.graph.placeholder(name) for name in _arguments(self.model, self.args)]
+        if self.args is not None:
+            self.values |= zip(inputs, pytree.tree_map(_copied, self.args), strict=False)
+        self.graph.output(self._inline(self.model, "", inputs, {}))
+
+    def _inline(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
+        """Add what a call of a module computes; its value in the graph."""
+        if isinstance(module, ShapedChain):
+            (value,) = args
+            for name, child in module.named_children():
+                value = self._inline(child, f"{path}.{name}" if path else name, (value,), {})
+            return value
+        if is_plain(module) and not isinstance(module, PerLocationNorm):
+            return _leaf(self.graph, module, path, args, kwargs)
+        nodes: list[fx.Node] = []
+        fx.map_arg((args, kwargs), nodes.append)
+        # A number that is not known yet is no Slot; then the graph must hold for any call.
+        known = not any(map(is_number, nodes))
+        call = (_slots(tuple(args)), _slots(kwargs)) if known else None
+        try:
+            graph = trace(module, call)[-1]
+        except UntraceableError as error:
+            return self._by_example(module, path, args, kwargs, error)
+        inputs = {n.target: n for n in graph.nodes if n.op == "placeholder"}
+        given = nodes if known else [*args, *(kwargs[name] for name in list(inputs)[len(args) :])]
+        prefix = f"{path}." if path else ""
+        return self._copy(
+            graph,
+            given,
+            lambda node: self.graph.get_attr(prefix + str(node.target)),
+            lambda node: prefix + str(node.target),
+        )
+
+    def _by_example(
+        self, module: nn.Module, path: str, args: Any, kwargs: Any, error: UntraceableError
+    ) -> Any:
+        """Add what a call of a module computes on the example."""
+        where = f"fold: {_name(path, module)} cannot be traced: {error}. "
+        if self.args is None:
+            raise ValueError(
+                f"{where}Pass example=, on which it can be read; or write that forward without, or "
+                "fold the modules inside one by one"
+            ) from None
+        with _evaluating(self.model), torch.no_grad():
+            self._run()
+            call = fx.map_arg((args, kwargs), self.values.__getitem__)
+            try:
+                reading = read_call(module, *pytree.tree_map(_copied, call), training=False)
+            except UntraceableError as other:
+                raise ValueError(
+                    f"{where}Read as it runs on the example: {other}. Write that forward without, "
+                    "or fold the modules inside one by one"
+                ) from None
+        nodes: list[fx.Node] = []
+        fx.map_arg((args, kwargs), nodes.append)
+        given = [part for node in nodes for part in self._parts(node)]
+
+        def constant(node: fx.Node) -> fx.Node:
+            value = reading.constants[str(node.target)]
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{where}It passes on an object of {type(value).__name__}")
+            if value not in self.tensors:
+                name = f"constant_{len(self.constants)}"
+                self.constants[name], self.tensors[value] = value, name
+            return self.graph.get_attr(self.tensors[value])
+
+        return self._copy(
+            reading.graph, given, constant, lambda node: self.paths[reading.modules[node]]
+        )
+
+    def _copy(
+        self,
+        graph: fx.Graph,
+        given: Sequence[Any],
+        attribute: Callable[[fx.Node], fx.Node],
+        path_of: Callable[[fx.Node], str],
+    ) -> Any:
+        """Copy a graph of one module, with its children's in the place of their calls."""
+        left = iter(given)
+        values: dict[fx.Node, Any] = {}
+
+        def of(argument: Any) -> Any:
+            return fx.map_arg(argument, lambda node: values[node])
+
+        for node in graph.nodes:
+            args, kwargs = of(node.args), of(node.kwargs)
+            if node.op == "placeholder":
+                values[node] = next(left)
+            elif node.op == "get_attr":
+                values[node] = attribute(node)
+            elif node.op == "call_module":
+                path = path_of(node)
+                values[node] = self._inline(self.model.get_submodule(path), path, args, kwargs)
+            elif node.op == "output":
+                return args[0]
+            else:
+                values[node] = self.graph.create_node(node.op, node.target, args, kwargs)
+        raise AssertionError("a graph ends with its output")
+
+    def _parts(self, node: fx.Node) -> Iterator[fx.Node]:
+        """Nodes of the tensors in a node's value, in the order in which a reading takes them."""
+        for way in ways_of(self.values[node]):
+            part = node
+            for key in way:
+                get: Any = getattr if isinstance(key, Attribute) else operator.getitem
+                part = self.graph.call_function(get, (part, key))
+            yield part
+
+    def _run(self) -> None:
+        """Compute the values of all nodes so far."""
+        for node in self.graph.nodes:
+            if node in self.values:
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            if node.op == "get_attr":
+                found = self.constants.get(str(node.target))
+                self.values[node] = _attribute_of(self.model, node) if found is None else found
+            elif node.op == "call_module":
+                self.values[node] = self.model.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                self.values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            elif node.target is _activate:  # the value of a shaped layer is activated already
+                act = node.meta["module"]
+                self.values[node] = args[0] if act is None else act(*args)
+            else:
+                self.values[node] = cast("Any", node.target)(*args, **kwargs)
+
+
+def _attribute_of(model: nn.Module, node: fx.Node) -> Any:
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+def _arguments(model: nn.Module, args: tuple[Any, ...] | None) -> list[str]:
+    """The names of the arguments that a folded model takes: the required ones, and those given."""
+    needed = required(model)
+    if args is None or len(args) <= len(needed):
+        return needed
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return [*needed, *(name for name in names if name not in needed)][: len(args)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and its modules back into theirs."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        graph = trace(module, call)[-1]
-    except UntraceableError as error:
-        raise ValueError(
-            f"fold: {_name(path, module)} cannot be traced: {error}. Write that forward without, "
-            "or fold the modules inside one by one"
-        ) from None
-    prefix = f"{path}." if path else ""
-    values: dict[fx.Node, Any] = {}
-
-    def of(argument: Any) -> Any:
-        return fx.map_arg(argument, lambda node: values[node])
-
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = given.pop(0) if given else kwargs[str(node.target)]
-        elif node.op == "get_attr":
-            values[node] = flat.get_attr(prefix + str(node.target))
-        elif node.op == "call_module":
-            child = module.get_submodule(str(node.target))
-            values[node] = _inline(
-                flat, child, prefix + str(node.target), of(node.args), of(node.kwargs)
-            )
-        elif node.op == "output":
-            return of(node.args[0])
-        else:
-            values[node] = flat.create_node(node.op, node.target, of(node.args), of(node.kwargs))
-    raise AssertionError("a graph ends with its output")
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _slots(tree: Any) -> Any:
@@ -217,7 +374,8 @@ def _leaf(flat: fx.Graph, module: nn.Module, path: str, args: Any, kwargs: Any) 
             value = flat.call_module(path, (value,))
             path += "_act"
         node = flat.call_function(_activate, (value,))
-        node.meta = {"spec": spec, "path": path}
+        act = module if isinstance(module, ShapedActivation) else None
+        node.meta = {"spec": spec, "path": path, "module": act}
         return node
     foreign = type(module) not in (NormalizedSum, nn.Identity)
     for name, inner in module.named_modules():
@@ -355,9 +513,12 @@ class _Layer:
 class _Folding:
     """Writes the new graph, node by node."""
 
-    def __init__(self, model: nn.Module, flat: fx.Graph, keep_delta: bool) -> None:
+    def __init__(
+        self, model: nn.Module, flat: fx.Graph, constants: Mapping[str, Tensor], keep_delta: bool
+    ) -> None:
         self.model = model
         self.flat = flat
+        self.constants = constants
         self.keep_delta = keep_delta
         self.half = any(is_half(p.dtype) for p in model.parameters())
         self.graph = fx.Graph()
@@ -576,9 +737,12 @@ class _Folding:
 
     def _attribute(self, target: str) -> str:
         """The new model's name of a tensor; a layer's own is copied, as folding changes it."""
-        owner, _, name = target.rpartition(".")
-        module = self.model.get_submodule(owner)
+        if target in self.constants and target not in self.attributes:
+            self.attributes[target] = self._new(target)
+            self.parts[self.attributes[target]] = self.constants[target].detach().clone()
         if target not in self.attributes:
+            owner, _, name = target.rpartition(".")
+            module = self.model.get_submodule(owner)
             own = kind_of(module) is not None
             path = self._new(target.replace(".", "_")) if own else target
             self.parts[path] = copy.deepcopy(getattr(module, name), self.copies)

@@ -67,7 +67,7 @@ def assert_stock(folded: nn.Module) -> None:
 def assert_same(model: nn.Module, *inputs: Tensor, keep_delta: bool = False) -> fx.GraphModule:
     """Fold, and hold it to the model's numbers in float64."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    folded = fold(model, keep_delta=keep_delta)
+    folded = fold(model, keep_delta=keep_delta, example=inputs)
     want = model(*[x.clone() for x in inputs])
     got = folded(*[x.clone() for x in inputs])
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
@@ -577,8 +577,8 @@ def small() -> nn.Module:
 
 
 def test_pickles_copies_and_compiles() -> None:
-    folded = fold(small())
     x = rand(2, 3, 32, 32).float()
+    folded = fold(small(), example=x)
     want = folded(x)
     assert torch.equal(pickle.loads(pickle.dumps(folded))(x), want)
     assert torch.equal(copy.deepcopy(folded)(x), want)
@@ -670,3 +670,86 @@ def test_a_branch_on_the_dtype_is_refused() -> None:
 
     with pytest.raises(ValueError, match="it asks what the dtype of a value is"):
         fold(nn.Sequential(Choosy(), nn.Linear(4, 4)))
+
+
+class Asking(nn.Module):
+    """Asks for the type, the length and the shape of its input, and takes an optional argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = ShapedLinear(4, 4, spec=SPEC), nn.Linear(4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x: Tensor, scale: float | None = None) -> dict[str, Tensor]:
+        if not isinstance(x, Tensor) or len(x) < 1:
+            raise ValueError("needs a batch")
+        if x.shape[-1] != 4:
+            raise ValueError("needs 4 features")
+        y = self.two(self.one(torch.cat([self.token.expand(len(x), -1, -1), x], 1)))
+        return {"out": y if scale is None else scale * y, "mean": y.mean(1)}
+
+
+class Choosing(nn.Module):
+    """Takes the parts of another module's dictionary, and a tensor that it makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = Asking(), ShapedLinear(4, 2, spec=SPEC)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.inner(x, scale=2.0)
+        ramp = torch.linspace(0, 1, 4, dtype=x.dtype)
+        return self.last(found["out"] + ramp), found["mean"]
+
+
+@pytest.mark.parametrize("make", [Asking, Choosing])
+def test_a_forward_that_asks_is_read_on_the_example(make: Callable[[], nn.Module]) -> None:
+    net = nn.Sequential(randomised(make())).train()
+    x = rand(2, 3, 4)
+    with pytest.raises(ValueError, match=r"cannot be traced.*Pass example="):
+        fold(net)
+    folded = fold(net, example=x)
+    assert {module.training for module in (*net.modules(), *folded.modules())} == {True}
+    torch.testing.assert_close(folded(x), net.eval()(x), rtol=1e-12, atol=1e-12)
+    assert_stock(folded)
+
+
+def test_optional_arguments_of_the_example_are_taken() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = ShapedLinear(4, 4, spec=SPEC), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            y = self.two(self.one(x))
+            return y if other is None else y + other
+
+    net = randomised(Scaled())
+    x, other = rand(2, 4), rand(2, 4)
+    both = fold(net, example=(x, other))
+    torch.testing.assert_close(both(x, other), net(x, other), rtol=1e-12, atol=1e-12)
+    alone = fold(net, example=x)
+    torch.testing.assert_close(alone(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_in_tensors_steer_nothing() -> None:
+    class Steered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"cannot be traced.*Read as it runs on the example"):
+        fold(nn.Sequential(ShapedLinear(4, 4, spec=SPEC), Steered()), example=torch.ones(2, 4))
+
+
+def test_what_was_not_compared_is_said() -> None:
+    net = nn.Sequential(PerLocationNorm(), ShapedConv2d(4, 2, 1, spec=SPEC))
+    with pytest.warns(UserWarning, match="no input was found; pass example="):
+        fold(net)
+
+    class OnlyFloat32(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.eye(4)
+
+    only = nn.Sequential(ShapedLinear(4, 4, spec=SPEC), OnlyFloat32())
+    with pytest.warns(UserWarning, match="not compared with the model: in float64 it raises"):
+        fold(only, example=torch.ones(2, 4))

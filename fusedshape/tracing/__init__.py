@@ -1,6 +1,6 @@
 """Reads the forward of one nn.Module as torch.fx graphs, in which its children are leaves."""
 
-from fusedshape.tracing.example import leaves_of, read_call, ways_of
+from fusedshape.tracing.example import Attribute, leaves_of, read_call, ways_of
 from fusedshape.tracing.forwards import Reading, read, trace
 from fusedshape.tracing.graphs import (
     is_plain,
@@ -15,6 +15,7 @@ from fusedshape.tracing.source import reachable_code, reached_by
 from fusedshape.tracing.tracer import Slot
 
 __all__ = [
+    "Attribute",
     "Reading",
     "Slot",
     "behind_norm",

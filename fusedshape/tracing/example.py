@@ -259,8 +259,8 @@ def rebuilt_of(value: Any, value_of: Callable[[fx.Node], Any]) -> Any:
     return _like(value, {key: rebuilt_of(part, value_of) for key, part in parts.items()})
 
 
-def read_call(module: nn.Module, args: Any, kwargs: Any) -> Reading:
-    """Read what a recorded call of a module's forward computes, in training mode if that runs.
+def read_call(module: nn.Module, args: Any, kwargs: Any, training: bool | None = None) -> Reading:
+    """Read what a recorded call of a module's forward computes.
 
     The graph holds for calls that take the same decisions: arguments of the same structure, types
     and shapes. Its placeholders are the tensors among the arguments, in the order of `leaves_of`.
@@ -270,6 +270,7 @@ def read_call(module: nn.Module, args: Any, kwargs: Any) -> Reading:
         module: the module; its children are leaves.
         args: the positional arguments of the call.
         kwargs: its keyword arguments.
+        training: the mode of the module; by default training, and evaluation if that does not run.
 
     Raises:
         UntraceableError: a forward that the numbers in tensors steer, or that a trace cannot hold.
@@ -286,7 +287,9 @@ def read_call(module: nn.Module, args: Any, kwargs: Any) -> Reading:
 
     try:
         with untraceable():
-            return undisturbed(module, lambda: run(True), strict=False)
+            return undisturbed(module, lambda: run(training is not False), strict=False)
     except UntraceableError:
+        if training is not None:
+            raise
         with untraceable():
             return undisturbed(module, lambda: run(False), strict=False)
