@@ -249,8 +249,9 @@ class _Flattening:
         with _evaluating(self.model), torch.no_grad():
             self._run()
             call = fx.map_arg((args, kwargs), self.values.__getitem__)
+            given, named = pytree.tree_map(_copied, call)
             try:
-                reading = read_call(module, *pytree.tree_map(_copied, call), training=False)
+                reading = read_call(module, given, named, training=False)
             except UntraceableError as other:
                 raise ValueError(
                     f"{where}Read as it runs on the example: {other}. Write that forward without, "
@@ -258,7 +259,7 @@ class _Flattening:
                 ) from None
         nodes: list[fx.Node] = []
         fx.map_arg((args, kwargs), nodes.append)
-        given = [part for node in nodes for part in self._parts(node)]
+        inputs = [part for node in nodes for part in self._parts(node)]
 
         def constant(node: fx.Node) -> fx.Node:
             value = reading.constants[str(node.target)]
@@ -270,7 +271,7 @@ class _Flattening:
             return self.graph.get_attr(self.tensors[value])
 
         return self._copy(
-            reading.graph, given, constant, lambda node: self.paths[reading.modules[node]]
+            reading.graph, inputs, constant, lambda node: self.paths[reading.modules[node]]
         )
 
     def _copy(

@@ -250,7 +250,7 @@ def test_an_op_is_one_node_of_fx() -> None:
 
 def test_fold_and_convert_read_what_fx_made(net: Net) -> None:
     traced = fx.symbolic_trace(net)
-    agree(fs.fold(traced)(X).detach(), net(X).detach())
+    agree(fs.fold(traced, example=X)(X).detach(), net(X).detach())
     stack = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
     fs.convert(stack, method="EOC", activation="tanh")
     with pytest.raises(ValueError, match="found no activation to replace"):
