@@ -18,6 +18,11 @@ double old_exp(double x);
 __asm__(".symver old_exp, exp@GLIBC_2.2.5");
 LOCAL double exp(double x) { return old_exp(x); }
 
+// glibc 2.34 took dlsym over from libdl, which comes with libtorch_cpu. Headers of torch 2.14 call it.
+void* old_dlsym(void* handle, const char* name);
+__asm__(".symver old_dlsym, dlsym@GLIBC_2.2.5");
+LOCAL void* dlsym(void* handle, const char* name) { return old_dlsym(handle, name); }
+
 // GCC 9's constructors without arguments are the older ones with their default mode.
 #define FS_STREAM "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEE"
 #define FS_OSTREAM "_ZNSt7__cxx1119basic_ostringstreamIcSt11char_traitsIcESaIcEE"
