@@ -10,7 +10,7 @@ from torch import nn
 
 import fusedshape
 
-DEPTH, WIDTH, POINTS, STEPS = 6, 20, 32, 60
+DEPTH, WIDTH, POINTS, STEPS = 6, 20, 32, 100
 
 
 def derivatives(model: nn.Module, x: torch.Tensor, order: int) -> list[torch.Tensor]:
