@@ -185,3 +185,17 @@ def test_tokens_that_are_learnt_are_left_out() -> None:
     wiring = trace_wiring(Tokens(), torch.randn(2, 3, 4))
     assert not wiring.problems
     assert any("joins tokens" in note for note in wiring.notes)
+
+
+def test_sizes_of_constants_that_were_joined_are_not_those_of_signals() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = torch.cat([torch.ones(1), torch.ones(1), torch.ones(x.shape[1] - 2)])
+            return torch.cat([self.a(x), self.b(x) * table], -1)
+
+    (join,) = (n for n in trace_wiring(Table(), torch.ones(2, 4)).nodes if n.op == "concat")
+    assert join.weights == (4.0, 4.0)

@@ -290,6 +290,8 @@ class Functions(Nodes):
         parts = kwargs.get("tensors", args[0])
         dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
         seen = self.joined.get(self.running[-1] if self.running else self.model)
+        while seen and len(seen[0]) != len(parts):
+            seen.pop(0)  # another join, of what does not depend on the input
         sizes = seen.pop(0) if seen else None
         if len(parts) == 1:
             return self.like("reshape", taken[0], at)
