@@ -211,7 +211,7 @@ BAD = {
     "constants --model nets:normed": "pass --strip-batchnorm",
     "constants --model nets:gate": "pass --depth or --subnet-max",
     "constants --model nets:deep --depth 3": "drop --depth",
-    "convert nets:shallow": "or --clamp",
+    "convert nets:shallow --eta 0.9": "or --clamp",
     "convert nets:normed": "Pass --strip-batchnorm to take",
     "convert nets:branch": "pass --on-untraceable report",
     "convert nets:silu": "pass --replace torch.nn:SiLU",
@@ -237,7 +237,7 @@ BAD = {
 def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "nets.py").write_text(NETS)
     (tmp_path / "bad.json").write_text('{"depth": 3, "batch_size": 0}')
-    (tmp_path / "shallow.json").write_text('{"depth": 3}')
+    (tmp_path / "shallow.json").write_text('{"depth": 3, "eta": 0.9}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     yield

@@ -130,11 +130,11 @@ class ActivatesTheSum(Block):
 @pytest.mark.parametrize("weight", [0.6, 0.9])
 def test_finds_activated_sums_by_what_they_do_together(weight: float) -> None:
     # No single step is further off than its width explains.
-    net = nn.Sequential(nn.Linear(128, 128), *(ActivatesTheSum(128) for _ in range(6)))
+    net = nn.Sequential(nn.Linear(128, 128), *(ActivatesTheSum(128) for _ in range(8)))
     reweight_shortcuts(net, weight)
     found = diagnose(converted(net, depth=20), torch.randn(64, 128))
     assert_finds(found, "activated sum", "2.shaped_0")
-    assert "5 such step(s) changed q by a factor of" in found.findings[0].text
+    assert "7 such step(s) changed q by a factor of" in found.findings[0].text
     assert len(found.findings) == 1
 
 
