@@ -15,6 +15,7 @@ import copy
 import fnmatch
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -253,7 +254,7 @@ def try_model(public: Public, weight: float) -> Outcome:
         left=dict(left.most_common(5)),
         healthy=None if health is None else bool(health.agrees),
         verdict="" if health is None else str(health.verdict),
-        error=error,
+        error=error if math.isfinite(error) else None,
     )
 
 
@@ -308,6 +309,8 @@ def _outputs_and_gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> list
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape or not a.isfinite().all() or not b.isfinite().all():
+        return math.inf
     scale = b.double().abs().max().item() if b.numel() else 0.0
     most = (a.double() - b.double()).abs().max().item() if b.numel() else 0.0
     return most / scale if scale else most
@@ -372,7 +375,8 @@ def _in_a_process(name: str, weight: float, seconds: float) -> Outcome:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a run may have been killed
 
 
 def page(rows: list[dict[str, Any]]) -> str:

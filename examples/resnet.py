@@ -52,10 +52,13 @@ torch.manual_seed(0)
 model = resnet18(num_classes=10, width=32)
 images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
 
-shortcuts = fusedshape.reweight_shortcuts(model, 0, drop_unused=True)
-report = fusedshape.convert(model, TAT(), strip_batchnorm=True, init="suo_full")
-print(f"{shortcuts.counts['removed']} shortcuts removed, {report.counts['fused']} layers fused")
-print(fusedshape.diagnose(model, images).verdict)
+# shortcuts=0.8 would keep them, as 0.8·x + 0.6·f(x).
+report = fusedshape.convert(
+    model, TAT(), normalisation="strip", shortcuts=0, init="suo_full", example=images
+)
+print(f"{report.counts['removed']} shortcuts removed, {report.counts['fused']} layers fused")
+assert report.health is not None
+print(report.health.verdict)
 
 optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
 for _step in range(5):

@@ -14,7 +14,7 @@ layers = [m for i in range(50) for m in (nn.Linear(64 if i else 65, 64), nn.ReLU
 model = nn.Sequential(fusedshape.PerLocationNorm(), *layers, nn.Linear(64, 10))
 fusedshape.convert(model, fusedshape.TAT())
 optimiser = torch.optim.Adam(model.parameters(), lr=5e-4)
-for _epoch in range(7):
+for _epoch in range(10):
     for batch in train[torch.randperm(1500)].split(64):
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()

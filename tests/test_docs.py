@@ -92,7 +92,7 @@ def commands(page: str) -> set[str]:
     return {line.split("  #")[0].strip() for line in lines} - {""}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", sorted(PAGES.keys() - {"README.md"}))  # see test_readme.py
 def test_python_of_the_pages_runs(name: str) -> None:
     blocks = fenced(PAGES[name], "python")
     if any("from dks" in block for block in blocks):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from fusedshape.bench import records
@@ -18,12 +22,20 @@ from tests.support.places import RESULTS, ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     assert len(re.findall(r"^[^#\n]", blocks[0], re.MULTILINE)) <= 10  # comments aside
     exec(compile(blocks[0], "README.md", "exec"), {})
     assert "50 ActSpec" in capsys.readouterr().out
+    # A small net that is written as torchvision's are, which need not be installed.
+    like_theirs = runpy.run_path(str(ROOT / "examples/resnet.py"))["resnet18"]
+    models = SimpleNamespace(resnet50=lambda: like_theirs(num_classes=10, width=32))
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    capsys.readouterr()
+    torch.manual_seed(0)
+    exec(compile(blocks[1], "README.md", "exec"), {})
+    assert blocks[1].rstrip().endswith(f"# {capsys.readouterr().out.strip()}")
 
 
 def _description(path: Path) -> str:
