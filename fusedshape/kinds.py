@@ -77,7 +77,9 @@ class Kind:
             >>> kind_of(conv).blank(conv, bias=False, padding=0)
             Conv2d(3, 8, kernel_size=(5, 5), stride=(1, 1), bias=False)
         """
-        make: Any = FUNCTIONS[self.function].plain  # of torch, also where a class is registered
+        make: Any = FUNCTIONS.get(
+            self.function, self
+        ).plain  # of torch, where a class is registered
         geometry = {name: getattr(layer, name) for name in self.geometry} | changes
         blank: nn.Module = make(*features(layer), **geometry, bias=bias, device="meta")
         return blank

@@ -96,6 +96,8 @@ ARITHMETIC = SUMS | DIFFERENCES | PRODUCTS | QUOTIENTS | {"neg"}
 CONCATS = _names("cat concat concatenate")
 
 # Products with a matrix other than those of layers, for which see `fusedshape.kinds`.
+#: Methods that take no more than the shape or the dtype of their second argument.
+LIKE_ANOTHER = _names("expand_as view_as reshape_as type_as to")
 MATMULS = _names("matmul mm addmm einsum")
 SOFTMAXES = _names("softmax log_softmax softmin")
 ATTENTION = _names("scaled_dot_product_attention multi_head_attention_forward")

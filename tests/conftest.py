@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+PRETENDED = ["kernels/pretend*.py", "ops/engines/cudnn/pretended.py"]
 # For the processes of test_pretend_gpu.py alone, not even to be imported elsewhere.
-collect_ignore_glob = [] if "pretend_gpu" in sys.modules else ["kernels/pretend*.py"]
+collect_ignore_glob = [] if "pretend_gpu" in sys.modules else PRETENDED
 
 
 def pytest_configure(config: pytest.Config) -> None:

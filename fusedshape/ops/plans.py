@@ -44,6 +44,8 @@ def run(planner: Callable[..., Plan], x: Any, weight: Any, bias: Any, *how: Any)
         bias: of either; None for none.
         how: everything else that the plan depends on.
     """
+    if torch.compiler.is_compiling():
+        return None
     host = native.host()
     if host is None or is_apart() or not steady():
         return None

@@ -36,6 +36,7 @@ from fusedshape.torch_ops import (
     CONCATS,
     COPIES,
     DIFFERENCES,
+    LIKE_ANOTHER,
     MATMULS,
     NEW,
     PRODUCTS,
@@ -50,8 +51,6 @@ from fusedshape.torch_ops import (
 )
 
 _ACTIVATIONS = {*(known.name for known in TORCH_NAMES), *ACTIVATIONS}
-# Methods that take no more than the shape or the dtype of their second argument.
-_LIKE_ANOTHER = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 # E[clip(z/6 + 1/2, 0, 1)²] is 1/4 + 1/36 but for the tails beyond |z| = 3.
 _HARD_GATE = 0.2777
 _AFFINE = {*FUNCTIONS, *MATMULS, "embedding"}
@@ -108,7 +107,7 @@ class Functions(Nodes):
             return attended
         if name in _AFFINE and len(taken) == 1:
             return self._affine_function(name, args, kwargs, x, at)
-        if name in _LIKE_ANOTHER and x is taken[0]:
+        if name in LIKE_ANOTHER and x is taken[0]:
             return self._of_one(name, args, kwargs, x, at)
         if len(taken) > 1 or x is not taken[0]:
             return self.unknown(taken, at, _why_not_function(name))

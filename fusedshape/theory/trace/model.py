@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fusedshape.activations import options_of
-from fusedshape.faithful import calls, inputs_for, misread, reading_of_call
+from fusedshape.faithful import calls, inputs_for, leaving_no_trace, misread, reading_of_call
 from fusedshape.kinds import LocationNorm, WeightedSum, kind_of
 from fusedshape.nodes import is_foreign
 from fusedshape.proxies import UntraceableError
@@ -56,7 +56,9 @@ class Trace(Functions):
         self.seen: set[nn.Module] = set()
         self.opaque: set[nn.Module] = set()
         self.by_example: list[nn.Module] = []
-        self.joined = {} if example is None else joined_sizes(model, example)
+        self.joined: dict[nn.Module, list[list[int]]] = {}
+        if example is not None:
+            self.joined = leaving_no_trace(model, lambda: joined_sizes(model, example))
         self.example = example
 
     @functools.cached_property

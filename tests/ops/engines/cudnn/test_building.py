@@ -37,6 +37,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delitem(sys.modules, "cudnn", raising=False)
     library.forget()
     yield
+    sys.modules.pop("cudnn", None)
     library.forget()
 
 
