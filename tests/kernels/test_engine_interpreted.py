@@ -206,7 +206,10 @@ def test_a_chooser_mixes_directions() -> None:
     finally:
         install_chooser(previous)
     first, later = ["fprop", "dgrad", "wgrad"], ["fprop", "dgrad_act", "wgrad"]
-    assert [direction for direction, _ in asked] == [*first, *later, *later, "fprop"]
+    directions = [direction for direction, _ in asked]
+    assert directions[:9] == [*first, *later, *later]
+    # Without a gradient Python asks for one direction, a plan of csrc/host for all three.
+    assert directions[9:] in (["fprop"], first)
     assert {p.input for _, p in asked[:9]} == {(2, 5, 6, 5), (2, 6, 6, 5), (2, 4, 6, 5)}
     assert all(p.channels_last for _, p in asked[:9])
     assert calls.counts["triton_conv_dgrad"] == 3
