@@ -6,7 +6,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -226,32 +226,25 @@ class LenientCalls(Calls):
     """The operators for "auto": where cuDNN fails, torch's own functions compute."""
 
     def conv(self, *args: Any) -> Tensor:
-        try:
-            return super().conv(*args)
-        except NoPlanError as error:
-            _tell(str(error))
-            return _conv(*args)
+        return _either(super().conv, _conv, args)
 
     def conv_act(self, *args: Any) -> Tensor:
-        try:
-            return super().conv_act(*args)
-        except NoPlanError as error:
-            _tell(str(error))
-            return _conv_act(*args)
+        return _either(super().conv_act, _conv_act, args)
 
     def conv_dgrad(self, *args: Any) -> tuple[Tensor, Tensor]:
-        try:
-            return super().conv_dgrad(*args)
-        except NoPlanError as error:
-            _tell(str(error))
-            return _conv_dgrad(*args)
+        return _either(super().conv_dgrad, _conv_dgrad, args)
 
     def conv_wgrad(self, *args: Any) -> Tensor:
-        try:
-            return super().conv_wgrad(*args)
-        except NoPlanError as error:
-            _tell(str(error))
-            return _conv_wgrad(*args)
+        return _either(super().conv_wgrad, _conv_wgrad, args)
+
+
+def _either(ours: Callable[..., Any], plain: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What cuDNN computes, or torch where there is no plan, which is said."""
+    try:
+        return ours(*args)
+    except NoPlanError as error:
+        _tell(str(error))
+        return plain(*args)
 
 
 @functools.lru_cache(4096)
